@@ -1,0 +1,34 @@
+# make demo   watch a real vLLM server learn a file while it serves
+# make test   lint, types and every test, against one real vLLM server
+# Both set up .venv first (a second run does not reinstall).
+SHELL := /bin/bash
+unexport PYTHONDONTWRITEBYTECODE
+BIN := .venv/bin
+
+.PHONY: setup demo test lint unit lock clean
+
+setup:
+	@scripts/setup.sh
+
+demo: setup
+	@$(BIN)/hogwild demo
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: setup   # the tests that need no server
+	$(BIN)/python -m pytest -m "not vllm and not gpu" $(PYTEST_ARGS)
+
+# re-pin requirements.txt from pyproject.toml: names and versions only, whatever index or local folder they came from
+LOCK_ARGS ?= --torch-backend cpu
+lock: setup
+	$(BIN)/uv pip compile -q --upgrade --python $(BIN)/python $(LOCK_ARGS) pyproject.toml --extra cpu --extra demo --extra dev \
+	  --no-emit-package torch --no-header --no-annotate -o requirements.txt
+
+clean:
+	rm -rf .venv .demo dist

@@ -1,0 +1,1 @@
+"""The memory that daemon and server share, and how it changes hands."""

@@ -1,0 +1,71 @@
+"""What can go wrong, as a tree. Every message says what, where and what to do.
+
+    HogwildError                 exit 1
+    ├── ConfigError              exit 78 (EX_CONFIG: systemd must not restart on it)
+    ├── UsageError               exit 2
+    ├── ArenaError               shared memory or its hand-over failed
+    │   ├── ProtocolError        a peer spoke out of turn, or is not who it should be
+    │   └── VerificationError    the arena does not hold this model; carries every problem found
+    ├── ExampleError             one line of a spool file cannot be trained
+    ├── LedgerError              the ledger cannot be opened, or is not one
+    └── CheckpointError          a checkpoint could not be written or read
+"""
+
+from collections.abc import Sequence
+
+
+class HogwildError(Exception):
+    """Base of all errors that are meant for a person to read."""
+
+    exit_code = 1
+
+
+class ConfigError(HogwildError):
+    """The configuration is wrong; restarting will not help."""
+
+    exit_code = 78
+
+
+class UsageError(HogwildError):
+    """The command line is wrong."""
+
+    exit_code = 2
+
+
+class ArenaError(HogwildError):
+    """The shared memory could not be made, mapped or handed over."""
+
+
+class ProtocolError(ArenaError):
+    """The peer on the socket sent something that the protocol does not allow."""
+
+
+class VerificationError(ArenaError):
+    """The arena is not what the trainer expects. Lists every problem at once; nothing has been written."""
+
+    def __init__(self, summary: str, problems: Sequence[str]) -> None:
+        self.summary = summary
+        self.problems = list(problems)
+        super().__init__("\n  - ".join([f"{summary} ({len(self.problems)} found):", *self.problems]))
+
+
+class ExampleError(HogwildError):
+    """A line cannot become a training example.
+
+    Args:
+        reason: what is wrong and what would be right.
+        field: the JSON field at fault, if one is.
+    """
+
+    def __init__(self, reason: str, field: str | None = None) -> None:
+        self.reason = reason
+        self.field = field
+        super().__init__(f"{field}: {reason}" if field else reason)
+
+
+class LedgerError(HogwildError):
+    """The ledger cannot be used."""
+
+
+class CheckpointError(HogwildError):
+    """A checkpoint could not be written, or one on disk is not complete."""
