@@ -126,8 +126,8 @@ def _tokenize(
 ) -> list[list[int]]:
     """Tokenises a text in pieces that end exactly at the given characters.
 
-    The whole text is tokenised at once where its tokens break at every cut. Where one would span a cut (a newline
-    of the prompt and one of the answer, say), the pieces are tokenised apart, which is what serving does.
+    The whole text is tokenised at once where its tokens break at every cut. Where one would span a cut
+    (newlines on both sides, say), the pieces are tokenised apart, which is what serving does.
     """
     whole = list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
     pieces: list[list[int]] = []

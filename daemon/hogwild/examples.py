@@ -174,7 +174,7 @@ def _messages(value: Any) -> tuple[Message, ...]:
 
 
 def _check_content(message: Message, role: str, where: str) -> None:
-    """Text may be empty from a tool and in a silenced system prompt, absent when the assistant calls a tool."""
+    """Text may be empty from a tool and in a silenced system prompt, absent when a tool is called."""
     if "tool_calls" in message:
         if role != "assistant":
             raise ExampleError("only the assistant calls tools", f"{where}.tool_calls")
