@@ -35,7 +35,10 @@ def check(
     records: list[dict[str, object]] = []
     for path in files:
         if not path.name.endswith(SUFFIXES):
-            console.print(f"[yellow]{escape(str(path))}[/]: the spool takes only {', '.join(SUFFIXES)} files")
+            console.print(
+                f"[yellow]{escape(str(path))}[/]: the spool takes only {', '.join(SUFFIXES)} files",
+                highlight=False,
+            )
         try:
             records += _check_lines(
                 path,
@@ -48,7 +51,7 @@ def check(
             raise UsageError(f"{path}: cannot be read: {error}") from error
     good = sum(1 for record in records if record["ok"])
     style = "green" if good == len(records) else "red"
-    console.print(f"[{style}]{good} of {len(records)} lines will be trained[/]")
+    console.print(f"[{style}]{good} of {len(records)} lines will be trained[/]", highlight=False)
     return records
 
 
@@ -83,7 +86,7 @@ def _check_lines(
         where = escape(f"{path.name}:{line.line_no}")
         if reason is not None:
             what = f"{field}: {reason}" if field else reason
-            console.print(f"[red]err[/] {where} {escape(what)}")
+            console.print(f"[red]err[/] {where} {escape(what)}", highlight=False)
             yield {**record, "ok": False, "field": field, "reason": reason}
             continue
         counts = {}
@@ -92,7 +95,7 @@ def _check_lines(
             counts = {"tokens": len(encoded.ids), "trained_tokens": encoded.trained_tokens}
             text = render(encoded, tokenizer)
         shown = f" {counts['trained_tokens']} of {counts['tokens']} tokens trained" if counts else ""
-        console.print(f"[green]ok [/] {where}{shown}")
+        console.print(f"[green]ok [/] {where}{shown}", highlight=False)
         if text:
             console.print(text)
         yield {**record, "ok": True, **counts}

@@ -237,7 +237,15 @@ def _environment() -> Iterator[tuple[str, tuple[str, ...], Any]]:
             continue
         keys = tuple(name.removeprefix(ENV_PREFIX).lower().split("__"))
         if len(keys) > 1 or keys in set(field_paths()):
-            yield name, keys, tomllib.loads(f"v = {value}")["v"] if value.startswith("[") else value
+            yield name, keys, _array(value) if value.startswith("[") else value
+
+
+def _array(text: str) -> Any:
+    """`[0.9, 0.999]`, or the text itself, which pydantic then refuses."""
+    try:
+        return tomllib.loads(f"array = {text}")["array"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def _leaves(data: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
