@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from hogwild.encoding import encode_chat
 from hogwild.errors import ExampleError
-from hogwild.examples import Example, encode, parse_line
+from hogwild.examples import COMMON, Example, encode, parse_line
 
 CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}]
 
@@ -135,7 +135,18 @@ json_values = st.recursive(
     max_leaves=8,
 )
 names = st.sampled_from(
-    "messages prompt completion text id tags weight priority passes until_loss train_on tools role content".split()
+    [
+        *COMMON,
+        "messages",
+        "prompt",
+        "completion",
+        "text",
+        "train_on",
+        "tools",
+        "role",
+        "content",
+        "tool_calls",
+    ]
 )
 roles = st.sampled_from(["system", "user", "assistant", "tool", "developer", "bot"])
 messages = st.lists(st.dictionaries(names, json_values | roles, max_size=4), max_size=4)

@@ -222,6 +222,13 @@ class Ledger:
             return [self._record(db, one) for one in passes]
 
     def _record(self, db: Connection, one: Pass) -> Outcome:
+        trainable = (
+            "SELECT 1 FROM examples WHERE example_id = ? AND state IN ('accepted', 'trained', 'durable')"
+        )
+        if db.execute(trainable, (one.example_id,)).fetchone() is None:
+            raise LedgerError(
+                f"{self.path}: example {one.example_id} cannot be trained: it failed or is unknown"
+            )
         pass_id = db.execute(
             "INSERT INTO passes (example_id, at, loss_before, loss_after, tokens, step, thread, arena)"
             f" VALUES (?, {NOW}, ?, ?, ?, ?, ?, ?) RETURNING pass_id",
@@ -231,14 +238,9 @@ class Ledger:
         row = db.execute(
             "UPDATE examples SET passes_done = passes_done + 1, last_pass = ?, last_loss = ?,"
             " state = iif(passes_done + 1 >= passes OR coalesce(? <= until_loss, 0), 'trained', 'accepted')"
-            " WHERE example_id = ? AND state IN ('accepted', 'trained', 'durable')"
-            " RETURNING state, passes_done",
+            " WHERE example_id = ? RETURNING state, passes_done",
             (pass_id, loss, loss, one.example_id),
         ).fetchone()
-        if row is None:
-            raise LedgerError(
-                f"{self.path}: example {one.example_id} cannot be trained: it failed or is unknown"
-            )
         return Outcome(one.example_id, *row)
 
     def set_failed(self, example_id: int, reason: str) -> None:
