@@ -131,6 +131,22 @@ def test_kill_9_keeps_accepted_files_whole_and_forgets_half_read_ones(path):
         assert ledger.accept_file("half.jsonl", "2", [good("x")], passes=1).examples == 1
 
 
+KILLED_WHILE_SHOWING = """
+import os, signal, sys
+import hogwild.ledger
+hogwild.ledger.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_kill_9_right_after_the_commit_still_means_accepted(path):
+    script = KILLED_WHILE_SHOWING + KILLED_WHILE_ACCEPTING
+    child = subprocess.run([sys.executable, "-c", script, str(path)], timeout=60)
+    assert child.returncode == -signal.SIGKILL
+    with Ledger(path) as ledger:
+        assert ledger.counts().pending == 700
+        assert len(ledger.pending(1000)) == 700
+
+
 def test_trainers_record_while_a_long_file_is_being_accepted(ledger):
     drop(ledger, *[good(f"first {i}", i + 1) for i in range(20)])
     recorded = []

@@ -23,7 +23,7 @@ from hogwild.ledger_records import (
     Reset,
     State,
 )
-from hogwild.ledger_staging import discard, stage
+from hogwild.ledger_staging import discard, publish, recover, stage
 
 __all__ = [
     "BadLine",
@@ -53,12 +53,7 @@ class Ledger:
         self.path = path
         self._db = Database(path, readonly=readonly)
         if not readonly:
-            with self._db.read() as db:
-                half_read = [
-                    row[0] for row in db.execute("SELECT file_id FROM files WHERE state = 'staging'")
-                ]
-            for file_id in half_read:
-                discard(self._db, file_id)
+            recover(self._db)
 
     def __enter__(self) -> "Ledger":
         return self
@@ -85,7 +80,7 @@ class Ledger:
         """Takes over a file: all of it or, if `lines` raises or the process dies, nothing. Fsynced on return.
 
         Lines are staged in short transactions, so a million of them need little memory and trainers go on
-        recording; the last transaction makes them visible at once. Good lines are kept as they were written.
+        recording. Good lines are kept as they were written.
 
         Args:
             passes: for lines that do not say.
@@ -108,7 +103,6 @@ class Ledger:
         try:
             good = stage(self._db, file_id, lines, passes)
             with self._db.write(fsync=True) as db:
-                db.execute("UPDATE examples SET state = 'accepted' WHERE file_id = ?", (file_id,))
                 db.execute(
                     f"UPDATE files SET state = ?, accepted_at = {NOW} WHERE file_id = ?",
                     ("accepted" if good else "rejected", file_id),
@@ -116,6 +110,7 @@ class Ledger:
         except BaseException:
             discard(self._db, file_id)
             raise
+        publish(self._db, file_id)
         return self.file(file_id)
 
     def find_content(self, content_hash: str) -> FileRecord | None:

@@ -42,7 +42,7 @@ CREATE TABLE examples (
   last_loss   REAL,
   reason      TEXT,                      -- why it failed
   state       TEXT NOT NULL CHECK (state IN (
-                'staged',                --   its file is still being read
+                'staged',                --   its file is not all read, or not all shown yet
                 'accepted',              --   passes are still to be done
                 'trained',               --   all passes are in the live weights
                 'durable',               --   ... and in a checkpoint

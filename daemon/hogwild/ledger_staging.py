@@ -1,4 +1,9 @@
-"""Taking a file into the ledger a few hundred lines at a time, unseen until the last one is in."""
+"""Taking a file into the ledger in small transactions, so that trainers never wait long to record a pass.
+
+    staged (files: staging) --the file's own row becomes "accepted", fsynced--> ours --> visible to trainers
+
+Before that one commit the file is not ours and nothing of it counts; after it everything does.
+"""
 
 from collections.abc import Iterable, Sequence
 from sqlite3 import Connection
@@ -6,8 +11,9 @@ from sqlite3 import Connection
 from hogwild.ledger_db import Database
 from hogwild.ledger_records import BadLine, GoodLine
 
-BATCH_LINES = 500  # of one transaction: trainers never wait long for the lock
+BATCH_LINES = 500
 BATCH_BYTES = 4 * 1024 * 1024
+BATCH_UPDATES = 5000
 
 
 def stage(db: Database, file_id: int, lines: Iterable[GoodLine | BadLine], passes: int) -> int:
@@ -39,15 +45,46 @@ def stage(db: Database, file_id: int, lines: Iterable[GoodLine | BadLine], passe
     return total
 
 
+def publish(db: Database, file_id: int) -> None:
+    """Makes an accepted file's examples visible. After a crash, opening the ledger does the rest."""
+    while True:
+        with db.write(fsync=False) as connection:
+            changed = connection.execute(
+                "UPDATE examples SET state = 'accepted' WHERE example_id IN"
+                " (SELECT example_id FROM examples WHERE file_id = ? AND state = 'staged' LIMIT ?)",
+                (file_id, BATCH_UPDATES),
+            ).rowcount
+        if changed < BATCH_UPDATES:
+            return
+
+
 def discard(db: Database, file_id: int) -> None:
     """Forgets a file that was not read to its end. It is still in incoming/."""
-    with db.write(fsync=False) as connection:
-        query = "SELECT 1 FROM files WHERE file_id = ? AND state = 'staging'"
-        if connection.execute(query, (file_id,)).fetchone():
-            mine = "(SELECT example_id FROM examples WHERE file_id = ?)"
-            connection.execute(f"DELETE FROM lines WHERE example_id IN {mine}", (file_id,))
-            for table in ("examples", "rejected", "files"):
-                connection.execute(f"DELETE FROM {table} WHERE file_id = ?", (file_id,))
+    while True:
+        with db.write(fsync=False) as connection:
+            ours = connection.execute("SELECT state FROM files WHERE file_id = ?", (file_id,)).fetchone()
+            if ours != ("staging",):
+                return  # the commit had succeeded, whatever was raised after it
+            query = "SELECT example_id FROM examples WHERE file_id = ? AND state = 'staged' LIMIT ?"
+            ids = connection.execute(query, (file_id, BATCH_UPDATES)).fetchall()
+            connection.executemany("DELETE FROM lines WHERE example_id = ?", ids)
+            connection.executemany("DELETE FROM examples WHERE example_id = ?", ids)
+            if len(ids) < BATCH_UPDATES:
+                connection.execute("DELETE FROM rejected WHERE file_id = ?", (file_id,))
+                connection.execute("DELETE FROM files WHERE file_id = ?", (file_id,))
+                return
+
+
+def recover(db: Database) -> None:
+    """Finishes or forgets files that a crash left half-way."""
+    with db.read() as connection:
+        unread = connection.execute("SELECT file_id FROM files WHERE state = 'staging'").fetchall()
+    for (file_id,) in unread:
+        discard(db, file_id)
+    with db.read() as connection:
+        unseen = connection.execute("SELECT DISTINCT file_id FROM examples WHERE state = 'staged'").fetchall()
+    for (file_id,) in unseen:
+        publish(db, file_id)
 
 
 def _insert(connection: Connection, file_id: int, lines: Sequence[GoodLine], passes: int) -> None:
