@@ -1,14 +1,14 @@
 """What can go wrong, as a tree. Every message says what, where and what to do.
 
-    HogwildError                 exit 1
-    ├── ConfigError              exit 78 (EX_CONFIG: systemd must not restart on it)
-    ├── UsageError               exit 2
-    ├── ArenaError               shared memory or its hand-over failed
-    │   ├── ProtocolError        a peer spoke out of turn, or is not who it should be
-    │   └── VerificationError    the arena does not hold this model; carries every problem found
-    ├── ExampleError             one line of a spool file cannot be trained
-    ├── LedgerError              the ledger cannot be opened, or is not one
-    └── CheckpointError          a checkpoint could not be written or read
+HogwildError                 exit 1
+├── ConfigError              exit 78 (EX_CONFIG: systemd must not restart on it)
+├── UsageError               exit 2
+├── ArenaError               shared memory or its hand-over failed
+│   ├── ProtocolError        a peer spoke out of turn, or is not who it should be
+│   └── VerificationError    the arena does not hold this model; carries every problem found
+├── ExampleError             one line of a spool file cannot be trained
+├── LedgerError              the ledger cannot be opened, or is not one
+└── CheckpointError          a checkpoint could not be written or read
 """
 
 from collections.abc import Sequence
