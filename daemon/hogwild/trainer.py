@@ -32,6 +32,11 @@ class Progress:
         self._lock = threading.Lock()  # around a counter, not around weights
         self.steps = control.steps
 
+    def resume(self, steps: int) -> None:
+        """Go on counting from a checkpoint's step."""
+        with self._lock:
+            self.steps = self._control.steps = steps
+
     def advance(self) -> int:
         """Count one finished step and return its number, from 1."""
         with self._lock:

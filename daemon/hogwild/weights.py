@@ -13,6 +13,7 @@ The memory model, once and for all:
                  address. Also writing anything before `verify_bits` has passed on a fresh arena.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,19 @@ def verify_bits(weights: Weights, folder: Path) -> None:
         raise VerificationError(
             f"the server's weights, loaded from {layout.source.path}, are not the model in {folder}", problems
         )
+
+
+def digest(folder: Path) -> str:
+    """sha256 over the names and bits of all tensors of the checkpoint in `folder`: which model it is.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged.
+    """
+    total = hashlib.sha256()
+    for name, tensor in read_tensors(folder):
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        total.update(tensor.contiguous().view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def load_arena(folder: Path) -> Arena:
