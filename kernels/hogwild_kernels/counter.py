@@ -1,8 +1,10 @@
-"""The counter-based random generator: every random number is a pure function of (seed, weight name, counter, index).
+"""The counter-based random generator: every random number is a pure function of (seed, weight name,
+counter, index).
 
-Nothing is ever stored or carried from call to call, so a thread, a GPU block or a test can compute any number of
-the stream alone. All arithmetic is on 32-bit words, so that torch, Numba and Triton give the same bits. The two mixing
-multipliers and shifts are those of Chris Wellons' `lowbias32` (public domain), with the second key injected between the rounds.
+Nothing is ever stored or carried from call to call, so a thread, a GPU block or a test can compute any
+number of the stream alone. All arithmetic is on 32-bit words, so that torch, Numba and Triton give the same
+bits. The two mixing multipliers and shifts are those of Chris Wellons' `lowbias32` (public domain), with
+the second key injected between the rounds.
 
     words(i; a, b) = round2(round1(i + a) ^ b)
 
@@ -43,13 +45,15 @@ def mix32(x: int) -> int:
 
 
 def name_key(seed: int, name: str) -> tuple[int, int]:
-    """Two 32-bit words for one weight. A hash of the name: two weights of the same shape never share a projection."""
+    """Two 32-bit words for one weight. A hash of the name: two weights of the same shape never share a
+    projection."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
 def subkey(key: tuple[int, int], purpose: int, counter: int, seed: int = 0) -> tuple[int, int]:
-    """The pair (a, b) of one stream. Only 32-bit words, because the Triton kernel derives it from a device-side step."""
+    """The pair (a, b) of one stream. Only 32-bit words, because the Triton kernel derives it from a
+    device-side step."""
     inner = mix32((mix32(counter + purpose) + seed) & MASK)
     a = mix32(key[0] ^ inner)
     b = mix32((key[1] + a) & MASK)

@@ -1,14 +1,15 @@
 """The whole APOLLO step in plain PyTorch, any float type: the truth that every kernel is tested against.
 
-Source: Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", arXiv:2412.05270v4, written from its mathematics.
-[Eq. k] are the paper's equations, [Alg. 1] its listing, (k) the steps of the list below.
+Source: Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", arXiv:2412.05270v4, written from its
+mathematics. [Eq. k] are the paper's equations, [Alg. 1] its listing, (k) the steps of the list below.
 
     (1) P ~ N(0, 1/r), redrawn every `gap` steps                                            [Alg. 1]
     (2) R = P G  (m < n, channels are columns)   or   R = G P^T  (m >= n, channels are rows) [Eq. 3]
     (3) M <- b1 M + (1 - b1) R;  V <- b2 V + (1 - b2) R^2;  N = M / (sqrt(V) + eps)          [Eq. 3]
     (4) s_j = |N_j| / |R_j| per channel, or s = |N| / |R| for the tensor (rank 1)            [Eq. 4, Sec. 4.2]
     (5) U = G diag(s)   or   diag(s) G                                                       [Eq. 5]
-    (6) U <- U / L with L = max(|U| / phi, gamma) / gamma;  phi <- |U|                       [norm-growth limiter]
+    (6) U <- U / L with L = max(|U| / phi, gamma) / gamma;  phi <- |U|                       [norm-growth
+    limiter]
     (7) W <- W - lr sqrt(1 - b2^t) / (1 - b1^t) sqrt(alpha) U;  W <- (1 - lr wd) W           [Alg. 1]
 
 Two forms of the same step:
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from . import counter
+from .config import AdamConfig, ApolloConfig
 from .rounding import round_to
 from .state import AdamState, ApolloState, UpdateResult
 
@@ -41,23 +43,27 @@ def published_step(
     weight: Tensor,  # (m, n), updated in place
     gradient: Tensor,  # (m, n) G
     state: ApolloState,
+    config: ApolloConfig | None = None,  # instead of the state's own; rank, gap and seed stay the state's
     *,
     lr: float | None = None,
     seed: int = 0,
     projection: Tensor | None = None,  # (rank, min(m, n)) instead of the generated P
 ) -> UpdateResult:
-    """The step from a gradient matrix, as published (with this project's departures where the config asks)."""
+    """The step from a gradient matrix, as published (with this project's departures where the config
+    asks)."""
+    config = config or state.config
     m, n = state.shape
     g = gradient.to(state.exp_avg.dtype)
     p = _projection(state, projection)
     r = p @ g if m < n else g @ p.T  # (2)
     squares = g.square().sum(0 if m < n else 1)  # |G_j|^2
-    s, coefficient = _scales(state, r, squares, lr)
-    if s is None:
-        return _skip(state)
+    scaled = _scales(state, config, r, squares, lr)
+    if scaled is None:
+        return skip(state)
+    s, coefficient = scaled
     update = g * s if m < n else s[:, None] * g  # (5)
     w = _wide(weight) - coefficient.step * update  # (6) (7)
-    weight.copy_(_rounded(weight, w * coefficient.keep, state, coefficient.step_count, seed, row=0))
+    weight.copy_(_rounded(weight, w * coefficient.keep, state, config, coefficient.step_count, seed, row=0))
     return UpdateResult(coefficient.norm, skipped=False)
 
 
@@ -66,24 +72,28 @@ def factored_step(
     x: Tensor,  # (T, n) layer input of the T trained tokens
     d: Tensor,  # (T, m) gradient of the layer output
     state: ApolloState,
+    config: ApolloConfig | None = None,
     *,
     lr: float | None = None,
     seed: int = 0,
     projection: Tensor | None = None,
 ) -> UpdateResult:
-    """The same step from the two factors of G = D^T X. The largest temporary is a tile of rows of the weight."""
+    """The same step from the two factors of G = D^T X. The largest temporary is a tile of rows of the
+    weight."""
+    config = config or state.config
     m, n = state.shape
     dtype = state.exp_avg.dtype
     x, d = x.to(dtype), d.to(dtype)
     p = _projection(state, projection)
     r = (d @ p.T).T @ x if m < n else d.T @ (x @ p.T)  # (2) P D^T X  or  D^T X P^T
-    if m < n:
-        squares = ((d @ d.T) @ x).mul_(x).sum(0)  # |G_:j|^2 = x_j^T (D D^T) x_j
-    else:
-        squares = ((x @ x.T) @ d).mul_(d).sum(0)  # |G_i:|^2 = d_i^T (X X^T) d_i
-    s, coefficient = _scales(state, r, squares.clamp_(min=0), lr)
-    if s is None:
-        return _skip(state)
+    inner, outer = (d, x) if m < n else (x, d)
+    squares = (
+        ((inner @ inner.T) @ outer).mul_(outer).sum(0)
+    )  # |G_:j|^2 = x_j^T (D D^T) x_j, or with X and D swapped
+    scaled = _scales(state, config, r, squares.clamp_(min=0), lr)
+    if scaled is None:
+        return skip(state)
+    s, coefficient = scaled
     if m < n:
         x = x * s  # (5) G diag(s) = D^T (X diag(s))
     else:
@@ -92,7 +102,7 @@ def factored_step(
     for top in range(0, m, rows):
         tile = weight[top : top + rows]
         w = _wide(tile) - coefficient.step * (d[:, top : top + rows].T @ x)  # (6) (7)
-        tile.copy_(_rounded(tile, w * coefficient.keep, state, coefficient.step_count, seed, row=top))
+        tile.copy_(_rounded(tile, w * coefficient.keep, state, config, coefficient.step_count, seed, row=top))
     return UpdateResult(coefficient.norm, skipped=False)
 
 
@@ -100,17 +110,18 @@ def adam_step(
     weight: Tensor,  # any shape, updated in place
     gradient: Tensor,  # same shape
     state: AdamState,
+    config: AdamConfig | None = None,
     *,
     lr: float | None = None,
     seed: int = 0,
 ) -> UpdateResult:
     """AdamW in the dtype of the moments (fp32), rounded once on the way to the weight."""
-    config = state.config
+    config = config or state.config
     rate = config.lr if lr is None else lr
     b1, b2 = config.betas
     g = gradient.to(state.exp_avg.dtype)
     if not bool(g.isfinite().all()):
-        return _skip(state)
+        return skip(state)
     step = state.step
     state.exp_avg.mul_(b1).add_(g, alpha=1 - b1)
     state.exp_avg_sq.mul_(b2).addcmul_(g, g, value=1 - b2)
@@ -118,7 +129,7 @@ def adam_step(
     update = (state.exp_avg / root).mul_(rate / (1 - b1 ** (step + 1)))
     state.counts[0] = step + 1
     w = _wide(weight) * (1 - rate * config.weight_decay) - update
-    weight.copy_(_rounded(weight, w, state, step, seed, row=0))
+    weight.copy_(_rounded(weight, w, state, config, step, seed, row=0))
     return UpdateResult(float(update.norm()), skipped=False)
 
 
@@ -135,41 +146,44 @@ class Coefficients:
 
 
 def _scales(
-    state: ApolloState, r: Tensor, squares: Tensor, lr: float | None
-) -> tuple[Tensor | None, Coefficients]:
-    """Steps (3), (4) and (6) from R and |G_j|^2. Touches no state when anything is not finite (first result None)."""
-    config = state.config
+    state: ApolloState, config: ApolloConfig, r: Tensor, squares: Tensor, lr: float | None
+) -> tuple[Tensor, Coefficients] | None:
+    """Steps (3), (4) and (6) from R and |G_j|^2. None, and no state touched, when anything is not finite."""
     m, n = state.shape
     axis = 0 if m < n else 1
-    if not bool(torch.isfinite(r.sum() + squares.sum())):
-        return None, Coefficients(0.0, 1.0, 0.0, 0)
     b1, b2 = config.betas
     mean = b1 * state.exp_avg + (1 - b1) * r  # (3)
     square = b2 * state.exp_avg_sq + (1 - b2) * r * r  # (3)
     normal = mean / (square.sqrt() + config.eps)  # (3)
     if state.rank == 1:
-        s = (normal.norm() / (r.norm() + NORM_EPS)).expand(state.channels)  # (4) tensor-wise
+        s = (normal.norm() / (r.norm() + NORM_EPS)).repeat(state.channels)  # (4) tensor-wise
     else:
         s = normal.norm(dim=axis) / (r.norm(dim=axis) + NORM_EPS)  # (4) channel-wise
     length = float((s.square() * squares).sum().sqrt())  # |U|, before U exists
-    if not math.isfinite(length):
-        return None, Coefficients(0.0, 1.0, 0.0, 0)
+    if not (math.isfinite(length) and bool(torch.isfinite(r.square().sum()))):
+        return None
     state.exp_avg.copy_(mean)
     state.exp_avg_sq.copy_(square)
+    return s, coefficients(state, config, length, config.lr if lr is None else lr)
+
+
+def coefficients(state: ApolloState, config: ApolloConfig, length: float, lr: float) -> Coefficients:
+    """Step (6) and the scalars of (7) from |U|; advances phi and the step count."""
+    b1, b2 = config.betas
     limit, phi = limiter(length, float(state.norm), config.gamma, config.limiter_floor)  # (6)
     state.norm.fill_(phi)
-    step_count = state.step
-    state.counts[0] = step_count + 1
-    t = step_count + 1
-    rate = config.lr if lr is None else lr
-    step = rate * math.sqrt(1 - b2**t) / (1 - b1**t) * math.sqrt(state.alpha) / limit  # (7)
-    return s, Coefficients(step, 1 - rate * config.weight_decay, step * length, step_count)
+    done = state.step
+    state.counts[0] = t = done + 1
+    alpha = config.alpha(min(state.shape), state.rank)
+    step = lr * math.sqrt(1 - b2**t) / (1 - b1**t) * math.sqrt(alpha) / limit  # (7)
+    return Coefficients(step, 1 - lr * config.weight_decay, step * length, done)
 
 
 def limiter(length: float, phi: float, gamma: float, floor: float) -> tuple[float, float]:
     """Step (6): the divisor L and the next phi, from |U| and the previous phi (0: no update seen yet).
 
-    A departure from the paper: phi falls at most to `floor` of itself per step, and an all-zero update leaves it alone.
+    A departure from the paper: phi falls at most to `floor` of itself per step, and an all-zero update
+    leaves it alone.
     """
     if gamma == 0.0 or length == 0.0:
         return 1.0, phi
@@ -184,7 +198,8 @@ def _projection(state: ApolloState, given: Tensor | None) -> Tensor:
     return p.to(state.exp_avg.dtype)
 
 
-def _skip(state: ApolloState | AdamState) -> UpdateResult:
+def skip(state: ApolloState | AdamState) -> UpdateResult:
+    """Counts an update that the non-finite guard stopped."""
     state.counts[1] += 1
     return UpdateResult(0.0, skipped=True)
 
@@ -194,11 +209,17 @@ def _wide(weight: Tensor) -> Tensor:
 
 
 def _rounded(
-    tile: Tensor, values: Tensor, state: ApolloState | AdamState, step: int, seed: int, row: int
+    tile: Tensor,
+    values: Tensor,
+    state: ApolloState | AdamState,
+    config: ApolloConfig | AdamConfig,
+    step: int,
+    seed: int,
+    row: int,
 ) -> Tensor:
     """`values` in the weight's type. The counter of an element is its place in the contiguous weight."""
     random = None
-    if state.config.rounding == "stochastic" and tile.dtype in (torch.bfloat16, torch.float16):
+    if config.rounding == "stochastic" and tile.dtype in (torch.bfloat16, torch.float16):
         a, b = counter.subkey(state.key, counter.ROUNDING, step, seed)
         width = tile.shape[-1] if tile.dim() > 1 else 1
         first = row * width

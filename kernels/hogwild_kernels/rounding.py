@@ -1,14 +1,16 @@
-"""Rounding an fp32 result to a bf16 or fp16 weight, in plain PyTorch: the truth that the kernels are tested against.
+"""Rounding an fp32 result to a bf16 or fp16 weight, in plain PyTorch: the truth that the kernels are tested
+against.
 
-A bf16 number is the upper half of an fp32 number. Adding 16 random bits to the lower half and dropping it rounds up
-with probability lower / 65536, which is exactly the distance to the number below in units of the gap:
+A bf16 number is the upper half of an fp32 number. Adding 16 random bits to the lower half and dropping it
+rounds up with probability lower / 65536, which is exactly the distance to the number below in units of the
+gap:
 
     fp32   s eeeeeeee mmmmmmm|llllllllllllllll     value = bf16 below + l / 65536 of one gap
         +                     rrrrrrrrrrrrrrrr     carries into the upper half with probability l / 65536
     bf16   s eeeeeeee mmmmmmm                      mean = value; l = 0 never carries, so exact values stay
 
-The bits are magnitude and sign, so it is symmetric in sign, and a carry out of the mantissa is the next power of two.
-fp16 has 10 mantissa bits (13 are dropped) and gaps of 2^-24 below 2^-14.
+The bits are magnitude and sign, so it is symmetric in sign, and a carry out of the mantissa is the next
+power of two. fp16 has 10 mantissa bits (13 are dropped) and gaps of 2^-24 below 2^-14.
 """
 
 from __future__ import annotations

@@ -1,21 +1,25 @@
-"""What the optimizers remember between steps: one object per weight, shared by every trainer thread without locks.
+"""What the optimizers remember between steps: one object per weight, shared by every trainer thread without
+locks.
 
 The memory model, written once
 ------------------------------
-Each thread runs the whole step for one weight: read M, V, phi and the step count, write them, write the weight.
-Nothing is locked, so two threads that update the same weight at the same moment may interleave. Allowed:
+Each thread runs the whole step for one weight: read M, V, phi and the step count, write them, write the
+weight. Nothing is locked, so two threads that update the same weight at the same moment may interleave.
+Allowed:
 
 - one thread's write to an element of M, V or the weight replaces another's (that element misses one update),
 - a step count that counts two simultaneous steps once, and rounding bits that are used twice,
 - phi from either thread, and M and V that mix two steps or, at a projection change, two projections.
 
 Each of these perturbs one step by no more than dropping or delaying a gradient would, which is what HOGWILD!
-already assumes (docs/why-it-converges.md). Forbidden, and not possible here: replacing, resizing or re-typing a
-tensor. Every field is written in place and aligned loads and stores of these sizes do not tear within an element.
+already assumes (docs/why-it-converges.md). Forbidden, and not possible here: replacing, resizing or
+re-typing a tensor. Every field is written in place and aligned loads and stores of these sizes do not tear
+within an element.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +28,15 @@ from torch import Tensor
 from . import counter
 from .config import AdamConfig, ApolloConfig
 
+BuildProjection = Callable[[tuple[int, int], int, int, int], Tensor]
+"""(name key, epoch, rank, size) -> P (rank, size) fp32: `counter.projection`, or a faster one with the same
+bits."""
+
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What one update did. On CUDA both fields are 0-d device tensors: reading them is the caller's synchronisation."""
+    """What one update did. On CUDA both fields are 0-d device tensors: reading them is the caller's
+    synchronisation."""
 
     norm: float | Tensor
     """|dW| of the gradient part of the update (without weight decay), before rounding. 0 when skipped."""
@@ -82,18 +91,13 @@ class ApolloState:
         """Which projection the next step uses."""
         return self.step // self.config.gap
 
-    @property
-    def alpha(self) -> float:
-        """The published scale: what sqrt multiplies the update."""
-        return self.config.scale if self.config.scale is not None else min(self.shape) / self.rank
-
-    def projection(self) -> Tensor:
+    def projection(self, build: BuildProjection = counter.projection) -> Tensor:
         """P (rank, min(m, n)) fp32 of the current epoch; regenerated when the epoch changes, never saved."""
         epoch = self.epoch
         held = self._projection
         if held is None or held[0] != epoch:
             # Both fields are replaced by one reference assignment, so a reader sees an old or a new pair.
-            held = (epoch, counter.projection(self.key, epoch, self.rank, min(self.shape), self.norm.device))
+            held = (epoch, build(self.key, epoch, self.rank, min(self.shape)).to(self.norm.device))
             self._projection = held
         return held[1]
 
@@ -107,7 +111,8 @@ class ApolloState:
         }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Copy saved tensors in, bit for bit. ValueError lists everything that does not fit; then nothing is loaded."""
+        """Copy saved tensors in, bit for bit. ValueError lists everything that does not fit; then nothing
+        is loaded."""
         _load(self.name, self.tensors(), tensors)
 
 
