@@ -28,7 +28,7 @@ def _fits_sockaddr(socket: Path) -> Path:
     length = len(os.fsencode(socket))
     if length > SUN_PATH_BYTES:
         raise ValueError(
-            f"{socket} is {length} bytes long and Unix sockets allow {SUN_PATH_BYTES}; set `socket` to a shorter path"
+            f"{socket} is {length} bytes long, Unix sockets allow {SUN_PATH_BYTES}; choose a shorter path"
         )
     return socket
 
