@@ -16,7 +16,7 @@ from hogwild.arena.client import Arena
 from hogwild.config import Config
 from hogwild.curriculum import Curriculum
 from hogwild.errors import ExampleError
-from hogwild.ledger import Ledger, Pending
+from hogwild.ledger import Ledger, Pass, Pending
 from hogwild.trainer import Progress, StepResult, Trainer
 from hogwild.weights import Weights
 
@@ -167,32 +167,35 @@ class Learner:
 
     def _turn(self, trainer: Trainer, index: int, pending: Pending) -> None:
         """Take, forward, backward and update, record: one pass of one example."""
-        finished = False
+        finished = True
         try:
+            example = pending.example()
             try:
                 with self._tokenizing:
                     encoded = examples.encode(
-                        pending.example,
+                        example,
                         self.tokenizer,
                         max_tokens=self.config.training.max_tokens,
                         train_on=self.config.training.train_on,
                     )
             except ExampleError as error:
-                self.ledger.set_failed(pending.id, error)
+                self.ledger.set_failed(pending.example_id, str(error))
                 log.warning("example.failed", **_who(pending), reason=error.reason, field=error.field)
-                finished = True
                 return
-            result = trainer.step(encoded, pending.example.weight)
+            result = trainer.step(encoded, example.weight)
             loss_after = trainer.loss(encoded) if _wants_loss_after(pending) else None
-            finished = self.ledger.record_pass(
-                pending.id,
-                loss_before=result.loss,
-                loss_after=loss_after,
-                tokens=result.tokens,
-                step=result.step,
-                thread=index,
-                arena_id=self.arena.control.arena_id,
+            outcome = self.ledger.record_pass(
+                Pass(
+                    pending.example_id,
+                    loss_before=result.loss,
+                    loss_after=loss_after,
+                    tokens=result.tokens,
+                    step=result.step,
+                    thread=index,
+                    arena_id=self.arena.control.arena_id,
+                )
             )
+            finished = outcome.state != "accepted"
             self._recent = [list(encoded.ids), *self._recent[: _RECENT - 1]]
             self._report(pending, index, result, loss_after, finished)
         finally:
@@ -218,11 +221,11 @@ class Learner:
 
 
 def _who(pending: Pending) -> dict[str, Any]:
-    return {"id": pending.example.id or str(pending.id), "file": pending.file, "line": pending.line}
+    return {"id": pending.name or str(pending.example_id), "file": pending.file, "line": pending.line_no}
 
 
 def _wants_loss_after(pending: Pending) -> bool:
     """A forward pass more: after the last pass, and wherever a target loss decides how many passes there are."""
-    return pending.example.until_loss is not None or pending.passes_done + 1 >= pending.passes
+    return pending.until_loss is not None or pending.passes_done + 1 >= pending.passes
 
 

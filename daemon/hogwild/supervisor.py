@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class Supervisor:
             spool=str(self.config.spool.dir / "incoming"),
             socket=str(self.config.socket),
             state=str(self.config.state_dir),
-            queued=self.ledger.counts().get("accepted", 0),
+            queued=self.ledger.counts().pending,
         )
         self.hub.start()
         spooling = threading.Event()
@@ -170,14 +171,21 @@ class Supervisor:
             )  # fmt: skip
         self.ledger.set_meta("base_digest", base)
         self.ledger.set_meta("base_path", str(learner.folder))
-        undone = self.ledger.reset_to_durable()
-        if undone:
-            log.warning("ledger.requeued", passes=undone, reason="the weights they were trained into are gone")
         current = self.checkpoints.current()
-        if current is None:
-            return None
-        learner.restore(current)
-        return str(current)
+        if current is not None:
+            state = checkpoint.read_state(current)
+            if state["ledger_position"] > self.ledger.durable_marker():  # killed between the two
+                self.ledger.complete_checkpoint(state["ledger_position"], state["step"], str(current))
+            learner.restore(current)
+        undone = self.ledger.reset_to_durable(None if current is not None else 0)
+        if undone.passes_undone:
+            log.warning(
+                "ledger.requeued",
+                passes=undone.passes_undone,
+                examples=undone.examples_reopened,
+                reason="the weights that they were trained into are gone",
+            )
+        return str(current) if current is not None else None
 
     def _on_session(self, server: dict[str, Any], begins: bool) -> None:
         if begins:
@@ -214,7 +222,7 @@ class Supervisor:
         )
         if not learner.training:
             learner.start()
-            log.info("training.started", threads=self.config.training.threads, **self.ledger.counts())
+            log.info("training.started", threads=self.config.training.threads, **asdict(self.ledger.counts()))
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -299,7 +307,7 @@ class Supervisor:
             "training": learner.training,
             "server": self._server,
             "saved_step": self._saved_step,
-            **self.ledger.counts(),
+            **asdict(self.ledger.counts()),
         }
         path = self.config.state_dir / "status.json"
         fresh = path.with_suffix(".tmp")
