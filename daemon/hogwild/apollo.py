@@ -3,9 +3,17 @@
 from collections.abc import Mapping
 
 import torch
-from hogwild_kernels import AdamConfig, AdamState, ApolloConfig, ApolloState, UpdateResult, adam_update, apollo_update
 
 from hogwild.config import OptimizerConfig
+from hogwild_kernels import (
+    AdamConfig,
+    AdamState,
+    ApolloConfig,
+    ApolloState,
+    UpdateResult,
+    adam_update,
+    apollo_update,
+)
 
 
 class Optimizer:
@@ -42,11 +50,15 @@ class Optimizer:
         """One APOLLO step; `seed` varies the rounding between threads."""
         state = self._states.get(name)
         if state is None:
-            state = self._states.setdefault(name, ApolloState(name, tuple(weight.shape), self.apollo_config))
+            state = self._states.setdefault(
+                name, ApolloState(name, (weight.shape[0], weight.shape[1]), self.apollo_config)
+            )
         assert isinstance(state, ApolloState)
         return apollo_update(weight, x, d, state, seed=seed)
 
-    def update_small(self, name: str, weight: torch.Tensor, gradient: torch.Tensor, seed: int) -> UpdateResult:
+    def update_small(
+        self, name: str, weight: torch.Tensor, gradient: torch.Tensor, seed: int
+    ) -> UpdateResult:
         """One Adam step of a norm, a bias or a 3-D convolution weight."""
         state = self._states.get(name)
         if state is None:

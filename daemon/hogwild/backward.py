@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hogwild_kernels import UpdateResult
 from transformers import PreTrainedModel
 
 from hogwild.apollo import Optimizer
+from hogwild_kernels import UpdateResult
 
 OnUpdate = Callable[[str, UpdateResult], None]
 
@@ -20,15 +20,13 @@ class _UpdatedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]  # torch types the arguments as *args
-        ctx: Any, x: torch.Tensor, layer: "TrainedLinear"
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, layer: "TrainedLinear") -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.layer = layer
         return torch.nn.functional.linear(x, layer.weight, layer.bias)
 
     @staticmethod
-    def backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor, None]:
         (x,) = ctx.saved_tensors
         layer: TrainedLinear = ctx.layer
         dx = d @ layer.weight
@@ -88,7 +86,9 @@ def train_in_backward(
                 frozen[weight] = "not in the arena"
             else:
                 parent, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, TrainedLinear(name, module, optimizer, seed, on_update))
+                setattr(
+                    model.get_submodule(parent), leaf, TrainedLinear(name, module, optimizer, seed, on_update)
+                )
         elif not isinstance(module, TrainedLinear):
             for leaf, parameter in module.named_parameters(recurse=False):
                 full = f"{name}.{leaf}" if name else leaf
@@ -114,4 +114,4 @@ def _train_small(
         p.grad = None
 
     parameter.requires_grad_(True)
-    parameter.register_post_accumulate_grad_hook(apply)
+    parameter.register_post_accumulate_grad_hook(apply)  # type: ignore[no-untyped-call]  # torch leaves it untyped

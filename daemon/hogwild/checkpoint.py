@@ -1,6 +1,6 @@
 """Checkpoints: complete Hugging Face folders, replaced atomically, with what training needs to go on beside them.
 
-    <root>/step-00000120/            model.safetensors, config.json, tokenizer ...: what `vllm serve` and transformers load
+    <root>/step-00000120/            model.safetensors, config.json, tokenizer: what `vllm serve` and transformers load
                         hogwild/     optimizer.safetensors, state.json (step, ledger position, base model, versions)
     <root>/current -> step-00000120  a symbolic link, swapped by rename
 
@@ -46,7 +46,9 @@ class Checkpoints:
             for leftover in root.glob(f"{_UNFINISHED}*"):
                 leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
         except OSError as error:
-            raise CheckpointError(f"cannot keep checkpoints in {root} as user {os.geteuid()}: {error}") from error
+            raise CheckpointError(
+                f"cannot keep checkpoints in {root} as user {os.geteuid()}: {error}"
+            ) from error
 
     def current(self) -> Path | None:
         """The newest complete checkpoint, or None."""
@@ -74,7 +76,9 @@ class Checkpoints:
             for file in weight_files(base):
                 _write_tensors(unfinished / file, _tensors_of(base / file, weights))
             _write_tensors(unfinished / "hogwild" / "optimizer.safetensors", dict(optimizer))
-            _write_bytes(unfinished / "hogwild" / "state.json", json.dumps(dict(state), indent=2).encode() + b"\n")
+            _write_bytes(
+                unfinished / "hogwild" / "state.json", json.dumps(dict(state), indent=2).encode() + b"\n"
+            )
             _fsync(unfinished / "hogwild")
             _fsync(unfinished)
             if final.exists():  # the same step was saved before: nothing has been trained since
@@ -122,7 +126,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; this is not a complete hogwild checkpoint") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error}; this is not a complete hogwild checkpoint"
+        ) from error
     if not isinstance(state, dict) or not isinstance(state.get("step"), int):
         raise CheckpointError(f"{path} holds no step; this is not a complete hogwild checkpoint")
     return state
@@ -136,7 +142,8 @@ def read_optimizer(folder: Path) -> dict[str, torch.Tensor]:
     """
     path = folder / "hogwild" / "optimizer.safetensors"
     try:
-        return load_file(path)
+        tensors: dict[str, torch.Tensor] = load_file(path)
+        return tensors
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 

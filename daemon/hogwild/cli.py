@@ -22,7 +22,8 @@ app = typer.Typer(
 )
 
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", envvar="HOGWILD_CONFIG", help="TOML file; see config/hogwild.toml.")
+    Path | None,
+    typer.Option("--config", "-c", envvar="HOGWILD_CONFIG", help="TOML file; see config/hogwild.toml."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -65,7 +66,9 @@ def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     try:
         data = json.loads(path.read_text())
     except FileNotFoundError:
-        raise HogwildError(f"no daemon has written {path} yet: is it running, with this configuration?") from None
+        raise HogwildError(
+            f"no daemon has written {path} yet: is it running, with this configuration?"
+        ) from None
     data["alive"] = Path(f"/proc/{data['pid']}").exists()
     if as_json:
         typer.echo(json.dumps(data))
@@ -91,8 +94,12 @@ def checkpoint(config: ConfigOption = None) -> None:
 
 @app.command()
 def demo(
-    model: Annotated[Path | None, typer.Option(help="Folder of a chat model; default: SmolLM2-135M-Instruct.")] = None,
-    folder: Annotated[Path, typer.Option("--dir", help="Where the demo keeps its model and its run.")] = Path(".demo"),
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a chat model; default: SmolLM2-135M-Instruct.")
+    ] = None,
+    folder: Annotated[Path, typer.Option("--dir", help="Where the demo keeps its model and its run.")] = Path(
+        ".demo"
+    ),
 ) -> None:
     """Watch a real vLLM server learn a file while it serves."""
     from rich.console import Console

@@ -103,7 +103,9 @@ class Demo:
     def _start(self) -> None:
         state = self.run_dir / "state"
         config = self.run_dir / "hogwild.toml"
-        config.write_text(f"state_dir = {json.dumps(str(state))}\nsocket = {json.dumps(str(_socket_path(self.run_dir)))}\n")
+        config.write_text(
+            f"state_dir = {json.dumps(str(state))}\nsocket = {json.dumps(str(_socket_path(self.run_dir)))}\n"
+        )
         hogwild = [sys.executable, "-m", "hogwild"]
         environment = {**os.environ, "HOGWILD_CONFIG": str(config)}
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -149,7 +151,7 @@ class Demo:
                     progress.update(
                         task,
                         completed=trained,
-                        description=f"learning: {len(steps)} steps, mean loss {sum(recent) / len(recent):.2f}, examples",
+                        description=f"learning: {len(steps)} steps, loss {sum(recent) / len(recent):.2f}, examples",
                     )
                 if changed is None and steps and answered():
                     changed = time.monotonic()
@@ -158,7 +160,9 @@ class Demo:
                     return changed if changed is not None else (time.monotonic() if answered() else None)
                 self._still_alive()
                 time.sleep(1.0)
-        raise HogwildError(f"not everything was trained within {_LEARN_TIMEOUT_S} s; see {self.run_dir}/daemon.log")
+        raise HogwildError(
+            f"not everything was trained within {_LEARN_TIMEOUT_S} s; see {self.run_dir}/daemon.log"
+        )
 
     def _ask_all(self, items: Sequence[dict[str, Any]]) -> list[str]:
         """The ordinary OpenAI client, as any user of the server has it."""
@@ -196,7 +200,9 @@ class Demo:
         for name, process in (("daemon", self.daemon), ("server", self.server)):
             if process is not None and process.poll() is not None:
                 tail = (self.run_dir / f"{name}.log").read_text(errors="replace")[-2000:]
-                raise HogwildError(f"the {name} ended with exit code {process.returncode}; its last words:\n{tail}")
+                raise HogwildError(
+                    f"the {name} ended with exit code {process.returncode}; its last words:\n{tail}"
+                )
 
     def _stop(self) -> dict[str, int | None]:
         """The daemon first: it writes a last checkpoint. Both get the signal that systemd would send."""
@@ -224,7 +230,12 @@ def _right(item: dict[str, Any], answer: str) -> bool:
 def _spawn(command: Sequence[str], environment: dict[str, str], out: IO[bytes]) -> "subprocess.Popen[bytes]":
     """In a process group of its own, so that a Ctrl-C in the terminal reaches only the demo, which stops both."""
     return subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 

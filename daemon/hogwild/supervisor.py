@@ -52,7 +52,10 @@ class Supervisor:
         self.checkpoints = Checkpoints(config.state_dir / "checkpoints", config.checkpoint.keep)
         self.curriculum = Curriculum(self.ledger)
         self.spool = Spool(
-            config.spool, self.ledger, passes=config.training.passes, on_accepted=self.curriculum.wake
+            config.spool,
+            self.ledger,
+            passes=config.training.passes,
+            on_accepted=lambda _file: self.curriculum.wake(),
         )
         self.hub = Hub(config.socket, self._on_offer, self._on_session)
         self.learner: Learner | None = None
@@ -199,7 +202,9 @@ class Supervisor:
         """*Served equals trained*; training starts when it holds, and stops when it does not."""
         learner = self.learner
         assert learner is not None
-        server = served.Server(self.config.server.url or self._server.get("url", ""), self.config.server.api_key_env)
+        server = served.Server(
+            self.config.server.url or self._server.get("url", ""), self.config.server.api_key_env
+        )
         if not server.ready():
             return  # still starting, or gone: asked again in the next turn, or when it comes back
         self._must_check = False
@@ -259,7 +264,9 @@ class Supervisor:
         code, learner = 0, self.learner
         if learner is not None:
             if not learner.stop(_STOP_TIMEOUT_S):
-                log.error("daemon.failed", error=f"a trainer thread did not end within {_STOP_TIMEOUT_S:.0f} s")
+                log.error(
+                    "daemon.failed", error=f"a trainer thread did not end within {_STOP_TIMEOUT_S:.0f} s"
+                )
                 code = 1
             if save and learner.failure is None and learner.progress.steps != self._saved_step:
                 code = max(code, 0 if self._save(learner) else 1)
@@ -331,5 +338,7 @@ def _lock(state_dir: Path) -> int:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(fd)
-        raise HogwildError(f"another daemon works in {state_dir}: stop it, or give another state_dir") from error
+        raise HogwildError(
+            f"another daemon works in {state_dir}: stop it, or give another state_dir"
+        ) from error
     return fd

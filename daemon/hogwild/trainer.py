@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from hogwild_kernels import UpdateResult
 from transformers import DynamicCache, PreTrainedModel
 
 from hogwild.apollo import Optimizer
 from hogwild.arena.control import ControlPage
 from hogwild.backward import train_in_backward
+from hogwild_kernels import UpdateResult
 
 
 class Encoded(Protocol):
@@ -122,7 +122,9 @@ class Trainer:
     def _loss(self, example: Encoded, context: Literal["frozen", "full"]) -> tuple[torch.Tensor, int]:
         ids = torch.tensor([example.ids])  # (1, L)
         first = list(example.trained).index(True)
-        start = max(first - 1, 0) if context == "frozen" else 0  # the token that predicts the first trained one
+        start = (
+            max(first - 1, 0) if context == "frozen" else 0
+        )  # the token that predicts the first trained one
         cache = None
         if start > 0:
             with torch.no_grad():
@@ -136,6 +138,6 @@ class Trainer:
 
     def _count(self, _name: str, result: UpdateResult) -> None:
         self._updates += 1
-        self._skipped += result.skipped
+        self._skipped += int(result.skipped)
         self._squares += float(result.norm) ** 2
         self._between_layers()

@@ -62,14 +62,18 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """
     files = weight_files(folder) if folder.is_dir() else []
     if not files:
-        raise CheckpointError(f"{folder} holds no safetensors weights: give the folder of a Hugging Face model")
+        raise CheckpointError(
+            f"{folder} holds no safetensors weights: give the folder of a Hugging Face model"
+        )
     for file in files:
         try:
             with safe_open(folder / file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - a safetensors file is not a dict
                     yield name, tensors.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{folder / file} cannot be read: {error}. Restore or download it again.") from error
+            raise CheckpointError(
+                f"{folder / file} cannot be read: {error}. Restore or download it again."
+            ) from error
 
 
 def verify_bits(weights: Weights, folder: Path) -> None:
@@ -98,8 +102,7 @@ def verify_bits(weights: Weights, folder: Path) -> None:
             different = int((served != stored).sum())
             problems.append(f"{name}: {different} of {tensor.numel()} elements differ in their bits")
     problems += [
-        f"{name}: served, not in the checkpoint"
-        for name in sorted({*layout.tensors, *layout.frozen} - seen)
+        f"{name}: served, not in the checkpoint" for name in sorted({*layout.tensors, *layout.frozen} - seen)
     ]
     if problems:
         raise VerificationError(
@@ -116,7 +119,7 @@ def digest(folder: Path) -> str:
     total = hashlib.sha256()
     for name, tensor in read_tensors(folder):
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        total.update(tensor.contiguous().view(torch.uint8).numpy())
+        total.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -128,7 +131,9 @@ def load_arena(folder: Path) -> Arena:
     """
     regions, offset = {}, 0
     for name, tensor in read_tensors(folder):
-        regions[name] = replace(Region.of(tensor, tensor.data_ptr() - offset), stride=tensor.contiguous().stride())
+        regions[name] = replace(
+            Region.of(tensor, tensor.data_ptr() - offset), stride=tensor.contiguous().stride()
+        )
         offset = -(-(offset + tensor.nbytes) // 256) * 256
     nbytes = -(-max(offset, 1) // 4096) * 4096
     layout = Layout(nbytes, regions, {}, regions, Source.of(folder, weight_files(folder)))

@@ -87,7 +87,9 @@ def ask(path: Path, source: Source) -> tuple[Arena, socket.socket] | None:
             return None
     except OSError as error:
         sock.close()
-        raise ArenaError(f"the hogwild daemon on {path} accepts connections but does not answer ({error})") from error
+        raise ArenaError(
+            f"the hogwild daemon on {path} accepts connections but does not answer ({error})"
+        ) from error
     sock.close()
     raise ProtocolError(f"the hogwild daemon on {path} answered: {reply[0] if reply else 'nothing'}")
 
@@ -141,7 +143,9 @@ class Offer:
             if reply is not None and reply[0].get("status") == "attached":
                 return sock, _RETRY_S
             if reply is not None:
-                self._say(f"the hogwild daemon refuses these weights: {reply[0].get('error', 'no reason given')}")
+                self._say(
+                    f"the hogwild daemon refuses these weights: {reply[0].get('error', 'no reason given')}"
+                )
         except (OSError, ProtocolError) as error:
             self._say(f"offering the weights to the hogwild daemon failed: {error}")
         sock.close()

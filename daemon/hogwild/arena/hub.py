@@ -162,7 +162,9 @@ def _listen(path: Path) -> socket.socket:
     if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             if probe.connect_ex(str(path)) == 0:
-                raise ArenaError(f"another daemon listens on {path}: stop it, or give this one another `socket`")
+                raise ArenaError(
+                    f"another daemon listens on {path}: stop it, or give this one another `socket`"
+                )
         path.unlink()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:

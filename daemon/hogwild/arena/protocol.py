@@ -56,7 +56,9 @@ def receive(sock: socket.socket, max_fds: int = 0) -> tuple[Message, list[int]] 
         header += _receive_exactly(sock, _LENGTH.size - len(header))
         (length,) = _LENGTH.unpack(header)
         if length > MAX_MESSAGE_BYTES:
-            raise ProtocolError(f"the peer announced a message of {length} bytes, more than {MAX_MESSAGE_BYTES}")
+            raise ProtocolError(
+                f"the peer announced a message of {length} bytes, more than {MAX_MESSAGE_BYTES}"
+            )
         try:
             message = json.loads(_receive_exactly(sock, length))
         except ValueError as error:

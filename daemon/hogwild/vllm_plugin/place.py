@@ -78,7 +78,8 @@ def move(model: torch.nn.Module, regions: Mapping[str, Region], segment: Segment
                 )
     if problems:
         raise VerificationError(
-            "the daemon's arena does not fit the model that vLLM built (restart the daemon to let go of it)", problems
+            "the daemon's arena does not fit the model that vLLM built (restart the daemon to let go of it)",
+            problems,
         )
     for name, region in regions.items():
         for tensor in by_name[name]:

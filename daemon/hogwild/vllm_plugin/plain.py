@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import vllm
@@ -14,7 +15,7 @@ _KNOWN = ("0.32",)
 _original = utils.dispatch_cpu_unquantized_gemm
 
 
-def _dispatch_plain(layer: torch.nn.Module, remove_weight: bool) -> None:
+def _dispatch_plain(layer: Any, remove_weight: bool) -> None:
     """Use `torch.nn.functional.linear` on the weight itself, instead of on a packed copy that empties it.
 
     Replaces `vllm/model_executor/layers/utils.py: dispatch_cpu_unquantized_gemm`, which vLLM's linear and embedding

@@ -10,7 +10,7 @@ from hogwild.arena.memory import Segment
 from hogwild.layout import Region
 
 
-class CopyTrace(TorchDispatchMode):
+class CopyTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """While active, notes each copy from a checkpoint tensor into the arena.
 
     A checkpoint tensor is known by the address range it was read into; the newest tensor wins where an older one has
@@ -19,9 +19,11 @@ class CopyTrace(TorchDispatchMode):
     """
 
     def __init__(self, segment: Segment) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._segment = segment
-        self._sources: dict[str, tuple[torch.Size, tuple[int, ...], int, int]] = {}  # shape, stride, first, end
+        self._sources: dict[
+            str, tuple[torch.Size, tuple[int, ...], int, int]
+        ] = {}  # shape, stride, first, end
         self.regions: dict[str, list[Region]] = {}
         self.partial: dict[str, str] = {}
 
