@@ -96,13 +96,14 @@ class Ledger:
         Raises:
             AlreadyAccepted: this content is in the ledger.
         """
-        if not force and (known := self.find_content(content_hash)):
+        known = self.find_content(content_hash)
+        if known and not force:
             raise AlreadyAccepted(known.file_id, known.name, known.accepted_at)
         with self._db.write(fsync=False) as db:
             file_id = db.execute(
                 "INSERT INTO files (name, content_hash, bytes, state, forced, stored_as, moved)"
                 " VALUES (?, ?, ?, 'staging', ?, ?, 0) RETURNING file_id",
-                (name, content_hash, size, force, stored_as or name),
+                (name, content_hash, size, known is not None, stored_as or name),
             ).fetchone()[0]
         try:
             good = stage(self._db, file_id, lines, passes)
