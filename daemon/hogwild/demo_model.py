@@ -29,6 +29,9 @@ def build(folder: Path) -> Path:
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     model = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent),
