@@ -55,7 +55,7 @@ class TrainingConfig(Table):
     """Trainer threads that update the weights at the same time, without locks."""
     intra_op_threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads inside one tensor operation. Several trainer threads beat several intra-op threads."""
-    passes: int = Field(default=4, ge=1)
+    passes: int = Field(default=6, ge=1)
     """Times an example is trained on, unless its line says otherwise. Fixed when the example is accepted."""
     max_tokens: int = Field(default=2048, ge=2)
     """Tokens of the longest example, context included; a longer one is set aside as failed."""
@@ -63,12 +63,14 @@ class TrainingConfig(Table):
     """Seed of everything random: projections, stochastic rounding. One thread and one seed repeat exactly."""
     train_on: Literal["last", "all"] = "last"
     """Assistant turns of a chat that are trained, unless its line says otherwise."""
+    epoch_updates: int = Field(default=8, ge=1)
+    """Training steps that make up one weight epoch, the number that tells answers of different weights apart."""
     context: Literal["frozen", "full"] = "frozen"
     """"frozen": tokens before the trained ones run without gradient. "full": gradients reach them too."""
 
 
 class OptimizerConfig(Table):
-    lr: Positive = 3e-5
+    lr: Positive = 5e-5
     """Learning rate; means what it means in AdamW, for any rank."""
     rank: int = Field(default=64, ge=1)
     """Rank of the gradient's projection; memory for moments grows with it."""

@@ -1,0 +1,230 @@
+"""The APOLLO step on CPU: torch matrix products, and Numba for everything between and after them.
+
+Safe to call from several threads at once, on one weight or several: nothing is locked, scratch memory
+belongs to the calling thread, and the only shared data is the state (whose races state.py lists) and the
+weight.
+
+When weight, X and D are all bf16 and the CPU multiplies bf16 natively, a tile of G = D^T X passes through
+bf16, exactly as a gradient that autograd computed would; scales, norms, moments and the sum with the weight
+are fp32 throughout.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import counter, plan
+from . import numba_kernels as loops
+from .config import AdamConfig, ApolloConfig
+from .reference import NORM_EPS, Coefficients, coefficients, skip
+from .state import AdamState, ApolloState, UpdateResult
+
+TILE_BYTES = 512 * 1024
+"""One tile of D^T X: stays in a core's L2 cache between the product that writes it and the loop that reads
+it."""
+
+_MARKERS = {torch.bfloat16: loops.BFLOAT16, torch.float16: loops.FLOAT16, torch.float32: loops.FLOAT32}
+
+
+def step(
+    weight: Tensor,  # (m, n) bf16, fp16 or fp32, any strides: updated in place
+    x: Tensor,  # (T, n)
+    d: Tensor,  # (T, m)
+    state: ApolloState,
+    config: ApolloConfig,
+    *,
+    lr: float,
+    seed: int = 0,
+) -> UpdateResult:
+    """One step; see `reference.factored_step`, which this equals to fp32 rounding."""
+    m, n = state.shape
+    rank = state.rank
+    low = weight.dtype == x.dtype == d.dtype == torch.bfloat16 and multiplies_bfloat16()
+    chosen = plan.choose(config.form, m, n, len(x), rank, low)
+    xf, df = x.float().contiguous(), d.float().contiguous()
+    p = state.projection(build_projection)
+
+    gradient = None
+    if chosen.form == "plain":
+        gradient = torch.mm(d.t(), x) if low else torch.mm(df.t(), xf)  # (m, n), bf16 or fp32
+    if gradient is not None and chosen.project_gradient:
+        r = _project_matrix(gradient, p, m, n)
+    elif m < n:
+        r = torch.mm(torch.mm(df, p.t()).t(), xf)  # (r, n) = P D^T X
+    else:
+        r = torch.mm(df.t(), torch.mm(xf, p.t()))  # (m, r) = D^T X P^T
+
+    s = _channel_scales(state, config, r)
+    length = _length(state, s, xf, df, gradient)
+    if not math.isfinite(length):
+        return skip(state)
+    b1, b2 = config.betas
+    loops.update_moments(
+        r.data_ptr(), state.exp_avg.data_ptr(), state.exp_avg_sq.data_ptr(), r.numel(),
+        np.float32(b1), np.float32(1 - b1), np.float32(b2), np.float32(1 - b2),
+    )  # fmt: skip
+    c = coefficients(state, config, length, lr)
+    s.mul_(c.step)
+    _write(weight, x if low else xf, d if low else df, gradient, s, c, state, config, seed)
+    return UpdateResult(c.norm, skipped=False)
+
+
+def adam_step(
+    weight: Tensor, gradient: Tensor, state: AdamState, config: AdamConfig, *, lr: float, seed: int = 0
+) -> UpdateResult:
+    """See `reference.adam_step`. Weight and gradient must be contiguous."""
+    t = state.step + 1
+    b1, b2 = config.betas
+    a, b = counter.subkey(state.key, counter.ROUNDING, t - 1, seed)
+    total = loops.adam(
+        weight.data_ptr(), _MARKERS[weight.dtype], gradient.data_ptr(), _MARKERS[gradient.dtype],
+        state.exp_avg.data_ptr(), state.exp_avg_sq.data_ptr(), weight.numel(),
+        np.float32(b1), np.float32(1 - b1), np.float32(b2), np.float32(1 - b2), np.float32(config.eps),
+        np.float32(1 / (1 - b2**t)), np.float32(lr / (1 - b1**t)), np.float32(1 - lr * config.weight_decay),
+        config.rounding == "stochastic", np.uint32(a), np.uint32(b),
+    )  # fmt: skip
+    if math.isnan(total):
+        return skip(state)
+    state.counts[0] = t
+    return UpdateResult(math.sqrt(total), skipped=False)
+
+
+def supports(weight: Tensor, state: ApolloState | AdamState) -> bool:
+    """Whether these kernels take this weight: fp32 moments and a 16- or 32-bit float weight in host
+    memory."""
+    return weight.device.type == "cpu" and weight.dtype in _MARKERS and state.exp_avg.dtype == torch.float32
+
+
+def build_projection(key: tuple[int, int], epoch: int, rank: int, size: int) -> Tensor:
+    """`counter.projection`, the same bits, compiled."""
+    a, b = counter.subkey(key, counter.PROJECTION, epoch)
+    p = torch.empty(rank, size)
+    table = counter.gaussian_table()
+    gain = np.float32(counter.gaussian_gain(rank))
+    loops.fill_projection(p.data_ptr(), p.numel(), np.uint32(a), np.uint32(b), table.data_ptr(), gain)
+    return p
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has bf16 multiply-add instructions; without them bf16 products are slower than fp32
+    ones."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, name, bool)()) for name in names)
+
+
+def _channel_scales(state: ApolloState, config: ApolloConfig, r: Tensor) -> Tensor:
+    """s (max(m, n),) of step (4). Not finite where R is not."""
+    m, n = state.shape
+    b1, b2 = config.betas
+    normal, raw = torch.empty(state.channels), torch.empty(state.channels)
+    loops.channel_norms(
+        r.data_ptr(), state.exp_avg.data_ptr(), state.exp_avg_sq.data_ptr(), r.shape[0], r.shape[1], m >= n,
+        np.float32(b1), np.float32(1 - b1), np.float32(b2), np.float32(1 - b2), np.float32(config.eps),
+        normal.data_ptr(), raw.data_ptr(),
+    )  # fmt: skip
+    if state.rank == 1:
+        total = normal.sum().sqrt() / (raw.sum().sqrt() + NORM_EPS)
+        return total.repeat(state.channels)
+    return normal.sqrt_().div_(raw.sqrt_().add_(NORM_EPS))
+
+
+def _length(state: ApolloState, s: Tensor, xf: Tensor, df: Tensor, gradient: Tensor | None) -> float:
+    """|U| before U exists, step (6)."""
+    m, n = state.shape
+    if gradient is not None:
+        squares = torch.zeros(state.channels)
+        loops.add_squares(gradient.data_ptr(), _MARKERS[gradient.dtype], m, n, m >= n, squares.data_ptr())
+        return math.sqrt(float(torch.dot(squares, s.square())))
+    # |D^T X diag(s)|^2 = <D D^T, (X diag(s)) (X diag(s))^T>, and the other way round for rows: two
+    # symmetric T x T matrices, of which the blocks on and below the diagonal are enough.
+    plainer, scaled = (df, xf * s) if m < n else (xf, df * s)
+    total = 0.0
+    for top in range(0, len(xf), plan.GRAM_BLOCK):
+        rows, left = slice(top, top + plan.GRAM_BLOCK), slice(0, top)
+        total += _inner(plainer[rows], scaled[rows], plainer[rows], scaled[rows])
+        if top:
+            total += 2.0 * _inner(plainer[rows], scaled[rows], plainer[left], scaled[left])
+    return math.sqrt(max(total, 0.0)) if math.isfinite(total) else math.nan
+
+
+def _inner(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> float:
+    """<A C^T, B D^T>"""
+    return float(torch.dot(torch.mm(a, c.t()).view(-1), torch.mm(b, d.t()).view(-1)))
+
+
+def _project_matrix(gradient: Tensor, p: Tensor, m: int, n: int) -> Tensor:
+    """R from a stored G, a tile of rows in fp32 at a time."""
+    r = torch.zeros(len(p), n) if m < n else torch.empty(m, len(p))
+    rows = _tile_rows(n, 4)
+    for top in range(0, m, rows):
+        tile = gradient[top : top + rows].float()
+        if m < n:
+            r.addmm_(p[:, top : top + rows], tile)
+        else:
+            torch.mm(tile, p.t(), out=r[top : top + rows])
+    return r
+
+
+def _write(
+    weight: Tensor, x: Tensor, d: Tensor, gradient: Tensor | None,
+    s: Tensor, c: Coefficients, state: ApolloState, config: ApolloConfig, seed: int,
+) -> None:  # fmt: skip
+    """Steps (5) to (7): tiles of D^T X (or of the stored G), scaled, subtracted and rounded straight into
+    the weight."""
+    m, n = state.shape
+    ones = torch.ones(min(m, n))
+    column_scale, row_scale = (s, ones) if m < n else (ones, s)
+    row_step, column_step = n, 1
+    if weight.stride(0) == 1 and weight.stride(1) != 1:
+        # Stored transposed: update W^T = (X^T D)^T instead, so that rows are contiguous again.
+        weight, x, d = weight.t(), d, x
+        gradient = None if gradient is None else gradient.t()
+        column_scale, row_scale = row_scale, column_scale
+        row_step, column_step = 1, n
+    a, b = counter.subkey(state.key, counter.ROUNDING, c.step_count, seed)
+    height, width = weight.shape
+    rows = _tile_rows(width, x.element_size())
+    scratch = _scratch(rows * width, x.dtype)
+    for top in range(0, height, rows):
+        count = min(rows, height - top)
+        if gradient is None:
+            tile = scratch[: count * width].view(count, width)
+            torch.mm(d[:, top : top + count].t(), x, out=tile)
+        else:
+            tile = gradient[top : top + count].contiguous()
+        target = weight[top : top + count]
+        direct = target.stride(1) == 1 or width == 1
+        place = target if direct else target.contiguous()
+        loops.write_tile(
+            place.data_ptr(), _MARKERS[place.dtype], place.stride(0) * place.element_size(),
+            tile.data_ptr(), _MARKERS[tile.dtype], count, width,
+            column_scale.data_ptr(), row_scale[top:].data_ptr(), np.float32(c.keep),
+            config.rounding == "stochastic", np.uint32(a), np.uint32(b), top * row_step, row_step,
+            column_step,
+        )  # fmt: skip
+        if not direct:
+            target.copy_(place)
+
+
+def _tile_rows(width: int, element_size: int) -> int:
+    return max(1, TILE_BYTES // (width * element_size))
+
+
+_local = threading.local()
+
+
+def _scratch(elements: int, dtype: torch.dtype) -> Tensor:
+    """The calling thread's tile memory: fresh pages for every tile would cost more than the tile."""
+    held: Tensor | None = getattr(_local, "tile", None)
+    bytes_needed = elements * dtype.itemsize
+    if held is None or held.numel() < bytes_needed:
+        held = torch.empty(max(bytes_needed, TILE_BYTES), dtype=torch.uint8)
+        _local.tile = held
+    return held[:bytes_needed].view(dtype)
