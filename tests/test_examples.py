@@ -163,6 +163,7 @@ def parses_or_says_why(raw: bytes) -> None:
         assert sum(x is not None for x in (parsed.messages, parsed.completion, parsed.text)) == 1
 
 
+@settings(deadline=None)
 @given(st.binary() | st.text().map(str.encode))
 @example(b'{"a":' * 5000)
 @example(b"\xef\xbb\xbf{}")
@@ -170,7 +171,7 @@ def test_any_bytes_are_an_example_or_an_example_error(raw):
     parses_or_says_why(raw)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(objects, st.data())
 def test_any_json_near_a_valid_line_is_an_example_or_an_example_error(value, data):
     raw = json.dumps(value).encode()

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hogwild.log_json import MAX_LINE_BYTES, to_line
@@ -216,6 +216,7 @@ anything = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(), anything))
 def test_anything_becomes_one_line_of_json(fields):
     line = to_line(fields)
