@@ -129,7 +129,7 @@ def _channel_scales(state: ApolloState, config: ApolloConfig, r: Tensor) -> Tens
         np.float32(b1), np.float32(1 - b1), np.float32(b2), np.float32(1 - b2), np.float32(config.eps),
         normal.data_ptr(), raw.data_ptr(),
     )  # fmt: skip
-    if state.rank == 1:
+    if config.by_tensor(state.rank):
         total = normal.sum().sqrt() / (raw.sum().sqrt() + NORM_EPS)
         return total.repeat(state.channels)
     return normal.sqrt_().div_(raw.sqrt_().add_(NORM_EPS))
