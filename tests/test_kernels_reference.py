@@ -17,9 +17,11 @@ F64 = torch.float64
 
 
 class Published:
-    """The published step written a second time, straight from the paper: G, moments, scaled G, norms of what was formed.
+    """The published step written a second time, straight from the paper: G, moments, scaled G, norms of
+    what was formed.
 
-    P is drawn m x r or r x n as the paper has it; here the caller hands in the matrix, so that both sides use one.
+    P is drawn m x r or r x n as the paper has it; here the caller hands in the matrix, so that both sides
+    use one.
     """
 
     def __init__(self, w: Tensor, rank: int, lr: float, alpha: float, decay: float, tensor: bool) -> None:
@@ -87,7 +89,8 @@ def test_450_steps_equal_the_published_algorithm(m: int, n: int, rank: int) -> N
 
 @pytest.mark.parametrize(("m", "n"), [(6, 9), (9, 6)])
 def test_identity_projection_first_step_has_adam_sized_channels(m: int, n: int) -> None:
-    """With P = I the first N is a matrix of signs (after bias correction), so each channel moves by lr * sqrt(r)."""
+    """With P = I the first N is a matrix of signs (after bias correction), so each channel moves by lr *
+    sqrt(r)."""
     size = min(m, n)
     config = ApolloConfig(rank=size, lr=1.0, eps=0.0)
     w = torch.zeros(m, n, dtype=F64)
@@ -99,7 +102,8 @@ def test_identity_projection_first_step_has_adam_sized_channels(m: int, n: int) 
 
 
 def test_one_column_without_momentum_is_adamw() -> None:
-    """An (n, 1) weight with P = 1 and b1 = 0: every channel is one element and its own gradient, which is AdamW."""
+    """An (n, 1) weight with P = 1 and b1 = 0: every channel is one element and its own gradient, which is
+    AdamW."""
     n = 11
     config = ApolloConfig(
         rank=1, scaling="channel", lr=0.01, betas=(0.0, 0.999), eps=0.0, weight_decay=0.1, gamma=0.0
@@ -187,7 +191,8 @@ def test_both_forms_agree_for_any_shape(m: int, n: int, tokens: int, rank: int, 
 
 
 def test_lr_means_the_same_for_every_rank() -> None:
-    """The default scale, min(m, n)/rank, undoes the shrinking of the compact space: update sizes stay within 15%."""
+    """The default scale, min(m, n)/rank, undoes the shrinking of the compact space: update sizes stay
+    within 15%."""
     torch.manual_seed(2)
     norms = {}
     for rank in (16, 32, 64, 96):

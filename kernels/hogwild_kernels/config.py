@@ -21,8 +21,8 @@ class ApolloConfig:
     tensor."""
 
     scaling: Scaling = "auto"
-    """One scale per channel or one for the tensor. "auto" is per channel unless the clamped rank is 1, where a
-    channel's scale would rest on a single number and vary by a factor of 2 to 18."""
+    """One scale per channel or one for the tensor. "auto" is per channel unless the clamped rank is 1,
+    where a channel's scale would rest on a single number and vary by a factor of 2 to 18."""
 
     lr: float = 1e-5
     """Learning rate, in the sense it has in AdamW (see `scale`)."""
