@@ -17,7 +17,6 @@ from hogwild_kernels import (
     ApolloState,
     adam_update,
     apollo_update,
-    cpu,
     plan,
     reference,
 )
