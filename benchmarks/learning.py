@@ -39,7 +39,7 @@ THREAD_STEPS = 300
 BATCH = 4
 WARMUP = 40
 EVERY = 40
-GRID = (1e-3, 3e-3, 1e-2)
+GRID = (3e-4, 1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1, 2)
 METHODS = {"AdamW": None, "APOLLO r=64": 64, "APOLLO-Mini": 1}
 

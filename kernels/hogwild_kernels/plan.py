@@ -17,6 +17,9 @@ TILE_BYTES = 1024 * 1024
 """One tile of D^T X: stays in a core's cache between the product that writes it and the loop that reads
 it."""
 
+SMALL_BYTES = 2 * TILE_BYTES
+"""A gradient matrix up to this size stays in cache too."""
+
 FRESH_BYTES = 32 * 1024 * 1024
 """Above this the C library maps fresh pages for every allocation, and touching them costs more than the
 arithmetic."""
@@ -24,11 +27,11 @@ arithmetic."""
 GRAM_BLOCK = 128
 """Rows of a block of the symmetric Gram matrices; only blocks on and below the diagonal are computed."""
 
-GRAM_CALLS = 2e6
+GRAM_CALLS = 4e6
 """The fixed cost of the calls that the factored form needs for |U|."""
 
 ADVANTAGE = 1.08
-"""Storing a gradient matrix must pay by more than this, unless it is no larger than a tile."""
+"""Storing a gradient matrix must pay by more than this, unless it is no larger than that."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,11 @@ def choose(form: Form, m: int, n: int, tokens: int, rank: int, low_precision: bo
     project_matrix = float(rank * m * n)
     product = rate * tokens * m * n
     gram = gram_share(tokens) * tokens * tokens * (m + n) + GRAM_CALLS
-    store = (4.0 if size <= TILE_BYTES else 10.0 if size <= FRESH_BYTES else 45.0) * m * n
+    store = (2.0 if size <= SMALL_BYTES else 6.0 if size <= FRESH_BYTES else 45.0) * m * n
     factored = project_factors + gram + product
     plain = min(project_factors, project_matrix) + product + store
     if form == "auto":
-        margin = 1.0 if size <= TILE_BYTES else ADVANTAGE
+        margin = 1.0 if size <= SMALL_BYTES else ADVANTAGE
         form = "plain" if factored > margin * plain else "factored"
     return Plan(form, project_gradient=form == "plain" and project_matrix < project_factors)
 
