@@ -21,7 +21,7 @@ SMALL_BYTES = 2 * TILE_BYTES
 """A gradient matrix up to this size stays in cache too."""
 
 FRESH_BYTES = 32 * 1024 * 1024
-"""Above this the C library maps fresh pages for every allocation, and touching them costs more than the
+"""From this on the C library maps fresh pages for every allocation, and touching them costs more than the
 arithmetic."""
 
 GRAM_BLOCK = 128
@@ -52,7 +52,7 @@ def choose(form: Form, m: int, n: int, tokens: int, rank: int, low_precision: bo
     project_matrix = float(rank * m * n)
     product = rate * tokens * m * n
     gram = gram_share(tokens) * tokens * tokens * (m + n) + GRAM_CALLS
-    store = (2.0 if size <= SMALL_BYTES else 6.0 if size <= FRESH_BYTES else 45.0) * m * n
+    store = (2.0 if size <= SMALL_BYTES else 6.0 if size < FRESH_BYTES else 45.0) * m * n
     factored = project_factors + gram + product
     plain = min(project_factors, project_matrix) + product + store
     if form == "auto":
