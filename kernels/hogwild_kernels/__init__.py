@@ -42,6 +42,10 @@ def apollo_update(
     if len(x) == 0:
         return UpdateResult(0.0, skipped=False)
     rate = config.lr if lr is None else lr
+    if weight.is_cuda:
+        from . import cuda  # needs Triton, which a machine without CUDA need not have
+
+        return cuda.step(weight, x, d, state, config, lr=rate, seed=seed or 0)
     if cpu.supports(weight, state):
         return cpu.step(weight, x, d, state, config, lr=rate, seed=seed or 0)
     return reference.factored_step(weight, x, d, state, config, lr=rate, seed=seed or 0)
@@ -64,6 +68,10 @@ def adam_update(
         )
     config = config or state.config
     rate = config.lr if lr is None else lr
+    if weight.is_cuda:
+        from . import cuda
+
+        return cuda.adam_step(weight, grad, state, config, lr=rate, seed=seed or 0)
     if cpu.supports(weight, state) and weight.is_contiguous():
         grad = grad.contiguous() if grad.dtype != torch.float64 else grad.float()
         return cpu.adam_step(weight, grad, state, config, lr=rate, seed=seed or 0)

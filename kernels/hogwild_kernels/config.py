@@ -8,6 +8,7 @@ from typing import Literal
 
 Rounding = Literal["stochastic", "nearest"]
 Form = Literal["auto", "factored", "plain"]
+Scaling = Literal["auto", "channel", "tensor"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,10 @@ class ApolloConfig:
     rank: int = 64
     """Rank r of the random projection, clamped to min(m, n). Rank 1 is APOLLO-Mini: one scale for the whole
     tensor."""
+
+    scaling: Scaling = "auto"
+    """One scale per channel or one for the tensor. "auto" is per channel unless the clamped rank is 1,
+    where a channel's scale would rest on a single number and vary by a factor of 2 to 18."""
 
     lr: float = 1e-5
     """Learning rate, in the sense it has in AdamW (see `scale`)."""
@@ -58,6 +63,10 @@ class ApolloConfig:
     seed: int = 0
     """Seeds the projections and the rounding, together with the weight's name."""
 
+    def by_tensor(self, rank: int) -> bool:
+        """Whether the clamped rank calls for one scale for the whole tensor."""
+        return self.scaling == "tensor" or (self.scaling == "auto" and rank == 1)
+
     def alpha(self, size: int, rank: int) -> float:
         """The published scale, for min(m, n) = size and the clamped rank."""
         return size / rank if self.scale is None else self.scale
@@ -78,6 +87,8 @@ class ApolloConfig:
             problems.append(f"limiter_floor is {self.limiter_floor}, must be in [0, 1)")
         if self.rounding not in ("stochastic", "nearest"):
             problems.append(f"rounding is {self.rounding!r}, must be 'stochastic' or 'nearest'")
+        if self.scaling not in ("auto", "channel", "tensor"):
+            problems.append(f"scaling is {self.scaling!r}, must be 'auto', 'channel' or 'tensor'")
         if self.form not in ("auto", "factored", "plain"):
             problems.append(f"form is {self.form!r}, must be 'auto', 'factored' or 'plain'")
         if problems:

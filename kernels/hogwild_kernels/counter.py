@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import struct
 from statistics import NormalDist
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -34,14 +36,18 @@ TABLE_ONE = 1 << 16
 """Fixed-point one of the Gaussian table: sums of two entries stay exact in fp32."""
 
 
-def mix32(x: int) -> int:
-    """`lowbias32` on one Python integer (host-side key derivation)."""
-    x &= MASK
-    x ^= x >> 16
-    x = x * MIX1 & MASK
-    x ^= x >> 15
-    x = x * MIX2 & MASK
-    return x ^ x >> 16
+Word = TypeVar("Word", int, Tensor)
+"""A 32-bit word: a Python integer, or an int64 tensor where the step count is known only on the device."""
+
+
+def mix32(x: Word) -> Word:
+    """`lowbias32` on one word."""
+    x = x & MASK
+    x = x ^ (x >> 16)
+    x = (x * MIX1) & MASK
+    x = x ^ (x >> 15)
+    x = (x * MIX2) & MASK
+    return x ^ (x >> 16)
 
 
 def name_key(seed: int, name: str) -> tuple[int, int]:
@@ -51,16 +57,16 @@ def name_key(seed: int, name: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def subkey(key: tuple[int, int], purpose: int, counter: int, seed: int = 0) -> tuple[int, int]:
+def subkey(key: tuple[int, int], purpose: int, counter: Word, seed: int = 0) -> tuple[Word, Word]:
     """The pair (a, b) of one stream. Only 32-bit words, because the Triton kernel derives it from a
     device-side step."""
     inner = mix32((mix32(counter + purpose) + seed) & MASK)
-    a = mix32(key[0] ^ inner)
-    b = mix32((key[1] + a) & MASK)
+    a = mix32(inner ^ key[0])
+    b = mix32((a + key[1]) & MASK)
     return a, b
 
 
-def words(index: Tensor, a: int, b: int) -> Tensor:
+def words(index: Tensor, a: int | Tensor, b: int | Tensor) -> Tensor:
     """32 random bits for each counter in `index` (int64, any shape), as int64 in [0, 2^32)."""
     x = (index + a) & MASK
     x = x ^ (x >> 16)
@@ -87,7 +93,8 @@ def gaussian_table() -> Tensor:
 
 def gaussian_gain(rank: int) -> float:
     """What turns a sum of two table entries into an N(0, 1/rank) entry of P."""
-    return float(torch.tensor((2.0 * rank) ** -0.5 / TABLE_ONE, dtype=torch.float32))
+    (fp32,) = struct.unpack("f", struct.pack("f", (2.0 * rank) ** -0.5 / TABLE_ONE))
+    return float(fp32)
 
 
 def projection(

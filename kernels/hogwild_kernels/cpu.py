@@ -25,10 +25,6 @@ from .config import AdamConfig, ApolloConfig
 from .reference import NORM_EPS, Coefficients, coefficients, skip
 from .state import AdamState, ApolloState, UpdateResult
 
-TILE_BYTES = 512 * 1024
-"""One tile of D^T X: stays in a core's L2 cache between the product that writes it and the loop that reads
-it."""
-
 _MARKERS = {torch.bfloat16: loops.BFLOAT16, torch.float16: loops.FLOAT16, torch.float32: loops.FLOAT32}
 
 
@@ -129,7 +125,7 @@ def _channel_scales(state: ApolloState, config: ApolloConfig, r: Tensor) -> Tens
         np.float32(b1), np.float32(1 - b1), np.float32(b2), np.float32(1 - b2), np.float32(config.eps),
         normal.data_ptr(), raw.data_ptr(),
     )  # fmt: skip
-    if state.rank == 1:
+    if config.by_tensor(state.rank):
         total = normal.sum().sqrt() / (raw.sum().sqrt() + NORM_EPS)
         return total.repeat(state.channels)
     return normal.sqrt_().div_(raw.sqrt_().add_(NORM_EPS))
@@ -214,7 +210,7 @@ def _write(
 
 
 def _tile_rows(width: int, element_size: int) -> int:
-    return max(1, TILE_BYTES // (width * element_size))
+    return max(1, plan.TILE_BYTES // (width * element_size))
 
 
 _local = threading.local()
@@ -225,6 +221,6 @@ def _scratch(elements: int, dtype: torch.dtype) -> Tensor:
     held: Tensor | None = getattr(_local, "tile", None)
     bytes_needed = elements * dtype.itemsize
     if held is None or held.numel() < bytes_needed:
-        held = torch.empty(max(bytes_needed, TILE_BYTES), dtype=torch.uint8)
+        held = torch.empty(max(bytes_needed, plan.TILE_BYTES), dtype=torch.uint8)
         _local.tile = held
     return held[:bytes_needed].view(dtype)

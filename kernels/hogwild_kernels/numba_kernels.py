@@ -44,10 +44,13 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        # "numpy": a division by zero gives inf. Python's error would be a branch, and no loop with one is
+        # vectorised.
+        usual = {"nogil": True, "error_model": "numpy", **options}
         try:
-            return njit(nogil=True, cache=True, **options)(function)  # type: ignore[no-any-return]
+            return njit(cache=True, **usual)(function)  # type: ignore[no-any-return]
         except RuntimeError:  # "no locator available": nowhere to cache
-            return njit(nogil=True, **options)(function)  # type: ignore[no-any-return]
+            return njit(**usual)(function)  # type: ignore[no-any-return]
 
     return decorate
 

@@ -1,5 +1,8 @@
-"""Which form of the step is cheaper for a shape. Costs are in units of one fp32 multiply-add of a large
-product."""
+"""Which form of the step is cheaper for a shape. Costs are in fp32 multiply-adds of a large matrix product.
+
+The constants were fitted to `benchmarks/update.py` on a 2-core AVX512 machine; they are ratios, so other
+machines shift them far less than the costs that they weigh, which grow as T m n, r T (m + n) and T^2 (m + n).
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,27 @@ from dataclasses import dataclass
 from .config import Form
 
 LOW_PRECISION = 0.5
-"""A multiply-add in bf16 relative to fp32 (CPUs with AVX512-BF16 reach about twice the rate)."""
+"""A multiply-add in bf16 relative to fp32, on CPUs with bf16 instructions."""
 
-PASS = 40.0
-"""Touching one stored gradient element once more (write, read back), in multiply-adds."""
+TILE_BYTES = 1024 * 1024
+"""One tile of D^T X: stays in a core's cache between the product that writes it and the loop that reads
+it."""
+
+SMALL_BYTES = 2 * TILE_BYTES
+"""A gradient matrix up to this size stays in cache too."""
+
+FRESH_BYTES = 32 * 1024 * 1024
+"""From this on the C library maps fresh pages for every allocation, and touching them costs more than the
+arithmetic."""
+
+GRAM_BLOCK = 128
+"""Rows of a block of the symmetric Gram matrices; only blocks on and below the diagonal are computed."""
+
+GRAM_CALLS = 4e6
+"""The fixed cost of the calls that the factored form needs for |U|."""
 
 ADVANTAGE = 1.08
-"""The plain form stores a gradient matrix, so it is chosen only where it is faster by more than this."""
+"""Storing a gradient matrix must pay by more than this, unless it is no larger than that."""
 
 
 @dataclass(frozen=True)
@@ -24,25 +41,24 @@ class Plan:
 
 
 def choose(form: Form, m: int, n: int, tokens: int, rank: int, low_precision: bool) -> Plan:
-    """The cheaper form; `form` other than "auto" is taken as it is.
+    """The cheaper form; a `form` other than "auto" is taken as it is.
 
     factored   X and D projected, Gram matrices for |U|, tiles of D^T X
     plain      G once, stored; its channel norms read off; R from whichever is cheaper
     """
     rate = LOW_PRECISION if low_precision else 1.0
-    project_factors = 1.0 * rank * tokens * (m + n)
-    project_matrix = rate * rank * m * n
+    size = m * n * (2 if low_precision else 4)
+    project_factors = float(rank * tokens * (m + n))
+    project_matrix = float(rank * m * n)
     product = rate * tokens * m * n
-    gram = gram_share(tokens) * tokens * tokens * (m + n)
+    gram = gram_share(tokens) * tokens * tokens * (m + n) + GRAM_CALLS
+    store = (2.0 if size <= SMALL_BYTES else 6.0 if size < FRESH_BYTES else 45.0) * m * n
     factored = project_factors + gram + product
-    plain = min(project_factors, project_matrix) + product + PASS * rate * m * n
+    plain = min(project_factors, project_matrix) + product + store
     if form == "auto":
-        form = "plain" if factored > ADVANTAGE * plain else "factored"
+        margin = 1.0 if size <= SMALL_BYTES else ADVANTAGE
+        form = "plain" if factored > margin * plain else "factored"
     return Plan(form, project_gradient=form == "plain" and project_matrix < project_factors)
-
-
-GRAM_BLOCK = 128
-"""Rows of a block of the symmetric Gram matrices; only blocks on and below the diagonal are computed."""
 
 
 def gram_share(tokens: int) -> float:

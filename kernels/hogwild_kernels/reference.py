@@ -155,7 +155,7 @@ def _scales(
     mean = b1 * state.exp_avg + (1 - b1) * r  # (3)
     square = b2 * state.exp_avg_sq + (1 - b2) * r * r  # (3)
     normal = mean / (square.sqrt() + config.eps)  # (3)
-    if state.rank == 1:
+    if config.by_tensor(state.rank):
         s = (normal.norm() / (r.norm() + NORM_EPS)).repeat(state.channels)  # (4) tensor-wise
     else:
         s = normal.norm(dim=axis) / (r.norm(dim=axis) + NORM_EPS)  # (4) channel-wise

@@ -1,0 +1,189 @@
+"""Does it learn? Three tables, one command each; results and curves go to benchmarks/results/ and docs/.
+
+    python benchmarks/learning.py scratch    (i)   APOLLO and APOLLO-Mini against AdamW, from scratch
+    python benchmarks/learning.py rounding   (ii)  fine-tuning at 1e-5: stochastic rounding against nearest
+    python benchmarks/learning.py threads    (iii) HOGWILD: 1, 2 and 4 threads on one stream, with staleness
+    python benchmarks/learning.py tables     prints what has been measured and draws docs/learning-*.png
+
+Finished runs are kept in the results file and not repeated; delete it to start over. One core, no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import learning_tables
+import learning_threads
+from hogwild_kernels import ApolloConfig, ApolloState, apollo_update
+from learning_model import Linear, Model, Shape, Text, load_text
+
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results"
+PRETRAINED = RESULTS / "pretrained.pt"
+"""The last APOLLO model of table (i), not kept in the repository."""
+SHAPE = Shape()
+STEPS = 400
+FINE_TUNING_STEPS = 200
+THREAD_STEPS = 300
+BATCH = 4
+WARMUP = 40
+EVERY = 40
+GRID = (3e-4, 1e-3, 3e-3, 1e-2)
+SEEDS = (0, 1, 2)
+METHODS = {"AdamW": None, "APOLLO r=64": 64, "APOLLO-Mini": 1}
+
+
+def schedule(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up, then a cosine down to a tenth."""
+    if step < WARMUP:
+        return peak * (step + 1) / WARMUP
+    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - WARMUP) / (steps - WARMUP)))
+
+
+@torch.no_grad()
+def validate(model: Model, text: Text) -> float:
+    """Mean nats per byte over the held-out sequences."""
+    return statistics.fmean(float(model(part)) for part in text.valid.split(16))
+
+
+def apollo_hook(states: dict[str, ApolloState], rate: list[float]) -> Any:
+    def update(layer: Linear, x: Tensor, d: Tensor, _: Any) -> None:
+        result = apollo_update(layer.weight.data, x, d, states[layer.name], lr=rate[0])
+        assert not result.skipped
+
+    return update
+
+
+def from_scratch(text: Text, method: str, lr: float, seed: int, floor: float | None = None) -> dict[str, Any]:
+    """One run of table (i): fp32 weights, bf16 activations, the same batches for every method of a seed."""
+    torch.manual_seed(seed)
+    model = Model(SHAPE)
+    rank, rate = METHODS[method], [lr]
+    if rank is None:
+        trained = list(model.parameters())
+    else:
+        config = ApolloConfig(rank=rank, seed=seed)
+        if floor is not None:
+            config = ApolloConfig(rank=rank, seed=seed, limiter_floor=floor)
+        states = {f.name: ApolloState(f.name, tuple(f.weight.shape), config) for f in model.linears()}
+        for linear in model.linears():
+            linear.hook = apollo_hook(states, rate)
+        trained = [p for _, p in model.rest()]
+    adam = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
+    generator = torch.Generator().manual_seed(1000 + seed)
+    curve, start = [(0, validate(model, text))], time.perf_counter()
+    for step in range(STEPS):
+        rate[0] = adam.param_groups[0]["lr"] = schedule(step, STEPS, lr)
+        model(text.batch(BATCH, SHAPE.context, generator)).backward()
+        if rank is None:  # what AdamW is used with; APOLLO has its own limiter
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        adam.step()
+        adam.zero_grad()
+        if (step + 1) % EVERY == 0:
+            curve.append((step + 1, validate(model, text)))
+    if method == "APOLLO r=64" and floor is None and seed:
+        torch.save(model.state_dict(), PRETRAINED)
+    return {
+        "curve": curve,
+        "final": curve[-1][1],
+        "seconds": time.perf_counter() - start,
+        "text": text.digest,
+    }
+
+
+def fine_tune(text: Text, rounding: str, seed: int, lr: float = 1e-5) -> dict[str, Any]:
+    """One run of table (ii): the pretrained model moves on to another text with bf16 or (the truth) fp32
+    weights."""
+    model = Model(SHAPE)
+    model.load_state_dict(torch.load(PRETRAINED))
+    config = ApolloConfig(rank=64, seed=seed, rounding="nearest" if rounding == "nearest" else "stochastic")
+    states = {f.name: ApolloState(f.name, tuple(f.weight.shape), config) for f in model.linears()}
+    for linear in model.linears():
+        linear.weight.data = linear.weight.data.bfloat16()  # all three start from the same bf16 weights
+        if rounding == "fp32 weights":
+            linear.weight.data = linear.weight.data.float()
+        linear.hook = apollo_hook(states, [lr])
+    for _, parameter in model.rest():
+        parameter.requires_grad_(False)
+    model.embed.weight.requires_grad_(
+        True
+    )  # so that the backward pass reaches the first layer; it is not updated
+    start = {f.name: f.weight.data.float().clone() for f in model.linears()}
+    generator = torch.Generator().manual_seed(2000 + seed)
+    curve = [(0, validate(model, text))]
+    for step in range(FINE_TUNING_STEPS):
+        model(text.batch(BATCH, SHAPE.context, generator)).backward()
+        model.embed.weight.grad = None
+        if (step + 1) % EVERY == 0:
+            curve.append((step + 1, validate(model, text)))
+    moved = math.sqrt(
+        sum(float((f.weight.data.float() - start[f.name]).square().sum()) for f in model.linears())
+    )
+    return {"curve": curve, "final": curve[-1][1], "moved": moved, "text": text.digest}
+
+
+def scratch_runs(done: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    text = load_text("perl-doc", SHAPE.context, 128)
+    for method in METHODS:
+        for lr in GRID:
+            yield f"{method}|{lr:g}|0", lambda m=method, r=lr: from_scratch(text, m, r, 0)
+    for seed in SEEDS[1:]:
+        for method in METHODS:
+            best = min(GRID, key=lambda r: float(done[f"{method}|{r:g}|0"]["final"]))
+            yield f"{method}|{best:g}|{seed}", lambda m=method, r=best, s=seed: from_scratch(text, m, r, s)
+    for seed in SEEDS[:1]:
+        best = min(GRID, key=lambda r: float(done[f"APOLLO r=64|{r:g}|0"]["final"]))
+        key = f"APOLLO r=64, published limiter|{best:g}|{seed}"
+        yield key, lambda r=best, s=seed: from_scratch(text, "APOLLO r=64", r, s, floor=0.0)
+
+
+def rounding_runs(_: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    if not PRETRAINED.exists():
+        sys.exit("run `python benchmarks/learning.py scratch` first: fine-tuning starts from its model")
+    text = load_text("fortunes", SHAPE.context, 128)
+    for seed in SEEDS:
+        for rounding in ("stochastic", "nearest", "fp32 weights"):
+            yield f"{rounding}|1e-05|{seed}", lambda r=rounding, s=seed: fine_tune(text, r, s)
+
+
+def thread_runs(_: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    text = load_text("perl-doc", SHAPE.context, 128)
+    for seed in SEEDS:
+        for threads in (1, 2, 4):
+            yield f"{threads}|{seed}", lambda t=threads, s=seed: learning_threads.hogwild(text, t, s)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", choices=["scratch", "rounding", "threads", "tables"])
+    table = parser.parse_args().table
+    torch.set_num_threads(1)
+    if table != "tables":
+        RESULTS.mkdir(exist_ok=True)
+        file = RESULTS / f"learning-{table}.json"
+        done: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        runs = {"scratch": scratch_runs, "rounding": rounding_runs, "threads": thread_runs}[table]
+        for key, run in runs(done):
+            if key not in done:
+                done[key] = run()
+                file.with_suffix(".tmp").write_text(json.dumps(done, indent=1))
+                file.with_suffix(".tmp").replace(file)
+                print(key, f"{done[key]['final']:.4f}", flush=True)
+    learning_tables.show(RESULTS, ROOT.parent / "docs")
+
+
+if __name__ == "__main__":
+    main()

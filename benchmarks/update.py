@@ -1,0 +1,282 @@
+"""What one update costs, on CPU, for the layers of a 1B-class model (Llama-3.2-1B), with bf16 weights.
+
+    python benchmarks/update.py                 the table: ratios for one transformer layer (7 linear weights)
+    python benchmarks/update.py --per-shape     the same for every shape
+    python benchmarks/update.py --threads 2     throughput of that many trainer threads against one (wall
+    clock)
+
+Everything after X and D are known is timed, against
+    (a) the gradient product and a published-style eager APOLLO step (bf16 state, as the published code
+    keeps it)
+    (b) the gradient product and torch.optim.AdamW(fused=True)
+    form: the better of our two forms, each forced
+    floor: the larger of bytes that must move (read and write W, read X and D) over this machine's copy
+    rate, and the
+           multiply-adds that must be done (T m n in bf16) over its matmul rate, both measured in the same run
+Each answer is checked against the reference first, and nothing is timed if one is wrong. Times are CPU
+seconds of one thread (best of several, methods interleaved), so that other work on the machine counts as
+little as possible.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hogwild_kernels import ApolloConfig, ApolloState, apollo_update, counter, plan, reference
+from hogwild_kernels.cpu import multiplies_bfloat16
+
+LAYER = {
+    "q, o": (2048, 2048, 2),
+    "k, v": (512, 2048, 2),
+    "gate, up": (8192, 2048, 2),
+    "down": (2048, 8192, 1),
+}
+"""(m, n, how many of them) per transformer layer."""
+TOKENS = (16, 64, 256, 1024)
+RANKS = (1, 64, 256)
+COLUMNS = ("a", "b", "ours", "factored", "plain", "floor")
+
+
+class EagerApollo:
+    """The published step in eager PyTorch with state in the weight's type, from the paper's mathematics."""
+
+    def __init__(self, weight: Tensor, rank: int, lr: float) -> None:
+        self.w, self.rank, self.lr, self.t = weight, rank, lr, 0
+        m, n = weight.shape
+        self.wide = m < n
+        shape = (rank, n) if self.wide else (m, rank)
+        self.p = counter.projection((1, 2), 0, rank, min(m, n)).to(weight.dtype)
+        self.mean, self.square = (torch.zeros(shape, dtype=weight.dtype) for _ in range(2))
+        self.phi: Tensor | None = None
+
+    def step(self, g: Tensor) -> None:
+        self.t += 1
+        r = self.p @ g if self.wide else g @ self.p.t()
+        self.mean.mul_(0.9).add_(r, alpha=0.1)
+        self.square.mul_(0.999).addcmul_(r, r, value=0.001)
+        normal = self.mean / self.square.sqrt().add_(1e-6)
+        if self.rank == 1:
+            u = g * (normal.norm() / (r.norm() + 1e-8))
+        else:
+            axis = 0 if self.wide else 1
+            u = g * (normal.norm(dim=axis) / (r.norm(dim=axis) + 1e-8)).unsqueeze(axis)
+        norm = u.norm()
+        if self.phi is not None:
+            limiter = max(float(norm / (self.phi + 1e-8)), 1.01) / 1.01
+            u = u / limiter
+            norm = norm / limiter
+        self.phi = norm
+        rate = self.lr * math.sqrt(1 - 0.999**self.t) / (1 - 0.9**self.t)
+        u *= math.sqrt(min(self.w.shape) / self.rank)
+        self.w.add_(u, alpha=-rate)
+
+
+def check() -> None:
+    """Stops the run unless ours and (a) both give the reference's answer, for every shape, form and rank."""
+    for m, n, _ in LAYER.values():
+        for rank in RANKS:
+            x, d = torch.randn(24, n), torch.randn(24, m)
+            start = torch.randn(m, n) * 0.02
+            truth, eager = start.clone(), start.clone()
+            reference.factored_step(
+                truth, x, d, ApolloState("layer", (m, n), ApolloConfig(rank=rank, lr=1e-3))
+            )
+            published = EagerApollo(eager, rank, 1e-3)
+            published.p = ApolloState("layer", (m, n), ApolloConfig(rank=rank)).projection()
+            published.step(d.t() @ x)
+            answers = {"(a)": eager}
+            for form in ("factored", "plain"):
+                config = ApolloConfig(rank=rank, lr=1e-3, form=form)  # type: ignore[arg-type]
+                answers[form] = start.clone()
+                apollo_update(answers[form], x, d, ApolloState("layer", (m, n), config))
+            for name, answer in answers.items():
+                error = float((answer - truth).norm() / (truth - start).norm())
+                if not error < 1e-4:  # 1e-5 of the weight; the change alone is a stricter measure
+                    sys.exit(
+                        f"wrong answer from {name} at {m}x{n} rank {rank}: off by {error:.1e} of the change"
+                    )
+
+
+def best(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Seconds of each, the best of several interleaved repeats after one warm-up."""
+    found = dict.fromkeys(runs, math.inf)
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.thread_time()
+            run()
+            if repeat:
+                found[name] = min(found[name], time.thread_time() - start)
+    return found
+
+
+def machine() -> tuple[float, float]:
+    """(bytes/s of a plain bf16 copy, bf16 multiply-adds/s of a large matmul) of one thread."""
+    a, b = torch.empty(1 << 25, dtype=torch.bfloat16), torch.empty(1 << 25, dtype=torch.bfloat16)
+    k = torch.randn(2048, 2048).to(torch.bfloat16 if multiplies_bfloat16() else torch.float32)
+    out = torch.empty_like(k)
+    seconds = best({"copy": lambda: b.copy_(a), "matmul": lambda: torch.mm(k, k, out=out)}, 5)
+    return 4 * a.numel() / seconds["copy"], 2048**3 / seconds["matmul"]
+
+
+def measure(
+    m: int, n: int, tokens: int, rank: int, rates: tuple[float, float], repeats: int
+) -> dict[str, float]:
+    x, d = torch.randn(tokens, n).bfloat16(), torch.randn(tokens, m).bfloat16()
+    start = (torch.randn(m, n) * 0.02).bfloat16()
+    eager = EagerApollo(start.clone(), rank, 1e-5)
+    parameter = torch.nn.Parameter(start.clone())
+    adamw = torch.optim.AdamW([parameter], lr=1e-5, fused=True)
+
+    def fused() -> None:
+        parameter.grad = d.t() @ x
+        adamw.step()
+
+    def ours(form: str) -> Callable[[], object]:
+        state = ApolloState("layer", (m, n), ApolloConfig(rank=rank, form=form))  # type: ignore[arg-type]
+        weight = start.clone()
+        return lambda: apollo_update(weight, x, d, state)
+
+    runs = {"a": lambda: eager.step(d.t() @ x), "b": fused, "ours": ours("auto")}
+    runs |= {form: ours(form) for form in ("factored", "plain")}
+    seconds = best(runs, repeats)
+    moved = 2 * (2 * m * n + tokens * (m + n))
+    seconds["floor"] = max(moved / rates[0], tokens * m * n / rates[1])
+    seconds["memory"] = largest_allocation(runs["ours"]) / (2 * m * n)
+    return seconds
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the largest new storage that any operator returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, t.untyped_storage().nbytes())
+        return out
+
+
+def largest_allocation(run: Callable[[], object]) -> int:
+    """Bytes of the largest allocation of one run, the thread's own tile aside."""
+    with Allocations() as seen:
+        run()
+    return seen.largest
+
+
+def row(name: str, tokens: int, rank: int, s: dict[str, float], form: str) -> None:
+    better = min(s["factored"], s["plain"])
+    cells = (
+        name,
+        tokens,
+        rank,
+        f"{1000 * s['ours']:.1f}",
+        f"{s['a'] / s['ours']:.1f}x",
+        f"{s['b'] / s['ours']:.2f}x",
+    )
+    rest = (f"{s['ours'] / better:.2f}", f"{s['ours'] / s['floor']:.1f}", f"{s['memory']:.2f}", form)
+    print("|", " | ".join(map(str, cells + rest)), "|", flush=True)
+
+
+def table(per_shape: bool, repeats: int) -> None:
+    rates = machine()
+    print(f"one thread: copy {rates[0] / 1e9:.1f} GB/s, matmul {rates[1] / 1e9:.0f} G multiply-adds/s")
+    print("| shape | T | r | ours, ms | (a) / ours | (b) / ours | ours / better form | ours / floor "
+          "| largest allocation / weight | form |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    for tokens in TOKENS:
+        for rank in RANKS:
+            total, forms = dict.fromkeys((*COLUMNS, "memory"), 0.0), set()
+            better = 0.0
+            for m, n, count in LAYER.values():
+                seconds = measure(m, n, tokens, rank, rates, repeats)
+                form = plan.choose("auto", m, n, tokens, rank, multiplies_bfloat16()).form
+                forms.add(form)
+                if per_shape:
+                    row(f"{m}x{n}", tokens, rank, seconds, form)
+                for column in COLUMNS:
+                    total[column] += count * seconds[column]
+                better += count * min(seconds["factored"], seconds["plain"])
+                total["memory"] = max(total["memory"], seconds["memory"])
+            total["factored"] = total["plain"] = better
+            row("layer", tokens, rank, total, " and ".join(sorted(forms)))
+
+
+def scaling(threads: int, tokens: int = 64, rank: int = 64, rounds: int = 6) -> None:
+    """Updates per second of several trainer threads, on weights of their own and on the same ones."""
+    shapes = [(m, n) for m, n, _ in LAYER.values()]
+
+    def throughput(count: int, shared: bool) -> float:
+        def weights() -> list[tuple[Tensor, Tensor, Tensor, ApolloState]]:
+            config = ApolloConfig(rank=rank)
+            found = []
+            for m, n in shapes:
+                x, d = torch.randn(tokens, n).bfloat16(), torch.randn(tokens, m).bfloat16()
+                found.append((torch.zeros(m, n).bfloat16(), x, d, ApolloState("layer", (m, n), config)))
+            return found
+
+        sets = [weights()] * count if shared else [weights() for _ in range(count)]
+        ready = threading.Barrier(count + 1)
+
+        def work(mine: list[tuple[Tensor, Tensor, Tensor, ApolloState]], seed: int) -> None:
+            torch.set_num_threads(1)
+            for part in mine:
+                apollo_update(*part, seed=seed)
+            ready.wait()
+            for _ in range(rounds):
+                for part in mine:
+                    apollo_update(*part, seed=seed)
+
+        workers = [threading.Thread(target=work, args=(s, i)) for i, s in enumerate(sets)]
+        for worker in workers:
+            worker.start()
+        ready.wait()
+        start = time.perf_counter()
+        for worker in workers:
+            worker.join()
+        return count * rounds * len(shapes) / (time.perf_counter() - start)
+
+    one = max(throughput(1, shared=False) for _ in range(3))
+    print(f"1 thread: {one:.1f} updates/s (T={tokens}, r={rank}, wall clock, {os.cpu_count()} cores)")
+    for shared in (False, True):
+        many = max(throughput(threads, shared) for _ in range(3))
+        where = "the same weights" if shared else "weights of their own"
+        print(f"{threads} threads on {where}: {many:.1f} updates/s, {many / one:.2f}x")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--per-shape", action="store_true")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        check()
+        if arguments.threads:
+            scaling(arguments.threads)
+        else:
+            table(arguments.per_shape, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""The Triton step against the reference: under Triton's interpreter everywhere, and on a device where there
+is one.
+
+The interpreter has to be chosen before Triton is imported, so outside it this file runs itself again in a
+process of its own. What the interpreter cannot show, that the kernels compile for a real target, is checked
+ahead of time without a device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hogwild_kernels import AdamConfig, AdamState, ApolloConfig, ApolloState, counter, reference
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's own process")
+SHAPES = [(40, 72), (72, 40), (33, 33), (1, 20), (20, 1)]
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_everything_marked_interpreted() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+
+
+def device() -> str:
+    return "cpu" if INTERPRETED else "cuda"
+
+
+def batch(m: int, n: int, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.randn(tokens, n).to(dtype).to(device()), torch.randn(tokens, m).to(dtype).to(device())
+
+
+def compare(
+    m: int, n: int, rank: int, dtype: torch.dtype, tokens: int = 7, steps: int = 5, seed: int = 3
+) -> None:
+    from hogwild_kernels import cuda
+
+    torch.manual_seed(0)
+    config = ApolloConfig(rank=rank, lr=1e-3, weight_decay=0.1, gap=3, seed=2**40)
+    w = (torch.randn(m, n) * 0.02).to(dtype).to(device())
+    truth = w.clone()
+    fast, slow = (ApolloState("layer", (m, n), config, device=device()) for _ in range(2))
+    for _ in range(steps):
+        x, d = batch(m, n, tokens, dtype)
+        one = cuda.step(w, x, d, fast, config, lr=1e-3, seed=seed)
+        two = reference.factored_step(truth, x, d, slow, config, lr=1e-3, seed=seed)
+        assert float(one.norm) == pytest.approx(two.norm, rel=1e-5)
+        assert not bool(one.skipped)
+    assert (fast.step, fast.epoch) == (slow.step, slow.epoch) == (steps, steps // 3)
+    for name, tensor in slow.tensors().items():
+        assert (fast.tensors()[name] - tensor).double().norm() <= 1e-5 * tensor.double().norm(), name
+    if dtype == torch.float32:
+        assert (w - truth).norm() <= 1e-5 * truth.norm()
+    else:  # the same random bits: only what fp32 rounding carries over a threshold may differ
+        assert float((w != truth).double().mean()) < 0.005
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_step_equals_the_reference(m: int, n: int, rank: int, dtype: torch.dtype) -> None:
+    compare(m, n, rank, dtype)
+
+
+@interpreted
+@pytest.mark.parametrize(("m", "n", "rank", "tokens"), [(70, 130, 70, 40), (130, 70, 33, 17), (40, 72, 8, 1)])
+def test_blocks_that_do_not_divide_the_shape(m: int, n: int, rank: int, tokens: int) -> None:
+    compare(m, n, rank, torch.float32, tokens=tokens, steps=2, seed=2**31 + 5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rank", [1, 64])
+@pytest.mark.parametrize(("m", "n"), [(512, 2048), (2048, 512)])
+def test_step_equals_the_reference_on_a_device(m: int, n: int, rank: int, dtype: torch.dtype) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    compare(m, n, rank, dtype, tokens=48)
+
+
+@interpreted
+@pytest.mark.parametrize("epoch", [0, 1, 7])
+@pytest.mark.parametrize(("seed", "name"), [(0, "layer"), (2**33, "model.layers.3.mlp.up_proj")])
+def test_projection_has_the_bits_of_the_cpu(epoch: int, seed: int, name: str) -> None:
+    """Projecting the identity gives P itself: a product with zeros and one 1 rounds nothing."""
+    from hogwild_kernels import cuda
+    from hogwild_kernels import triton_kernels as kernels
+
+    size, rank, gap = 50, 20, 4
+    key = counter.name_key(seed, name)
+    counts = torch.tensor([epoch * gap + 3, 0])
+    out = torch.empty(size, rank)
+    kernels.project[(4, 1)](
+        torch.eye(size), size, 1, out, counts, gap, cuda._signed(key[0]), cuda._signed(key[1]),
+        counter.gaussian_table(), counter.gaussian_gain(rank), size, size, rank, BLOCK_T=16, BLOCK_R=32, BLOCK_K=64,
+    )  # fmt: skip
+    assert torch.equal(out.T, counter.projection(key, epoch, rank, size))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_has_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
+    from hogwild_kernels import cuda
+    from hogwild_kernels import triton_kernels as kernels
+    from hogwild_kernels.rounding import round_to
+
+    torch.manual_seed(0)
+    special = torch.tensor(
+        [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-8, 6e-8, 65504.0, 2.0**-14, -(2.0**-24)]
+    )
+    values = torch.cat((special, (torch.randn(5000) * torch.randn(5000).mul(5).exp()).clamp(-60000, 60000)))
+    a, b = counter.subkey((123, 456), counter.ROUNDING, 9)
+    out = torch.empty(len(values), dtype=dtype)
+    kernels.round_values[(5,)](values, out, len(values), cuda._signed(a), cuda._signed(b), BLOCK=1024)
+    truth = round_to(values, dtype, counter.words(torch.arange(len(values)), a, b))
+    number = ~values.isnan()
+    assert torch.equal(out[number].view(torch.int16), truth[number].view(torch.int16))
+    assert bool(out[~number].isnan().all())
+
+
+@interpreted
+@pytest.mark.parametrize("layout", ["transposed", "padded", "every second column"])
+def test_any_layout_is_written_in_place(layout: str) -> None:
+    from hogwild_kernels import cuda
+
+    torch.manual_seed(0)
+    m, n = 24, 40
+    start = torch.randn(m, n).bfloat16()
+    whole = torch.zeros(n, m).bfloat16() if layout == "transposed" else torch.zeros(m, 2 * n).bfloat16()
+    view = {"transposed": whole.T, "padded": whole[:, :n], "every second column": whole[:, ::2]}[layout]
+    view.copy_(start)
+    config = ApolloConfig(rank=4, lr=0.01)
+    straight = start.clone()
+    x, d = batch(m, n, 5, torch.bfloat16)
+    cuda.step(straight, x, d, ApolloState("layer", (m, n), config), config, lr=0.01)
+    cuda.step(view, x, d, ApolloState("layer", (m, n), config), config, lr=0.01)
+    assert torch.equal(view, straight)
+    assert not torch.equal(view, start)
+    if layout != "transposed":
+        assert int((whole != 0).sum()) <= m * n
+
+
+@interpreted
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan, 3e38])
+@pytest.mark.parametrize("where", ["x", "d"])
+@pytest.mark.parametrize(("m", "n"), [(24, 40), (40, 24)])
+def test_non_finite_input_touches_nothing_and_is_counted(m: int, n: int, where: str, bad: float) -> None:
+    from hogwild_kernels import cuda
+
+    torch.manual_seed(0)
+    config = ApolloConfig(rank=4, weight_decay=0.1)
+    state = ApolloState("layer", (m, n), config)
+    w = torch.randn(m, n)
+    cuda.step(w, *batch(m, n, 5, torch.float32), state, config, lr=0.01)
+    before = [w.clone(), *(t.clone() for name, t in state.tensors().items() if name != "counts")]
+    x, d = batch(m, n, 5, torch.float32)
+    (x if where == "x" else d)[2, 3] = bad
+    result = cuda.step(w, x, d, state, config, lr=0.01)
+    assert bool(result.skipped)
+    assert float(result.norm) == 0.0
+    after = [w, *(t for name, t in state.tensors().items() if name != "counts")]
+    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+    assert (state.step, state.skipped) == (1, 1)
+
+
+@interpreted
+def test_the_limiter_is_the_references_through_zeros_and_bursts() -> None:
+    from hogwild_kernels import cuda
+
+    torch.manual_seed(0)
+    config = ApolloConfig(rank=4, lr=0.01)
+    fast, slow = (ApolloState("layer", (24, 40), config) for _ in range(2))
+    w, truth = torch.zeros(24, 40), torch.zeros(24, 40)
+    for size in (0.0, 1.0, 1.0, 1e-9, 1.0, 0.0, 50.0, 1.0):
+        x, d = batch(24, 40, 5, torch.float32)
+        cuda.step(w, x, d * size, fast, config, lr=0.01)
+        reference.factored_step(truth, x, d * size, slow, config)
+        assert float(fast.norm) == pytest.approx(float(slow.norm), rel=1e-5)
+    torch.testing.assert_close(w, truth, rtol=1e-5, atol=1e-7)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", TYPES)
+def test_adam_equals_the_reference(dtype: torch.dtype) -> None:
+    from hogwild_kernels import cuda
+
+    torch.manual_seed(0)
+    config = AdamConfig(lr=0.01, weight_decay=0.1)
+    fast, slow = AdamState("norm", (9, 5), config), AdamState("norm", (9, 5), config)
+    w = torch.randn(9, 5).to(dtype)
+    truth = w.clone()
+    for step in range(6):
+        g = torch.randn(9, 5)
+        if step == 3:
+            g[1, 1] = torch.nan
+        one, two = cuda.adam_step(w, g, fast, config, lr=0.01), reference.adam_step(truth, g, slow, config)
+        assert bool(one.skipped) == two.skipped
+        assert float(one.norm) == pytest.approx(two.norm, rel=1e-5)
+    assert (fast.step, fast.skipped) == (slow.step, slow.skipped) == (5, 1)
+    torch.testing.assert_close(w, truth, rtol=1e-5, atol=1e-6)
+
+
+class _NoScalarReads(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert "local_scalar_dense" not in str(func), "a step waited for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_scalar_reads() -> Iterator[None]:
+    """Fails on bool(), float() or .item() of a tensor: on CUDA each of them waits for the device."""
+    with _NoScalarReads():
+        yield
+
+
+@interpreted
+def test_no_step_reads_a_scalar_back() -> None:
+    from hogwild_kernels import cuda
+
+    config = ApolloConfig(rank=4)
+    state, small = ApolloState("layer", (24, 40), config), AdamState("norm", (24,))
+    w, x, d, v, g = (
+        torch.zeros(24, 40),
+        torch.randn(5, 40),
+        torch.randn(5, 24),
+        torch.zeros(24),
+        torch.randn(24),
+    )
+    with pytest.raises(AssertionError), no_scalar_reads():
+        reference.factored_step(w, x, d, state)  # the measuring stick itself works
+    with no_scalar_reads():
+        cuda.step(w, x, d, state, config, lr=0.01)
+        cuda.adam_step(v, g, small, small.config, lr=0.01)
+
+
+COMPILE = """
+import sys, triton, torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from hogwild_kernels import triton_kernels as k
+F, I, L = "*fp32", "i32", "*i64"
+common = dict(WIDEN=False, STOCHASTIC=True, BLOCK_M=64, BLOCK_N=64, BLOCK_T=32)
+betas = dict.fromkeys(("b1", "c1", "b2", "c2"), "fp32")
+jobs = []
+for t in ("bf16", "fp16", "fp32"):
+    p = "*" + t
+    jobs.append((k.project, dict(y=p, out=F, counts=L, gap=I, table="*i32", gain="fp32"),
+                 dict(BLOCK_T=16, BLOCK_R=32, BLOCK_K=64)))
+    jobs.append((k.channels, dict(small=F, z=p, r_out=F, mean=F, square=F, normal_sum=F, raw_sum=F, **betas,
+    eps="fp32"),
+                 dict(BLOCK_T=16, BLOCK_R=64, BLOCK_C=32)))
+    for by_row in (True, False):
+        jobs.append((k.write, dict(weight=p, x=p, d=p, scale=F, scalars=F, counts=L), dict(BY_ROW=by_row,
+        **common)))
+jobs.append((k.finish, dict(squared=F, phi=F, counts=L, scalars=F, **dict.fromkeys(
+    ("lr", "root_alpha", "log_b1", "log_b2", "gamma", "floor", "decay"), "fp32")), {}))
+jobs.append((k.commit, dict(r=F, mean=F, square=F, scalars=F, **betas), dict(BLOCK=1024)))
+for function, types, constants in jobs:
+    signature = {n: "constexpr" if n in constants else types.get(n, I) for n in function.arg_names}
+    # An argument of 1 is compiled in as a constant: once with every size and stride that can be 1.
+    ones = [n for n in ("n", "m", "size", "rank", "tokens", "count", "row_stride", "column_stride") if n in
+    signature] for fixed in ([], ones) if "*bf16" in types.values() else ([],):
+        kinds = {**signature, **dict.fromkeys(fixed, "constexpr")}
+        source = ASTSource(function, kinds, {**constants, **dict.fromkeys(fixed, 1)})
+        assert "ptx" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
+print(len(jobs))
+"""
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_kernels_compile_for_a_real_target_without_a_device(tmp_path: Any) -> None:
+    """Ahead of time, for compute capability 9.0. It shows that they compile, not that they run."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    run = subprocess.run(
+        [sys.executable, "-c", inspect.cleandoc(COMPILE)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
