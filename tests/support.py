@@ -20,7 +20,7 @@ DEADLINE_S = 300.0  # generous: machines are noisy, and no test is about how lon
 # Small and quick to start; what a user would leave out.
 SERVER_ARGUMENTS = (
     "--served-model-name", "demo", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16",
-    "--kv-cache-memory-bytes", str(256 << 20),
+    "--kv-cache-memory-bytes", str(256 << 20), "--distributed-executor-backend", "uni",
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ _SERVER_TIMEOUT_S = 600
 _LEARN_TIMEOUT_S = 1800
 _SERVER_ARGUMENTS = (
     "--served-model-name", "demo", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16",
-    "--kv-cache-memory-bytes", str(256 << 20),
+    "--kv-cache-memory-bytes", str(256 << 20), "--distributed-executor-backend", "uni",
 )  # fmt: skip
 
 

@@ -63,8 +63,10 @@ class Arena:
         return cls(weights, control, layout)
 
 
-def ask(path: Path, source: Source) -> tuple[Arena, socket.socket] | None:
+def ask(path: Path, source: Source, server: dict[str, Any]) -> tuple[Arena, socket.socket] | None:
     """Ask the daemon whether it holds an arena that was filled from these very files.
+
+    `server` says how to reach this server, as in `Offer`.
 
     Returns the arena and the open session, or None when no daemon listens or it holds none.
 
@@ -76,7 +78,7 @@ def ask(path: Path, source: Source) -> tuple[Arena, socket.socket] | None:
     if sock is None:
         return None
     try:
-        request = {"op": "ask", "version": protocol.VERSION, "source": source.__dict__, "pid": os.getpid()}
+        request = {"op": "ask", "version": protocol.VERSION, "source": source.__dict__, "server": server}
         reply = _call(sock, request)
         if reply is not None and reply[0].get("status") == "held":
             arena = Arena.receive(*reply)

@@ -4,7 +4,7 @@ The daemon listens, vLLM's loader connects. One connection is one server's sessi
 that the other is gone. A message is a 4-byte little-endian length and that many bytes of UTF-8 JSON (an object);
 descriptors travel with the length. Never pickle.
 
-    server  ask    {op, version, source}                     -> held {layout} + 2 descriptors | empty
+    server  ask    {op, version, source, server}                     -> held {layout} + 2 descriptors | empty
     server  offer  {op, version, layout, server} + 2 descriptors -> attached | refused {problems}
 
 The two descriptors are the weights and the control page, in that order.

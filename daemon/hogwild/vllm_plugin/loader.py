@@ -72,7 +72,7 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
             allow_patterns_overrides=None,
         )
         source = Source.of(Path(folder), files)
-        held = client.ask(self._socket, source)
+        held = client.ask(self._socket, source, _server())
         if held is not None:
             self._arena, self._session = held
             place.move(model, self._arena.layout.parameters, self._arena.weights)
@@ -126,8 +126,7 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
             len(self._arena.layout.frozen),
             self._socket,
         )
-        server = {"url": os.environ.get(URL_VARIABLE, ""), "engine_pid": os.getpid()}
-        client.Offer(self._socket, self._arena, server).start(self._session)
+        client.Offer(self._socket, self._arena, _server()).start(self._session)
 
 
 def _only_live(
@@ -165,6 +164,11 @@ def _refuse_unsupported(vllm_config: VllmConfig, daemon: Path | None) -> None:
         problems.append("sleep mode moves the weights: serve without --enable-sleep-mode")
     if problems:
         raise VerificationError("this server cannot be trained", problems)
+
+
+def _server() -> dict[str, str]:
+    """What the daemon is told about this server: where it answers requests."""
+    return {"url": os.environ.get(URL_VARIABLE, "")}
 
 
 def _versions() -> dict[str, str]:
