@@ -1,7 +1,6 @@
 """The shared memory and how it changes hands: real descriptors, sockets and processes."""
 
 import fcntl
-import gc
 import json
 import mmap
 import os
@@ -128,11 +127,9 @@ def test_closing_the_descriptor_leaves_tensors_usable():
     segment.close()
     segment.close()
     del segment
-    gc.collect()
     tensor.fill_(3)
     assert tensor.tolist() == [3.0] * 4
     del tensor
-    gc.collect()
     assert open_descriptors() == before
 
 
@@ -285,9 +282,8 @@ def test_what_is_no_message_is_refused_and_its_descriptors_are_closed(pair, data
     theirs.shutdown(socket.SHUT_WR)
     with pytest.raises(ProtocolError, match=fault):
         protocol.receive(ours, max_fds=2)
-    del segment.bytes, segment.mapping
     segment.close()
-    gc.collect()
+    del segment
     assert open_descriptors() == before
 
 
@@ -317,10 +313,12 @@ def test_the_peer_is_who_the_kernel_says(pair):
 # --- hub and client ------------------------------------------------------------------------------------------------
 
 
-def run_daemon(pipe: Any, path: Path, refuse: str = "") -> None:
+def run_daemon(pipe: Any, path: Path, refuse: str = "", fail: str = "") -> None:
     """A daemon: takes an arena, holds it, and says what happens."""
 
     def on_offer(arena: Arena) -> None:
+        if fail:
+            raise RuntimeError(fail)
         if refuse:
             raise VerificationError(refuse, ["w: one problem", "x: another"])
         pipe.send(("took", (arena.control.arena_id, arena.weights.inode()[1])))
@@ -335,7 +333,6 @@ def run_daemon(pipe: Any, path: Path, refuse: str = "") -> None:
         if command == "value":
             pipe.send(("value", hub.arena and value(hub.arena)))
         elif command == "descriptors":
-            gc.collect()
             pipe.send(("descriptors", open_descriptors()))
         else:
             assert hub.arena is not None
@@ -427,6 +424,7 @@ def test_a_killed_server_finds_the_memory_that_the_daemon_kept(start):
     daemon = start(run_daemon)
     server = start(run_server)
     arena = daemon.hear("took")
+    daemon.hear("session")
     told(daemon, 8.5, "written")
     server.kill()
     assert daemon.hear("lost")["pid"] == server.pid
@@ -470,6 +468,16 @@ def test_what_does_not_verify_is_refused_with_its_problems_and_not_held(start, s
     wait_until(
         lambda: told(daemon, "descriptors", "descriptors") == descriptors, "refused memory is let go of", 30
     )
+
+
+def test_a_daemon_that_fails_to_verify_says_so_and_goes_on(start, sock):
+    daemon = start(run_daemon, "", "no tokenizer in that folder")
+    descriptors = told(daemon, "descriptors", "descriptors")
+    reply = offer_by_hand(sock, make_arena())
+    assert reply["status"] == "refused"
+    assert "no tokenizer in that folder" in reply["error"]
+    assert client.ask(sock, SOURCE, {}) is None
+    wait_until(lambda: told(daemon, "descriptors", "descriptors") == descriptors, "it is let go of", 30)
 
 
 def offer_by_hand(path: Path, arena: Arena, **changes: Any) -> dict[str, Any]:

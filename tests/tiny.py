@@ -1,5 +1,6 @@
 """Tiny models with random weights, saved as a user would have them; and child processes to kill."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -101,4 +102,5 @@ class Child:
 
 
 def open_descriptors() -> int:
+    gc.collect()
     return len(os.listdir("/proc/self/fd"))
