@@ -41,26 +41,29 @@ class Arena:
         Raises:
             ArenaError: the descriptors or the layout are not what they should be.
         """
-        if len(fds) != 2:
-            for fd in fds:
-                os.close(fd)
-            raise ProtocolError(f"an arena comes with 2 descriptors, the peer sent {len(fds)}")
+        unmapped = list(fds)
+        segments: list[Segment] = []
         try:
+            if len(fds) != 2:
+                raise ProtocolError(f"an arena comes with 2 descriptors, the peer sent {len(fds)}")
             layout = Layout.from_json(message.get("layout"))
-        except ProtocolError:
-            for fd in fds:
+            for nbytes in (layout.nbytes, CONTROL_NBYTES):
+                segments.append(Segment.from_fd(unmapped.pop(0), nbytes))
+            control = ControlPage(segments[1])
+            if control.fingerprint != layout.fingerprint():
+                raise ProtocolError("the control page belongs to another layout than the one that came with it")
+        except BaseException:
+            for fd in unmapped:
                 os.close(fd)
+            for segment in segments:
+                segment.close()
             raise
-        control_fd = fds[1]
-        try:
-            weights = Segment.from_fd(fds[0], layout.nbytes)
-        except Exception:
-            os.close(control_fd)
-            raise
-        control = ControlPage(Segment.from_fd(control_fd, CONTROL_NBYTES))
-        if control.fingerprint != layout.fingerprint():
-            raise ProtocolError("the control page belongs to another layout than the one that came with it")
-        return cls(weights, control, layout)
+        return cls(segments[0], control, layout)
+
+    def close(self) -> None:
+        """Let go of both descriptors. Memory lives on until the last tensor made from it is gone."""
+        self.weights.close()
+        self.control.segment.close()
 
 
 def ask(path: Path, source: Source, server: dict[str, Any]) -> tuple[Arena, socket.socket] | None:

@@ -123,8 +123,12 @@ class Hub:
             return self._ask(message)
         try:
             offered = Arena.receive(message, fds)
-            with self._taking:
-                self._take(offered)
+            try:
+                with self._taking:
+                    self._take(offered)
+            except BaseException:
+                offered.close()
+                raise
         except HogwildError as error:
             log.error("arena.refused", error=str(error), problems=getattr(error, "problems", []))
             return {"status": "refused", "error": str(error), "problems": getattr(error, "problems", [])}, ()
@@ -144,8 +148,7 @@ class Hub:
         held = self._held
         if held is not None:
             if offered.control.arena_id == held.control.arena_id:
-                offered.weights.close()
-                offered.control.segment.close()
+                offered.close()
                 return  # the same memory, offered again after a broken connection
             raise ArenaError(
                 f"the daemon holds live weights of {held.layout.source.path} and will not drop them for a new arena "
