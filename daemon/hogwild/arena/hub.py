@@ -132,6 +132,9 @@ class Hub:
         except HogwildError as error:
             log.error("arena.refused", error=str(error), problems=getattr(error, "problems", []))
             return {"status": "refused", "error": str(error), "problems": getattr(error, "problems", [])}, ()
+        except Exception as error:  # transformers raises what it likes for a folder that it cannot use
+            log.exception("arena.refused", error=str(error), problems=[])
+            return {"status": "refused", "error": f"the daemon failed on it: {error!r}"}, ()
         return {"status": "attached"}, ()
 
     def _ask(self, message: protocol.Message) -> tuple[protocol.Message, tuple[int, ...]]:
