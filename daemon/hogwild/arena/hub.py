@@ -27,7 +27,8 @@ class Hub:
         path: the socket; its folder is made 0700, the socket 0600.
         on_offer: called with each arena that a server offers, in that session's thread. It verifies; returning
             takes the arena, a HogwildError refuses it and is told to the server.
-        on_session: called with (server, True) when a server's session begins and (server, False) when it ends.
+        on_session: called with (server, True) when a server's session begins and (server, False) when it ends;
+            server is {"url": as announced, or empty, "pid": of the process at the other end}.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Hub:
             if received is None:
                 return
             message, fds = received
-            server = {**_object(message.get("server")), "pid": pid}
+            server = {"url": _url(message.get("server")), "pid": pid}
             reply, reply_fds = self._answer(message, fds)
             protocol.send(sock, reply, reply_fds)
             if reply["status"] in ("held", "attached"):
@@ -193,5 +194,7 @@ def _hang_up(sock: socket.socket) -> None:
         pass  # it was gone already
 
 
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+def _url(server: Any) -> str:
+    """Where a server says that it answers; nothing else that a peer sends goes into the log as it is."""
+    url = server.get("url") if isinstance(server, dict) else None
+    return url if isinstance(url, str) else ""
