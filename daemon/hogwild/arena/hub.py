@@ -57,6 +57,7 @@ class Hub:
         """Hang up on everybody and remove the socket. The servers keep the memory and offer it again."""
         self._stopping = True
         self._path.unlink(missing_ok=True)
+        _hang_up(self._listener)  # closing alone does not wake a thread that waits in accept
         self._listener.close()
         for session in list(self._sessions):
             _hang_up(session)
@@ -164,8 +165,15 @@ class Hub:
 
 
 def _listen(path: Path) -> socket.socket:
-    """Bind the socket, replacing one that nobody listens on any more."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Bind the socket, replacing one that nobody listens on any more.
+
+    Raises:
+        ArenaError: somebody listens there, or it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise _cannot_listen(path, error) from error
     if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             if probe.connect_ex(str(path)) == 0:
@@ -183,8 +191,12 @@ def _listen(path: Path) -> socket.socket:
         listener.listen(16)
     except OSError as error:
         listener.close()
-        raise ArenaError(f"cannot listen on {path} as user {os.geteuid()}: {error}") from error
+        raise _cannot_listen(path, error) from error
     return listener
+
+
+def _cannot_listen(path: Path, error: OSError) -> ArenaError:
+    return ArenaError(f"cannot listen on {path} as user {os.geteuid()}: {error}")
 
 
 def _hang_up(sock: socket.socket) -> None:
