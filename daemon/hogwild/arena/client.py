@@ -74,7 +74,8 @@ def ask(path: Path, source: Source, server: dict[str, Any]) -> tuple[Arena, sock
     Returns the arena and the open session, or None when no daemon listens or it holds none.
 
     Raises:
-        ArenaError: a daemon is there but does not answer, so that nobody knows whether it holds trained weights.
+        ArenaError: a daemon is there but cannot be reached or does not answer, so that nobody knows whether it holds
+            trained weights.
         ProtocolError: something else listens there, or a daemon of another version.
     """
     sock = _connect(path, _ASK_TIMEOUT_S)
@@ -131,10 +132,11 @@ class Offer:
             pause.wait(wait_s)
 
     def _offer(self) -> tuple[socket.socket | None, float]:
-        sock = _connect(self._path, timeout_s=None)
-        if sock is None:
-            return None, _RETRY_S
+        sock = None
         try:
+            sock = _connect(self._path, timeout_s=None)
+            if sock is None:
+                return None, _RETRY_S
             reply = _call(
                 sock,
                 {
@@ -151,9 +153,10 @@ class Offer:
                 self._say(
                     f"the hogwild daemon refuses these weights: {reply[0].get('error', 'no reason given')}"
                 )
-        except (OSError, ProtocolError) as error:
+        except (OSError, ArenaError) as error:
             self._say(f"offering the weights to the hogwild daemon failed: {error}")
-        sock.close()
+        if sock is not None:
+            sock.close()
         return None, _RETRY_REFUSED_S
 
     def _say(self, words: str) -> None:
@@ -172,15 +175,25 @@ class Offer:
 
 
 def _connect(path: Path, timeout_s: float | None) -> socket.socket | None:
-    """A connection to the daemon, or None where none listens."""
+    """A connection to the daemon, or None where none listens.
+
+    Raises:
+        ArenaError: something listens there that cannot be reached, or that belongs to somebody else.
+    """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     sock.settimeout(timeout_s)
     try:
         sock.connect(str(path))
         protocol.check_peer(sock)
-    except OSError:
+    except (FileNotFoundError, ConnectionRefusedError):
         sock.close()
         return None
+    except OSError as error:
+        sock.close()
+        raise ArenaError(
+            f"cannot reach the hogwild daemon on {path} as user {os.geteuid()}: {error}. "
+            "Run the daemon and the server as the same user."
+        ) from error
     except ProtocolError:
         sock.close()
         raise
