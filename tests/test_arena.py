@@ -573,8 +573,8 @@ def test_what_a_server_says_about_itself_cannot_upset_the_daemon(start, sock):
         with socket.socket(socket.AF_UNIX) as raw:
             raw.connect(str(sock))
             raw.sendall(_frame(json.dumps({"op": "ask", "version": 0, "server": server}).encode()))
-            raw.recv(1)
             raw.sendall(b"more that nobody asked for")
+            raw.recv(1)
         reply = offer_by_hand(sock, make_arena(), server=server, layout=None)
         assert reply["status"] == "refused"
     server = start(run_server)

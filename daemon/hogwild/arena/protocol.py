@@ -48,7 +48,9 @@ def receive(sock: socket.socket, max_fds: int = 0) -> tuple[Message, list[int]] 
     """
     fds: list[int] = []
     try:
-        header, fds, flags, _ = socket.recv_fds(sock, _LENGTH.size, max_fds, socket.MSG_CMSG_CLOEXEC)
+        header, fds, flags, _ = socket.recv_fds(sock, _LENGTH.size, max_fds)
+        for fd in fds:
+            os.set_inheritable(fd, False)  # recv_fds of Python 3.11 ignores MSG_CMSG_CLOEXEC
         if not header and not fds:
             return None
         if flags & socket.MSG_CTRUNC:
