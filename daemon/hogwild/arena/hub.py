@@ -74,6 +74,8 @@ class Hub:
                     threading.Event().wait(1.0)  # the descriptors come back when a session ends
                 continue
             self._sessions.add(sock)
+            if self._stopping:
+                _hang_up(sock)  # `stop` may have looked at the sessions a moment ago
             threading.Thread(target=self._serve, args=(sock,), name="arena-session", daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
