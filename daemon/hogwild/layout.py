@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hogwild.errors import ProtocolError
+from hogwild.errors import CheckpointError, ProtocolError
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -153,10 +153,17 @@ def source_from_json(data: Any) -> Source:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The safetensors files that make up the model in `folder`: those of the index if there is one."""
+    """The safetensors files that make up the model in `folder`: those of the index if there is one.
+
+    Raises:
+        CheckpointError: the index is damaged.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        try:
+            return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} cannot be read: {error!r}. Restore or download it again.") from error
     return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
