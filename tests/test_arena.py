@@ -133,7 +133,9 @@ def test_closing_the_descriptor_leaves_tensors_usable():
     assert open_descriptors() == before
 
 
-@pytest.mark.parametrize("flaw", ["unsealed", "half sealed", "smaller", "larger", "empty", "a pipe", "a file"])
+@pytest.mark.parametrize(
+    "flaw", ["unsealed", "half sealed", "smaller", "larger", "empty", "a pipe", "a file"]
+)
 def test_only_sealed_memory_of_the_announced_size_is_mapped(flaw, tmp_path):
     before = open_descriptors()
     announced = NBYTES
@@ -538,9 +540,7 @@ def test_faulty_offers_are_refused_with_a_reason_and_leak_nothing(start, sock):
         reply = offer_by_hand(sock, good, **change)
         assert reply.get("status") == "refused", name
         assert reason in reply["error"], name
-    wait_until(
-        lambda: told(daemon, "descriptors", "descriptors") == descriptors, "nothing is left open", 30
-    )
+    wait_until(lambda: told(daemon, "descriptors", "descriptors") == descriptors, "nothing is left open", 30)
     assert offer_by_hand(sock, good) == {"status": "attached"}, "and the daemon still takes a good one"
 
 
@@ -560,7 +560,9 @@ def test_another_version_or_a_word_unheard_of_is_refused(start, sock, message):
     assert "install the same hogwild" in reply["error"]
 
 
-@pytest.mark.parametrize("source", [None, {}, {"files": 3}, {"path": "", "files": [["a", 1e999, 1, 1]], "config": ""}])
+@pytest.mark.parametrize(
+    "source", [None, {}, {"files": 3}, {"path": "", "files": [["a", 1e999, 1, 1]], "config": ""}]
+)
 def test_a_malformed_question_ends_that_session_only(start, sock, source):
     start(run_daemon)
     assert exchange(sock, {"op": "ask", "version": protocol.VERSION, "source": source}) == {}
@@ -722,7 +724,9 @@ def test_the_daemon_refuses_another_user(open_folder, children):
     assert intruder.hear("got") == "PermissionError", "the mode of the socket keeps others out"
     path.chmod(0o777)
     intruder = Child(stranger)
-    assert intruder.hear("got") in ({}, "ConnectionResetError", "BrokenPipeError"), "so does the check of the peer"
+    assert intruder.hear("got") in ({}, "ConnectionResetError", "BrokenPipeError"), (
+        "so does the check of the peer"
+    )
     assert "session" not in [name for name, _ in daemon.heard()]
 
 

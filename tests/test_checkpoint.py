@@ -75,9 +75,10 @@ def test_a_checkpoint_is_a_model_that_transformers_loads_and_equals_the_arena(tm
     for name, parameter in parameters.items():
         assert parameter.dtype == torch.bfloat16
         assert torch.equal(parameter, weights.view(name)), name
-    assert AutoTokenizer.from_pretrained(saved)("w3 w4")["input_ids"] == AutoTokenizer.from_pretrained(base)(
-        "w3 w4"
-    )["input_ids"]
+    assert (
+        AutoTokenizer.from_pretrained(saved)("w3 w4")["input_ids"]
+        == AutoTokenizer.from_pretrained(base)("w3 w4")["input_ids"]
+    )
     assert read_state(saved) == {"step": 7, "ledger_position": 70}
     for name, tensor in read_optimizer(saved).items():
         assert torch.equal(tensor, optimizer(7)[name])

@@ -14,7 +14,9 @@ from hogwild.vllm_plugin.trace import CopyTrace
 
 
 def load(
-    model: nn.Module, checkpoint: Mapping[str, torch.Tensor], rules: Mapping[str, Callable[[torch.Tensor], None]]
+    model: nn.Module,
+    checkpoint: Mapping[str, torch.Tensor],
+    rules: Mapping[str, Callable[[torch.Tensor], None]],
 ) -> tuple[Segment, dict[str, Region], dict[str, str]]:
     """Move the model into an arena and load it; `rules` say what the model does with each checkpoint tensor."""
     regions, nbytes = place.plan(model)
@@ -335,4 +337,7 @@ def test_a_weight_that_is_repacked_after_loading_is_dead_and_its_neighbours_are_
     model[0].weight = nn.Parameter(model[0].weight.detach().clone())
     model[1].bias.data = torch.empty(0)
     extents = place.live_extents(model, segment)
-    assert {name for name, region in regions.items() if not covered(extents, region)} == {"0.weight", "1.bias"}
+    assert {name for name, region in regions.items() if not covered(extents, region)} == {
+        "0.weight",
+        "1.bias",
+    }

@@ -61,7 +61,13 @@ def test_every_mismatch_is_named_at_once(weights, folder):
     flipped.view(torch.int16)[3, 5] ^= 1
     change(
         folder,
-        **{UP: flipped, NORM: None, QUERY: held[QUERY][:16].clone(), DOWN: held[DOWN] + 1, "more.weight": held[NORM]},
+        **{
+            UP: flipped,
+            NORM: None,
+            QUERY: held[QUERY][:16].clone(),
+            DOWN: held[DOWN] + 1,
+            "more.weight": held[NORM],
+        },
     )
     different = int((held[DOWN] + 1 != held[DOWN]).sum())
     assert problems(weights, folder) == [
@@ -122,7 +128,9 @@ def test_writing_a_checkpoint_keeps_every_address(weights, folder, tmp_path):
 
 
 @pytest.mark.parametrize("flaw", ["missing", "mis-shaped", "broadcastable", "truncated", "absent shard"])
-def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(weights, folder, tmp_path, flaw):
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(
+    weights, folder, tmp_path, flaw
+):
     """The server reads this memory: half of one model and half of another must never be in it."""
     other = llama(tmp_path / "other", torch.bfloat16, seed=1)
     file = other / "model.safetensors"

@@ -3,7 +3,6 @@
 Signal handlers only set flags; `turn` is one round of the loop and can be called without threads or signals.
 """
 
-import fcntl
 import json
 import os
 import signal
@@ -14,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hogwild import __version__, checkpoint, served
+from hogwild import __version__, checkpoint, served, state_lock
 from hogwild import config as configuration
 from hogwild import log as logs
 from hogwild.arena.client import Arena
@@ -31,6 +30,7 @@ from hogwild.weights import Weights, digest, verify_bits
 log = logs.get(__name__)
 
 _TURN_S = 0.1
+_STATUS_S = 5.0  # counting a million examples takes 0.4 s
 _STOP_TIMEOUT_S = 120.0
 
 
@@ -47,7 +47,7 @@ class Supervisor:
 
     def __init__(self, config: Config, config_path: Path | None = None) -> None:
         self.config, self._config_path = config, config_path
-        self._lock_file = _lock(config.state_dir)
+        self._lock_file = state_lock.take(config.state_dir)
         self.ledger = Ledger(config.state_dir / "ledger.sqlite")
         self.checkpoints = Checkpoints(config.state_dir / "checkpoints", config.checkpoint.keep)
         self.curriculum = Curriculum(self.ledger)
@@ -304,7 +304,7 @@ class Supervisor:
     def _write_status(self, learner: Learner) -> None:
         """A small file for `hogwild status`; replaced, never half-written."""
         now = time.monotonic()
-        if now - self._wrote_status_at < 1.0:
+        if now - self._wrote_status_at < _STATUS_S:
             return
         self._wrote_status_at = now
         status = {
@@ -320,25 +320,3 @@ class Supervisor:
         fresh = path.with_suffix(".tmp")
         fresh.write_text(json.dumps(status) + "\n")
         fresh.rename(path)
-
-
-def _lock(state_dir: Path) -> int:
-    """Take the state folder for this process; the lock goes with the process.
-
-    Raises:
-        ConfigError: it cannot be made.
-        HogwildError: another daemon has it.
-    """
-    try:
-        state_dir.mkdir(parents=True, exist_ok=True)
-        fd = os.open(state_dir / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise ConfigError(f"state_dir {state_dir} cannot be used by user {os.geteuid()}: {error}") from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(fd)
-        raise HogwildError(
-            f"another daemon works in {state_dir}: stop it, or give another state_dir"
-        ) from error
-    return fd
