@@ -34,6 +34,10 @@ def serve(
     model: Annotated[str, typer.Option(help="Folder of the model; default: what the server offers.")] = "",
 ) -> None:
     """Run the daemon: watch the spool, train the weights that the server reads, write checkpoints."""
+    import signal
+
+    for number in (signal.SIGHUP, signal.SIGUSR1):  # both end a process that does not listen to them yet
+        signal.signal(number, signal.SIG_IGN)
     from hogwild import log
     from hogwild.supervisor import Supervisor  # torch and transformers: seconds that --help should not take
 
