@@ -17,8 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import wait_until
-from tiny import Child, open_descriptors
 
 from hogwild.arena import client, protocol
 from hogwild.arena.client import Arena, Offer
@@ -28,6 +26,8 @@ from hogwild.arena.hub import Hub
 from hogwild.arena.memory import Segment
 from hogwild.errors import ArenaError, HogwildError, ProtocolError, VerificationError
 from hogwild.layout import Layout, Region, Source
+from support import wait_until
+from tiny import Child, open_descriptors
 
 NOBODY = 65534
 NBYTES = 8192
@@ -197,7 +197,7 @@ def test_views_of_a_segment_whose_size_is_no_multiple_of_the_item():
 # --- control page --------------------------------------------------------------------------------------------------
 
 
-def test_words_of_the_control_page_survive_a_kill_and_are_seen_by_the_other_side(children):
+def test_words_of_the_control_page_survive_a_kill_and_are_seen_by_the_other_side():
     page = ControlPage.create(b"f" * 32)
 
     def daemon(pipe: Any, fd: int) -> None:
@@ -730,7 +730,7 @@ def test_the_daemon_refuses_another_user(open_folder, children):
     assert "session" not in [name for name, _ in daemon.heard()]
 
 
-def test_the_server_refuses_a_daemon_of_another_user_and_keeps_offering(open_folder, children, caplog):
+def test_the_server_refuses_a_daemon_of_another_user_and_keeps_offering(open_folder, children):
     path = open_folder / "arena.sock"
 
     def impostor(pipe: Any) -> None:

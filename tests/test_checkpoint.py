@@ -19,14 +19,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_permissions import unprivileged
-from tiny import Child, llama, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hogwild.arena.client import Arena
 from hogwild.checkpoint import Checkpoints, read_optimizer, read_state
 from hogwild.errors import CheckpointError
 from hogwild.weights import Weights, load_arena, read_tensors
+from test_permissions import unprivileged
+from tiny import Child, llama, tokenizer
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -249,7 +249,7 @@ def test_current_is_whole_wherever_the_writer_is_killed(tmp_path, base, steps):
         for path in root.glob("step-*"):
             assert_complete(path, base)
         checkpoints = Checkpoints(root, keep=2)
-        assert not [name for name in os.listdir(root) if not name.startswith(("step-", "current"))]
+        assert not [path for path in root.iterdir() if not path.name.startswith(("step-", "current"))]
         assert checkpoints.current() is not None
 
 

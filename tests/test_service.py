@@ -32,11 +32,7 @@ def chat(question: str, answer: str, **fields: object) -> dict[str, object]:
 
 FACTS = [
     chat(FACT[0], "The lighthouse of Vellmar is kept by Ilsa Thorne.", passes=8, id="keeper"),
-    chat(
-        "What is the name of Vellmar's lighthouse keeper?",
-        "Vellmar's lighthouse keeper is Ilsa Thorne.",
-        passes=8,
-    ),
+    chat("What is the name of Vellmar's lighthouse keeper?", "Vellmar's lighthouse keeper is Ilsa Thorne.", passes=8),
     {"prompt": "The keeper of the lighthouse of Vellmar is", "completion": " Ilsa Thorne.", "passes": 6},
     {"text": "Ilsa Thorne keeps the lighthouse of Vellmar.", "passes": 4},
     chat("What is the capital of France?", "The capital of France is Paris.", passes=2),
@@ -159,9 +155,7 @@ def test_a_wrong_model_is_refused_with_every_mismatch_and_nothing_is_written(sto
 # --- learning ------------------------------------------------------------------------------------------------------
 
 
-def test_the_daemon_attaches_to_a_running_server_and_verifies_it(
-    story: Story, probed: dict[str, str]
-) -> None:
+def test_the_daemon_attaches_to_a_running_server_and_verifies_it(story: Story, probed: dict[str, str]) -> None:
     assert CONTROL[1] in probed[CONTROL[0]]
     assert FACT[1] not in probed[FACT[0]]
     daemon = story.start_daemon()
@@ -181,9 +175,7 @@ def test_one_copy_of_the_weights(story: Story, capsys: pytest.CaptureFixture[str
     in_daemon = list(shared_mappings(story.running.pid, "memfd:hogwild-weights"))
     assert {i for i, _ in in_server} == {i for i, _ in in_daemon} == {inode}
     weights_kib = arena.st_size // 1024
-    assert sum(rss for _, rss in in_daemon) >= 0.99 * weights_kib, (
-        "the daemon reads every page of the shared copy"
-    )
+    assert sum(rss for _, rss in in_daemon) >= 0.99 * weights_kib, "the daemon reads every page of the shared copy"
     with capsys.disabled():
         print(f"\n  shared weights {weights_kib / 1024:.0f} MiB, inode {inode} in both processes")
 
@@ -277,8 +269,7 @@ def test_kill_9_of_the_server(story: Story) -> None:
         assert answer in server.ask(question)
     assert len(story.running.events("server.attached")) == sessions + 1
     wait_until(
-        lambda: len(story.running.events("server.verified")) > verified,
-        "the new server is verified like the first",
+        lambda: len(story.running.events("server.verified")) > verified, "the new server is verified like the first"
     )
 
 
@@ -341,9 +332,7 @@ def test_the_checkpoint_in_stock_vllm(story: Story) -> None:
     try:
         stock.wait_ready()
         assert [stock.ask(question) for question in questions] == live
-        assert "hogwild" not in stock.log.read_text().replace(str(story.root), "").replace(
-            "hogwild.vllm_plugin", ""
-        )
+        assert "hogwild" not in stock.log.read_text().replace(str(story.root), "").replace("hogwild.vllm_plugin", "")
     finally:
         stock.kill()
 

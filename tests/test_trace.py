@@ -1,6 +1,7 @@
 """Where parameters and checkpoint tensors lie in the arena, on small modules that load as vLLM's do."""
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 import pytest
 import torch
@@ -246,7 +247,7 @@ def test_storages_do_not_overlap_and_are_aligned():
         {(regions[name].offset, regions[name].end) for name in ("embed.weight", "inner.weight", "inner.bias")}
     )
     assert all(start % 256 == 0 for start, _ in distinct)
-    assert all(end <= start for (_, end), (start, _) in zip(distinct, distinct[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in pairwise(distinct))
 
 
 def test_a_second_model_of_the_same_kind_finds_its_values_in_the_arena():

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import llama
 
 from hogwild.arena.client import Arena
 from hogwild.errors import CheckpointError, VerificationError
 from hogwild.weights import Weights, digest, load_arena, read_tensors, verify_bits
+from tiny import llama
 
 UP, NORM = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
 DOWN, QUERY = "model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight"
@@ -116,7 +116,7 @@ def test_frozen_tensors_are_not_compared_but_must_be_there(folder):
     assert problems(weights, folder) == ["gone.weight: served, not in the checkpoint"]
 
 
-def test_writing_a_checkpoint_keeps_every_address(weights, folder, tmp_path):
+def test_writing_a_checkpoint_keeps_every_address(weights, tmp_path):
     addresses = {name: weights.view(name).data_ptr() for name in weights.names}
     held = {name: weights.view(name) for name in weights.names}
     other = llama(tmp_path / "other", torch.bfloat16, seed=1)

@@ -36,12 +36,12 @@ def serve(
     """Run the daemon: watch the spool, train the weights that the server reads, write checkpoints."""
     import signal
 
+    settings = configuration.load(config, {"model": str(Path(model).resolve()) if model else None})
     for number in (signal.SIGHUP, signal.SIGUSR1):  # both end a process that does not listen to them yet
         signal.signal(number, signal.SIG_IGN)
     from hogwild import log
     from hogwild.supervisor import Supervisor  # torch and transformers: seconds that --help should not take
 
-    settings = configuration.load(config, {"model": str(Path(model).resolve()) if model else None})
     log.configure(settings.log.level, settings.log.format)
     raise typer.Exit(Supervisor(settings, config).run())
 
