@@ -49,11 +49,11 @@ class Weights:
         """Bytes of all views together."""
         return sum(self.view(name).nbytes for name in self.names)
 
-    def write(self, folder: Path) -> None:
-        """Copy the checkpoint in `folder` into the arena, in place: how trained weights come back after a restart.
+    def check(self, folder: Path) -> None:
+        """See that the checkpoint in `folder` can be read and has a tensor for each view.
 
         Raises:
-            CheckpointError: it does not fit or cannot be read, naming everything; nothing has been written.
+            CheckpointError: naming everything that does not fit.
         """
         shapes = dict(_read_shapes(folder))
         problems = []
@@ -65,6 +65,14 @@ class Weights:
         if problems:
             heading = f"the checkpoint {folder} does not fit the served weights ({len(problems)} found):"
             raise CheckpointError("\n  - ".join([heading, *problems]))
+
+    def write(self, folder: Path) -> None:
+        """Copy the checkpoint in `folder` into the arena, in place: how trained weights come back after a restart.
+
+        Raises:
+            CheckpointError: as `check`; nothing has been written.
+        """
+        self.check(folder)
         for name, tensor in read_tensors(folder):
             if name in self.arena.layout.tensors:
                 self.view(name).copy_(tensor)
