@@ -37,7 +37,9 @@ class Optimizer:
             rounding=config.rounding,
             seed=seed,
         )
-        self.adam_config = AdamConfig(lr=config.lr, rounding=config.rounding, seed=seed)
+        self.adam_config = AdamConfig(
+            lr=config.lr, betas=config.betas, eps=config.eps, rounding=config.rounding, seed=seed
+        )
         self._states: dict[str, ApolloState | AdamState] = {}
 
     def update_linear(
