@@ -31,6 +31,7 @@ log = logs.get(__name__)
 
 _TURN_S = 0.1
 _STATUS_S = 5.0  # counting a million examples takes 0.4 s
+_STATUS_RETRY_S = 60.0
 _STOP_TIMEOUT_S = 120.0
 
 
@@ -318,5 +319,9 @@ class Supervisor:
         }
         path = self.config.state_dir / "status.json"
         fresh = path.with_suffix(".tmp")
-        fresh.write_text(json.dumps(status) + "\n")
-        fresh.rename(path)
+        try:
+            fresh.write_text(json.dumps(status) + "\n")
+            fresh.rename(path)
+        except OSError as error:  # a full disk is no reason to stop learning
+            log.warning("status.unwritten", path=str(path), error=str(error))
+            self._wrote_status_at = now + _STATUS_RETRY_S - _STATUS_S
