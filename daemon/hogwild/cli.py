@@ -36,14 +36,15 @@ def serve(
     """Run the daemon: watch the spool, train the weights that the server reads, write checkpoints."""
     import signal
 
-    settings = configuration.load(config, {"model": str(Path(model).resolve()) if model else None})
+    overrides = {"model": str(Path(model).resolve()) if model else None}
+    settings = configuration.load(config, overrides)
     for number in (signal.SIGHUP, signal.SIGUSR1):  # both end a process that does not listen to them yet
         signal.signal(number, signal.SIG_IGN)
     from hogwild import log
     from hogwild.supervisor import Supervisor  # torch and transformers: seconds that --help should not take
 
     log.configure(settings.log.level, settings.log.format)
-    raise typer.Exit(Supervisor(settings, config).run())
+    raise typer.Exit(Supervisor(settings, config, overrides).run())
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -8,9 +8,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hogwild import __version__, checkpoint, served, state_lock
@@ -41,13 +42,19 @@ class Supervisor:
     Args:
         config: effective configuration.
         config_path: re-read on SIGHUP; None if there is no file.
+        overrides: what the command line said, which still counts then.
 
     Raises:
         HogwildError: the state folder is in use or unusable.
     """
 
-    def __init__(self, config: Config, config_path: Path | None = None) -> None:
-        self.config, self._config_path = config, config_path
+    def __init__(
+        self,
+        config: Config,
+        config_path: Path | None = None,
+        overrides: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        self.config, self._config_path, self._overrides = config, config_path, overrides
         self._lock_file = state_lock.take(config.state_dir)
         self.ledger = Ledger(config.state_dir / "ledger.sqlite")
         self.checkpoints = Checkpoints(config.state_dir / "checkpoints", config.checkpoint.keep)
@@ -287,7 +294,7 @@ class Supervisor:
     def _reread(self) -> None:
         """SIGHUP: take over what can change live, and name what cannot."""
         try:
-            fresh = configuration.load(self._config_path)
+            fresh = configuration.load(self._config_path, self._overrides)
         except ConfigError as error:
             log.error("config.rejected", error=str(error))
             return
