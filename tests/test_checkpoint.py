@@ -384,7 +384,7 @@ def test_a_folder_that_may_not_be_written_is_named_with_the_user():
     ("text", "reason"),
     [(None, "No such file"), ("", "cannot be read"), ("{", "cannot be read"), ("[]", "no step"), ("{}", "no step"),
      ('{"step": "7"}', "no step"), ('{"step": true}', "no step"), ('{"step": -1}', "no step"),
-     ("\xff", "cannot be read")],
+     ('{"step": 7}', "no ledger_position"), ("\xff", "cannot be read")],
 )  # fmt: skip
 def test_a_damaged_state_is_named(tmp_path, text, reason):
     (tmp_path / "hogwild").mkdir()

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from hogwild import state_lock
+from hogwild import __version__, state_lock
+from hogwild.cli import app
 from hogwild.errors import ConfigError, HogwildError
 from support import environment
 from tiny import Child, llama, tokenizer
@@ -40,14 +42,12 @@ def test_help_names_every_command():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command):
-    ran = hogwild(command, "--help")
-    assert ran.returncode == 0
+    ran = CliRunner().invoke(app, [command, "--help"])
+    assert ran.exit_code == 0
     assert "Usage" in ran.stdout
 
 
 def test_version():
-    from hogwild import __version__
-
     assert hogwild("version").stdout.strip() == __version__
 
 

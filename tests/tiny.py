@@ -103,7 +103,8 @@ class Child:
         self._pipe.send(message)
 
     def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+        if self.process.is_alive():
+            os.kill(self.pid, signal.SIGKILL)
         self.process.join()
 
 

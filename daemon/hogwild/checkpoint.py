@@ -64,7 +64,7 @@ class Checkpoints:
         weights: Weights,
         base: Path,  # the folder that the model came from: its configuration, tokenizer and frozen tensors are copied
         optimizer: Mapping[str, torch.Tensor],
-        state: Mapping[str, Any],  # needs "step"; all of it goes to state.json
+        state: Mapping[str, Any],  # needs "step" and "ledger_position"; all of it goes to state.json
     ) -> Path:
         """Write a checkpoint of the live weights and make it current.
 
@@ -150,9 +150,10 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} cannot be read: {error}; this is not a complete hogwild checkpoint"
         ) from error
-    step = state.get("step") if isinstance(state, dict) else None
-    if not isinstance(state, dict) or type(step) is not int or step < 0:
-        raise CheckpointError(f"{path} holds no step; this is not a complete hogwild checkpoint")
+    for key in ("step", "ledger_position"):
+        value = state.get(key) if isinstance(state, dict) else None
+        if type(value) is not int or value < 0:
+            raise CheckpointError(f"{path} holds no {key}; this is not a complete hogwild checkpoint")
     return state
 
 
