@@ -48,7 +48,9 @@ def tokens_per_second(server: support.Server, concurrency: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--compile", action="store_true", help="serve with torch.compile instead of eagerly")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
@@ -65,7 +67,9 @@ def main() -> None:
             for name, server in servers.items():
                 answer = server.ask("What is the capital of France?")
                 assert "Paris" in answer, f"{name} answers {answer!r}: nothing is timed on a broken server"
-            print(f"{'requests at once':>16} {'stock tok/s':>12} {'hogwild tok/s':>14} {'ratio':>7}   (rounds)")
+            print(
+                f"{'requests at once':>16} {'stock tok/s':>12} {'hogwild tok/s':>14} {'ratio':>7}   (rounds)"
+            )
             for concurrency in (1, 4, 16):
                 rates: dict[str, list[float]] = {name: [] for name in servers}
                 for server in servers.values():
@@ -73,7 +77,9 @@ def main() -> None:
                 for _ in range(options.rounds):
                     for name, server in servers.items():
                         rates[name].append(tokens_per_second(server, concurrency))
-                ratios = [ours / theirs for ours, theirs in zip(rates["hogwild"], rates["stock"], strict=True)]
+                ratios = [
+                    ours / theirs for ours, theirs in zip(rates["hogwild"], rates["stock"], strict=True)
+                ]
                 stock, ours = (statistics.median(rates[name]) for name in ("stock", "hogwild"))
                 spread = " ".join(f"{ratio:.2f}" for ratio in sorted(ratios))
                 print(f"{concurrency:>16} {stock:>12.1f} {ours:>14.1f} {ours / stock:>7.3f}   ({spread})")

@@ -147,7 +147,8 @@ class Layout:
 def source_from_json(data: Any) -> Source:
     """Raises KeyError, TypeError or ValueError for anything that is not a source."""
     files = tuple(
-        (str(name), _integer(size), _integer(mtime), _integer(inode)) for name, size, mtime, inode in data["files"]
+        (str(name), _integer(size), _integer(mtime), _integer(inode))
+        for name, size, mtime, inode in data["files"]
     )
     return Source(str(data["path"]), files, str(data["config"]))
 
@@ -163,7 +164,9 @@ def weight_files(folder: Path) -> list[str]:
         try:
             return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} cannot be read: {error!r}. Restore or download it again.") from error
+            raise CheckpointError(
+                f"{index} cannot be read: {error!r}. Restore or download it again."
+            ) from error
     return sorted(path.name for path in folder.glob("*.safetensors"))
 
 

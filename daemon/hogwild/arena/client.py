@@ -51,7 +51,9 @@ class Arena:
                 segments.append(Segment.from_fd(unmapped.pop(0), nbytes))
             control = ControlPage(segments[1])
             if control.fingerprint != layout.fingerprint():
-                raise ProtocolError("the control page belongs to another layout than the one that came with it")
+                raise ProtocolError(
+                    "the control page belongs to another layout than the one that came with it"
+                )
         except BaseException:
             for fd in unmapped:
                 os.close(fd)
