@@ -13,9 +13,10 @@ from hogwild import checkpoint, examples, served, skeleton
 from hogwild import log as logs
 from hogwild.apollo import Optimizer
 from hogwild.arena.client import Arena
+from hogwild.backward import TrainedLinear
 from hogwild.config import Config
 from hogwild.curriculum import Curriculum
-from hogwild.errors import ExampleError
+from hogwild.errors import ExampleError, VerificationError
 from hogwild.ledger import Ledger, Pass, Pending
 from hogwild.trainer import Progress, StepResult, Trainer
 from hogwild.weights import Weights
@@ -58,6 +59,11 @@ class Learner:
             )
             for index in range(config.training.threads)
         ]
+        if not any(isinstance(module, TrainedLinear) for module in self.trainers[0].model.modules()):
+            raise VerificationError(
+                "no linear layer of the server is plain memory, so there is nothing to train",
+                [f"{name}: {reason}" for name, reason in self.frozen.items()],
+            )
         self.failure: BaseException | None = None
         self._tokenizing = threading.Lock()  # a fast tokenizer is not safe to share while its settings change
         self._recent: list[list[int]] = []
