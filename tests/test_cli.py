@@ -55,11 +55,8 @@ def test_version():
     "arguments",
     [
         ["unheard-of"],
-        ["status", "--unheard-of"],
+        ["serve", "--unheard-of"],
         ["check"],
-        ["vllm"],
-        ["status", "too", "many"],
-        ["serve", "--config"],
     ],
     ids=" ".join,
 )
@@ -70,7 +67,7 @@ def test_a_wrong_command_line_is_exit_2(arguments):
     assert ran.stderr.strip()
 
 
-@pytest.mark.parametrize("command", ["serve", "status", "checkpoint"])
+@pytest.mark.parametrize("command", ["serve", "checkpoint"])
 def test_a_bad_configuration_is_exit_78_and_lists_what_is_wrong(tmp_path, command):
     path = tmp_path / "bad.toml"
     path.write_text("modle = 3\n[training]\nthreads = 0\n")

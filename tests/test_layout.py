@@ -108,10 +108,8 @@ def test_a_size_that_is_none_is_refused(nbytes):
 
 
 @pytest.mark.parametrize("key", ["nbytes", "tensors", "frozen", "parameters", "source", "versions"])
-@pytest.mark.parametrize("value", [None, 3, "x", [1], {"x": None}])
+@pytest.mark.parametrize("value", [None, 3.5, "x", [1]])
 def test_a_field_of_the_wrong_type_is_refused(key, value):
-    if key in ("frozen", "versions") and isinstance(value, dict):
-        pytest.skip("any value becomes text there")
     with pytest.raises(ProtocolError):
         Layout.from_json({**over_the_wire(LAYOUT), key: value})
 
