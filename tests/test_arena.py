@@ -17,8 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import wait_until
-from tiny import Child, open_descriptors
 
 from hogwild.arena import client, protocol
 from hogwild.arena.client import Arena, Offer
@@ -28,6 +26,8 @@ from hogwild.arena.hub import Hub
 from hogwild.arena.memory import Segment
 from hogwild.errors import ArenaError, HogwildError, ProtocolError, VerificationError
 from hogwild.layout import Layout, Region, Source
+from support import wait_until
+from tiny import Child, open_descriptors
 
 NOBODY = 65534
 NBYTES = 8192
@@ -133,7 +133,9 @@ def test_closing_the_descriptor_leaves_tensors_usable():
     assert open_descriptors() == before
 
 
-@pytest.mark.parametrize("flaw", ["unsealed", "half sealed", "smaller", "larger", "empty", "a pipe", "a file"])
+@pytest.mark.parametrize(
+    "flaw", ["unsealed", "half sealed", "smaller", "larger", "empty", "a pipe", "a file"]
+)
 def test_only_sealed_memory_of_the_announced_size_is_mapped(flaw, tmp_path):
     before = open_descriptors()
     announced = NBYTES
@@ -195,7 +197,7 @@ def test_views_of_a_segment_whose_size_is_no_multiple_of_the_item():
 # --- control page --------------------------------------------------------------------------------------------------
 
 
-def test_words_of_the_control_page_survive_a_kill_and_are_seen_by_the_other_side(children):
+def test_words_of_the_control_page_survive_a_kill_and_are_seen_by_the_other_side():
     page = ControlPage.create(b"f" * 32)
 
     def daemon(pipe: Any, fd: int) -> None:
@@ -538,9 +540,7 @@ def test_faulty_offers_are_refused_with_a_reason_and_leak_nothing(start, sock):
         reply = offer_by_hand(sock, good, **change)
         assert reply.get("status") == "refused", name
         assert reason in reply["error"], name
-    wait_until(
-        lambda: told(daemon, "descriptors", "descriptors") == descriptors, "nothing is left open", 30
-    )
+    wait_until(lambda: told(daemon, "descriptors", "descriptors") == descriptors, "nothing is left open", 30)
     assert offer_by_hand(sock, good) == {"status": "attached"}, "and the daemon still takes a good one"
 
 
@@ -560,7 +560,9 @@ def test_another_version_or_a_word_unheard_of_is_refused(start, sock, message):
     assert "install the same hogwild" in reply["error"]
 
 
-@pytest.mark.parametrize("source", [None, {}, {"files": 3}, {"path": "", "files": [["a", 1e999, 1, 1]], "config": ""}])
+@pytest.mark.parametrize(
+    "source", [None, {}, {"files": 3}, {"path": "", "files": [["a", 1e999, 1, 1]], "config": ""}]
+)
 def test_a_malformed_question_ends_that_session_only(start, sock, source):
     start(run_daemon)
     assert exchange(sock, {"op": "ask", "version": protocol.VERSION, "source": source}) == {}
@@ -722,11 +724,13 @@ def test_the_daemon_refuses_another_user(open_folder, children):
     assert intruder.hear("got") == "PermissionError", "the mode of the socket keeps others out"
     path.chmod(0o777)
     intruder = Child(stranger)
-    assert intruder.hear("got") in ({}, "ConnectionResetError", "BrokenPipeError"), "so does the check of the peer"
+    assert intruder.hear("got") in ({}, "ConnectionResetError", "BrokenPipeError"), (
+        "so does the check of the peer"
+    )
     assert "session" not in [name for name, _ in daemon.heard()]
 
 
-def test_the_server_refuses_a_daemon_of_another_user_and_keeps_offering(open_folder, children, caplog):
+def test_the_server_refuses_a_daemon_of_another_user_and_keeps_offering(open_folder, children):
     path = open_folder / "arena.sock"
 
     def impostor(pipe: Any) -> None:

@@ -183,7 +183,9 @@ def test_weight_files_are_those_of_the_index(tmp_path: Path):
     assert weight_files(tmp_path) == ["a.safetensors", "b.safetensors"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3, "b": "c"}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3, "b": "c"}}']
+)
 def test_a_damaged_index_is_named(tmp_path: Path, text):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(text)

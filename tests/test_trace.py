@@ -1,6 +1,7 @@
 """Where parameters and checkpoint tensors lie in the arena, on small modules that load as vLLM's do."""
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from hogwild.vllm_plugin.trace import CopyTrace
 
 
 def load(
-    model: nn.Module, checkpoint: Mapping[str, torch.Tensor], rules: Mapping[str, Callable[[torch.Tensor], None]]
+    model: nn.Module,
+    checkpoint: Mapping[str, torch.Tensor],
+    rules: Mapping[str, Callable[[torch.Tensor], None]],
 ) -> tuple[Segment, dict[str, Region], dict[str, str]]:
     """Move the model into an arena and load it; `rules` say what the model does with each checkpoint tensor."""
     regions, nbytes = place.plan(model)
@@ -244,7 +247,7 @@ def test_storages_do_not_overlap_and_are_aligned():
         {(regions[name].offset, regions[name].end) for name in ("embed.weight", "inner.weight", "inner.bias")}
     )
     assert all(start % 256 == 0 for start, _ in distinct)
-    assert all(end <= start for (_, end), (start, _) in zip(distinct, distinct[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in pairwise(distinct))
 
 
 def test_a_second_model_of_the_same_kind_finds_its_values_in_the_arena():
@@ -335,4 +338,7 @@ def test_a_weight_that_is_repacked_after_loading_is_dead_and_its_neighbours_are_
     model[0].weight = nn.Parameter(model[0].weight.detach().clone())
     model[1].bias.data = torch.empty(0)
     extents = place.live_extents(model, segment)
-    assert {name for name, region in regions.items() if not covered(extents, region)} == {"0.weight", "1.bias"}
+    assert {name for name, region in regions.items() if not covered(extents, region)} == {
+        "0.weight",
+        "1.bias",
+    }

@@ -22,20 +22,26 @@ SIZES = {
 def llama(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> Path:
     """Two layers; input and output embeddings tied unless `tie_word_embeddings` says otherwise."""
     return _save(
-        LlamaForCausalLM, LlamaConfig(**{**SIZES, "tie_word_embeddings": True, **settings}), folder, dtype, seed
+        LlamaForCausalLM,
+        LlamaConfig(**{**SIZES, "tie_word_embeddings": True, **settings}),
+        folder,
+        dtype,
+        seed,
     )
 
 
 def qwen2(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> Path:
     """As `llama`, with biases on q, k and v."""
     return _save(
-        Qwen2ForCausalLM, Qwen2Config(**{**SIZES, "tie_word_embeddings": True, **settings}), folder, dtype, seed
+        Qwen2ForCausalLM,
+        Qwen2Config(**{**SIZES, "tie_word_embeddings": True, **settings}),
+        folder,
+        dtype,
+        seed,
     )
 
 
-def _save(
-    kind: type[PreTrainedModel], config: Any, folder: Path, dtype: torch.dtype, seed: int
-) -> Path:
+def _save(kind: type[PreTrainedModel], config: Any, folder: Path, dtype: torch.dtype, seed: int) -> Path:
     torch.manual_seed(seed)
     model = kind(config)
     with torch.no_grad():
@@ -97,10 +103,11 @@ class Child:
         self._pipe.send(message)
 
     def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+        if self.process.is_alive():
+            os.kill(self.pid, signal.SIGKILL)
         self.process.join()
 
 
 def open_descriptors() -> int:
     gc.collect()
-    return len(os.listdir("/proc/self/fd"))
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())

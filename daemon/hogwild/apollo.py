@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from hogwild.config import OptimizerConfig
+from hogwild.errors import CheckpointError
 from hogwild_kernels import (
     AdamConfig,
     AdamState,
@@ -36,7 +37,9 @@ class Optimizer:
             rounding=config.rounding,
             seed=seed,
         )
-        self.adam_config = AdamConfig(lr=config.lr, rounding=config.rounding, seed=seed)
+        self.adam_config = AdamConfig(
+            lr=config.lr, betas=config.betas, eps=config.eps, rounding=config.rounding, seed=seed
+        )
         self._states: dict[str, ApolloState | AdamState] = {}
 
     def update_linear(
@@ -75,11 +78,16 @@ class Optimizer:
         }
 
     def load(self, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Take over saved state; `shapes` has every trainable weight's. State of other weights is left out."""
+        """Take over saved state; `shapes` has every trainable weight's. State of other weights is left out.
+
+        Raises:
+            CheckpointError: it was saved with other settings, naming every weight; nothing has been taken over.
+        """
         grouped: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
             name, _, leaf = key.rpartition("/")
             grouped.setdefault(name, {})[leaf] = tensor
+        states, problems = {}, []
         for name, parts in grouped.items():
             shape = shapes.get(name)
             if shape is None:
@@ -89,5 +97,15 @@ class Optimizer:
                 state = ApolloState(name, (shape[0], shape[1]), self.apollo_config)
             else:
                 state = AdamState(name, shape, self.adam_config)
-            state.load(parts)
-            self._states[name] = state
+            try:
+                state.load(parts)
+            except ValueError as error:
+                problems.append(str(error))
+            states[name] = state
+        if problems:
+            heading = (
+                f"the checkpoint's optimizer state does not fit ({len(problems)} found); was it saved with another "
+                f"optimizer.rank than {self.config.rank}? Set it back, or move the checkpoint away"
+            )
+            raise CheckpointError("\n  - ".join([f"{heading}:", *problems]))
+        self._states.update(states)

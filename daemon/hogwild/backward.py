@@ -38,9 +38,16 @@ class TrainedLinear(torch.nn.Module):
     """Takes the place of a `torch.nn.Linear` in a trainer's skeleton."""
 
     def __init__(
-        self, name: str, linear: torch.nn.Linear, optimizer: Optimizer, seed: int, on_update: OnUpdate
+        self,
+        name: str,
+        linear: torch.nn.Linear,
+        trains_bias: bool,
+        optimizer: Optimizer,
+        seed: int,
+        on_update: OnUpdate,
     ) -> None:
         super().__init__()
+        self.trains_bias = trains_bias
         self.name, self.optimizer, self.seed, self.on_update = name, optimizer, seed, on_update
         self.weight, self.bias = linear.weight, linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -55,7 +62,7 @@ class TrainedLinear(torch.nn.Module):
         """x (T, n) input, d (T, m) gradient of the output."""
         name = f"{self.name}.weight"
         self.on_update(name, self.optimizer.update_linear(name, self.weight.data, x, d, self.seed))
-        if self.bias is not None:
+        if self.trains_bias:
             name = f"{self.name}.bias"
             self.on_update(name, self.optimizer.update_small(name, self.bias.data, d.sum(0), self.seed))
 
@@ -79,16 +86,18 @@ def train_in_backward(
     model.enable_input_require_grads()  # frozen embeddings give no gradient; the first layer needs one to pass on
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear):
-            weight = f"{name}.weight"
+            weight, bias = f"{name}.weight", f"{name}.bias"
             if id(module.weight) in embeddings:
                 frozen[weight] = "tied to the embeddings, which are frozen"
             elif weight not in trainable:
                 frozen[weight] = "not in the arena"
             else:
                 parent, _, leaf = name.rpartition(".")
-                setattr(
-                    model.get_submodule(parent), leaf, TrainedLinear(name, module, optimizer, seed, on_update)
-                )
+                trains_bias = module.bias is not None and bias in trainable
+                trained = TrainedLinear(name, module, trains_bias, optimizer, seed, on_update)
+                setattr(model.get_submodule(parent), leaf, trained)
+            if module.bias is not None and (weight in frozen or bias not in trainable):
+                frozen[bias] = "its weight is frozen" if bias in trainable else "not in the arena"
         elif not isinstance(module, TrainedLinear):
             for leaf, parameter in module.named_parameters(recurse=False):
                 full = f"{name}.{leaf}" if name else leaf

@@ -4,6 +4,8 @@
                         hogwild/     optimizer.safetensors, state.json (step, ledger position, base model, versions)
     <root>/current -> step-00000120  a symbolic link, swapped by rename
 
+A step that is saved again (nothing was trained in between) becomes step-00000120.2, and the older folder goes.
+
 The order on disk is: write into a folder that no name leads to, fsync every file, fsync the folders, rename, fsync the
 parent, swap the link, fsync the parent. A crash at any moment leaves the previous checkpoint current and whole.
 
@@ -40,11 +42,13 @@ class Checkpoints:
         Raises:
             CheckpointError: the folder cannot be made or written.
         """
-        self.root, self.keep = root, keep
+        self.keep = keep
         try:
             root.mkdir(parents=True, exist_ok=True)
-            for leftover in root.glob(f"{_UNFINISHED}*"):
-                leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
+            self.root = root.resolve()  # as `current` resolves to: the two are compared
+            for leftover in self.root.glob(f"{_UNFINISHED}*"):
+                folder = leftover.is_dir() and not leftover.is_symlink()
+                shutil.rmtree(leftover) if folder else leftover.unlink()
         except OSError as error:
             raise CheckpointError(
                 f"cannot keep checkpoints in {root} as user {os.geteuid()}: {error}"
@@ -60,14 +64,15 @@ class Checkpoints:
         weights: Weights,
         base: Path,  # the folder that the model came from: its configuration, tokenizer and frozen tensors are copied
         optimizer: Mapping[str, torch.Tensor],
-        state: Mapping[str, Any],  # needs "step"; all of it goes to state.json
+        state: Mapping[str, Any],  # needs "step" and "ledger_position"; all of it goes to state.json
     ) -> Path:
         """Write a checkpoint of the live weights and make it current.
 
         Raises:
             CheckpointError: it could not be written (disk full, permissions); the previous one stays current.
         """
-        final = self.root / f"{_PREFIX}{state['step']:08d}"
+        same_step = self._of_step(state["step"])
+        final = self._free_name(state["step"])
         unfinished = self.root / f"{_UNFINISHED}{final.name}"
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -81,26 +86,42 @@ class Checkpoints:
             )
             _fsync(unfinished / "hogwild")
             _fsync(unfinished)
-            if final.exists():  # the same step was saved before: nothing has been trained since
-                shutil.rmtree(final) if final != self.current() else self._retire(final)
             unfinished.rename(final)
             _fsync(self.root)
             self._point_current_at(final)
-            self._prune()
         except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise CheckpointError(
                 f"checkpoint {final} could not be written: {error}. The previous checkpoint is still current; "
                 f"make room or mend the permissions of {self.root} (user {os.geteuid()})."
             ) from error
+        for replaced in same_step:
+            self._discard(replaced)
+        self._prune()
         return final
 
-    def _retire(self, folder: Path) -> None:
-        """Give the current checkpoint another name, so that one of the same step can take its place."""
-        retired = folder.with_name(f"{folder.name}.old")
-        shutil.rmtree(retired, ignore_errors=True)
-        folder.rename(retired)
-        self._point_current_at(retired)
+    def _of_step(self, step: int) -> list[Path]:
+        """Checkpoints of that step that are there already: nothing has been trained since."""
+        name = f"{_PREFIX}{step:08d}"
+        return [path for path in (self.root / name, *self.root.glob(f"{name}.*")) if path.exists()]
+
+    def _free_name(self, step: int) -> Path:
+        """step-00000007, or step-00000007.2 and so on: a name that `current` leads to is never taken away."""
+        path, number = self.root / f"{_PREFIX}{step:08d}", 1
+        while path.exists():
+            number += 1
+            path = self.root / f"{_PREFIX}{step:08d}.{number}"
+        return path
+
+    def _discard(self, folder: Path) -> None:
+        """Remove a checkpoint; half-removed, it no longer bears the name of one."""
+        unfinished = self.root / f"{_UNFINISHED}old-{folder.name}"
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            folder.rename(unfinished)
+            shutil.rmtree(unfinished)
+        except OSError:
+            pass  # the new checkpoint is in place; what is left is removed with the next one, or at the next start
 
     def _point_current_at(self, folder: Path) -> None:
         link = self.root / f"{_UNFINISHED}{CURRENT}"
@@ -113,7 +134,7 @@ class Checkpoints:
         current = self.current()
         complete = sorted(path for path in self.root.glob(f"{_PREFIX}*") if path != current)
         for path in complete[: max(len(complete) - (self.keep - 1), 0)]:
-            shutil.rmtree(path)
+            self._discard(path)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -129,8 +150,10 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} cannot be read: {error}; this is not a complete hogwild checkpoint"
         ) from error
-    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-        raise CheckpointError(f"{path} holds no step; this is not a complete hogwild checkpoint")
+    for key in ("step", "ledger_position"):
+        value = state.get(key) if isinstance(state, dict) else None
+        if type(value) is not int or value < 0:
+            raise CheckpointError(f"{path} holds no {key}; this is not a complete hogwild checkpoint")
     return state
 
 
@@ -150,11 +173,17 @@ def read_optimizer(folder: Path) -> dict[str, torch.Tensor]:
 
 def _tensors_of(file: Path, weights: Weights) -> dict[str, torch.Tensor]:
     """What belongs into a file of this name: live views, and the base model's own tensor where there is none."""
-    tensors = {}
+    tensors, regions = {}, set()
     with safe_open(file, framework="pt") as base:
         for name in base.keys():  # noqa: SIM118 - a safetensors file is not a dict
-            live = name in weights.arena.layout.tensors
-            tensors[name] = weights.view(name).contiguous() if live else base.get_tensor(name)
+            region = weights.arena.layout.tensors.get(name)
+            if region is None:
+                tensors[name] = base.get_tensor(name)
+            elif region in regions:  # two names for one tensor: safetensors refuses to write shared memory
+                tensors[name] = weights.view(name).clone(memory_format=torch.contiguous_format)
+            else:
+                tensors[name] = weights.view(name).contiguous()
+                regions.add(region)
     return tensors
 
 

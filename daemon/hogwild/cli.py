@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hogwild import __version__
+from hogwild import __version__, state_lock
 from hogwild import config as configuration
 from hogwild.errors import HogwildError, UsageError
 
@@ -34,12 +34,17 @@ def serve(
     model: Annotated[str, typer.Option(help="Folder of the model; default: what the server offers.")] = "",
 ) -> None:
     """Run the daemon: watch the spool, train the weights that the server reads, write checkpoints."""
+    import signal
+
+    overrides = {"model": str(Path(model).resolve()) if model else None}
+    settings = configuration.load(config, overrides)
+    for number in (signal.SIGHUP, signal.SIGUSR1):  # both end a process that does not listen to them yet
+        signal.signal(number, signal.SIG_IGN)
     from hogwild import log
     from hogwild.supervisor import Supervisor  # torch and transformers: seconds that --help should not take
 
-    settings = configuration.load(config, {"model": str(Path(model).resolve()) if model else None})
     log.configure(settings.log.level, settings.log.format)
-    raise typer.Exit(Supervisor(settings, config).run())
+    raise typer.Exit(Supervisor(settings, config, overrides).run())
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -62,14 +67,14 @@ def vllm(
 def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Say what the daemon is doing."""
     settings = configuration.load(config)
-    path = settings.state_dir / "status.json"
+    pid = _daemon(settings.state_dir)
+    data = {"pid": pid, "training": False}  # until a server has brought its weights
     try:
-        data = json.loads(path.read_text())
+        written = json.loads((settings.state_dir / "status.json").read_text())
+        if written["pid"] == pid:  # not what an earlier daemon left
+            data = written
     except FileNotFoundError:
-        raise HogwildError(
-            f"no daemon has written {path} yet: is it running, with this configuration?"
-        ) from None
-    data["alive"] = Path(f"/proc/{data['pid']}").exists()
+        pass
     if as_json:
         typer.echo(json.dumps(data))
     else:
@@ -83,13 +88,50 @@ def checkpoint(config: ConfigOption = None) -> None:
     import signal
 
     settings = configuration.load(config)
-    path = settings.state_dir / "status.json"
+    pid = _daemon(settings.state_dir)
     try:
-        pid = int(json.loads(path.read_text())["pid"])
         os.kill(pid, signal.SIGUSR1)
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise HogwildError(f"no daemon is running with the state folder {settings.state_dir}") from error
+    except OSError as error:
+        raise HogwildError(f"the daemon, process {pid}, cannot be asked: {error}") from error
     typer.echo(f"asked process {pid}; watch for checkpoint.saved in its log")
+
+
+def _daemon(state_dir: Path) -> int:
+    """Process id of the daemon that works in `state_dir`."""
+    pid = state_lock.holder(state_dir)
+    if pid is None:
+        raise HogwildError(f"no daemon is running with the state folder {state_dir}")
+    return pid
+
+
+@app.command()
+def check(
+    files: Annotated[list[Path], typer.Argument(help="Files as they would be dropped into the spool.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of the model: counts tokens and shows what is trained.")
+    ] = None,
+    config: ConfigOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+) -> None:
+    """Show every line of FILES as it will be trained, without training it. Exit code 1 if a line is wrong."""
+    from rich.console import Console
+
+    from hogwild import check as checking
+
+    settings = configuration.load(config)
+    tokenizer = None
+    if model is not None:
+        from transformers import AutoTokenizer  # only here: it takes seconds
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--model {model}: no tokenizer there: {error}") from error
+    records = checking.check(files, settings, Console(quiet=as_json), tokenizer)
+    if as_json:
+        for record in records:
+            typer.echo(json.dumps(record))
+    raise typer.Exit(0 if all(record["ok"] for record in records) else 1)
 
 
 @app.command()

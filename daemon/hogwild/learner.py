@@ -82,12 +82,16 @@ class Learner:
         return self._may_train.is_set()
 
     def restore(self, folder: Path) -> int:
-        """Write a checkpoint's weights and optimizer state into the arena; return its step."""
+        """Write a checkpoint's weights and optimizer state into the arena; return its step.
+
+        Raises:
+            CheckpointError: it is damaged or does not fit; nothing has been written to the arena.
+        """
         state = checkpoint.read_state(folder)
-        optimizer = checkpoint.read_optimizer(folder)
+        self.load_optimizer(checkpoint.read_optimizer(folder))
+        self.weights.check(folder)  # before the arena is marked, not only before it is written
         self.arena.control.mark_trained()
         self.weights.write(folder)
-        self.load_optimizer(optimizer)
         self.progress.resume(state["step"])
         self.arena.control.generation = state["step"]
         return int(state["step"])

@@ -3,18 +3,18 @@
 Signal handlers only set flags; `turn` is one round of the loop and can be called without threads or signals.
 """
 
-import fcntl
 import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from hogwild import __version__, checkpoint, served
+from hogwild import __version__, checkpoint, served, state_lock
 from hogwild import config as configuration
 from hogwild import log as logs
 from hogwild.arena.client import Arena
@@ -31,6 +31,8 @@ from hogwild.weights import Weights, digest, verify_bits
 log = logs.get(__name__)
 
 _TURN_S = 0.1
+_STATUS_S = 5.0  # counting a million examples takes 0.4 s
+_STATUS_RETRY_S = 60.0
 _STOP_TIMEOUT_S = 120.0
 
 
@@ -40,14 +42,20 @@ class Supervisor:
     Args:
         config: effective configuration.
         config_path: re-read on SIGHUP; None if there is no file.
+        overrides: what the command line said, which still counts then.
 
     Raises:
         HogwildError: the state folder is in use or unusable.
     """
 
-    def __init__(self, config: Config, config_path: Path | None = None) -> None:
-        self.config, self._config_path = config, config_path
-        self._lock_file = _lock(config.state_dir)
+    def __init__(
+        self,
+        config: Config,
+        config_path: Path | None = None,
+        overrides: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        self.config, self._config_path, self._overrides = config, config_path, overrides
+        self._lock_file = state_lock.take(config.state_dir)
         self.ledger = Ledger(config.state_dir / "ledger.sqlite")
         self.checkpoints = Checkpoints(config.state_dir / "checkpoints", config.checkpoint.keep)
         self.curriculum = Curriculum(self.ledger)
@@ -286,7 +294,7 @@ class Supervisor:
     def _reread(self) -> None:
         """SIGHUP: take over what can change live, and name what cannot."""
         try:
-            fresh = configuration.load(self._config_path)
+            fresh = configuration.load(self._config_path, self._overrides)
         except ConfigError as error:
             log.error("config.rejected", error=str(error))
             return
@@ -304,7 +312,7 @@ class Supervisor:
     def _write_status(self, learner: Learner) -> None:
         """A small file for `hogwild status`; replaced, never half-written."""
         now = time.monotonic()
-        if now - self._wrote_status_at < 1.0:
+        if now - self._wrote_status_at < _STATUS_S:
             return
         self._wrote_status_at = now
         status = {
@@ -318,27 +326,9 @@ class Supervisor:
         }
         path = self.config.state_dir / "status.json"
         fresh = path.with_suffix(".tmp")
-        fresh.write_text(json.dumps(status) + "\n")
-        fresh.rename(path)
-
-
-def _lock(state_dir: Path) -> int:
-    """Take the state folder for this process; the lock goes with the process.
-
-    Raises:
-        ConfigError: it cannot be made.
-        HogwildError: another daemon has it.
-    """
-    try:
-        state_dir.mkdir(parents=True, exist_ok=True)
-        fd = os.open(state_dir / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise ConfigError(f"state_dir {state_dir} cannot be used by user {os.geteuid()}: {error}") from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(fd)
-        raise HogwildError(
-            f"another daemon works in {state_dir}: stop it, or give another state_dir"
-        ) from error
-    return fd
+        try:
+            fresh.write_text(json.dumps(status) + "\n")
+            fresh.rename(path)
+        except OSError as error:  # a full disk is no reason to stop learning
+            log.warning("status.unwritten", path=str(path), error=str(error))
+            self._wrote_status_at = now + _STATUS_RETRY_S - _STATUS_S

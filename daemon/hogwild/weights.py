@@ -13,10 +13,12 @@ The memory model, once and for all:
                  address. Also writing anything before `verify_bits` has passed on a fresh arena.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,8 +49,30 @@ class Weights:
         """Bytes of all views together."""
         return sum(self.view(name).nbytes for name in self.names)
 
+    def check(self, folder: Path) -> None:
+        """See that the checkpoint in `folder` can be read and has a tensor for each view.
+
+        Raises:
+            CheckpointError: naming everything that does not fit.
+        """
+        shapes = dict(_read_shapes(folder))
+        problems = []
+        for name, region in self.arena.layout.tensors.items():
+            if name not in shapes:
+                problems.append(f"{name}: served, not in the checkpoint")
+            elif shapes[name] != region.shape:
+                problems.append(f"{name}: {shapes[name]} in the checkpoint, {region.shape} served")
+        if problems:
+            heading = f"the checkpoint {folder} does not fit the served weights ({len(problems)} found):"
+            raise CheckpointError("\n  - ".join([heading, *problems]))
+
     def write(self, folder: Path) -> None:
-        """Copy the checkpoint in `folder` into the arena, in place: how trained weights come back after a restart."""
+        """Copy the checkpoint in `folder` into the arena, in place: how trained weights come back after a restart.
+
+        Raises:
+            CheckpointError: as `check`; nothing has been written.
+        """
+        self.check(folder)
         for name, tensor in read_tensors(folder):
             if name in self.arena.layout.tensors:
                 self.view(name).copy_(tensor)
@@ -60,20 +84,36 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         CheckpointError: there is none, or a file is damaged.
     """
+    for file in _files(folder):
+        with _opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - a safetensors file is not a dict
+                yield name, tensors.get_tensor(name)
+
+
+def _read_shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor's name and shape, from the headers; raises as `read_tensors`."""
+    for file in _files(folder):
+        with _opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                yield name, tuple(tensors.get_slice(name).get_shape())
+
+
+def _files(folder: Path) -> list[Path]:
     files = weight_files(folder) if folder.is_dir() else []
     if not files:
         raise CheckpointError(
             f"{folder} holds no safetensors weights: give the folder of a Hugging Face model"
         )
-    for file in files:
-        try:
-            with safe_open(folder / file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - a safetensors file is not a dict
-                    yield name, tensors.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{folder / file} cannot be read: {error}. Restore or download it again."
-            ) from error
+    return [folder / file for file in files]
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}. Restore or download it again.") from error
 
 
 def verify_bits(weights: Weights, folder: Path) -> None:
@@ -119,7 +159,7 @@ def digest(folder: Path) -> str:
     total = hashlib.sha256()
     for name, tensor in read_tensors(folder):
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        total.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -1,0 +1,246 @@
+"""The command line as a user meets it: in a process of its own, by its exit code and what it prints."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hogwild import __version__, state_lock
+from hogwild.cli import app
+from hogwild.errors import ConfigError, HogwildError
+from support import environment
+from tiny import Child, llama, tokenizer
+
+COMMANDS = ("serve", "vllm", "status", "checkpoint", "check", "demo", "version")
+
+
+def hogwild(*arguments: object, **settings: object) -> subprocess.CompletedProcess[str]:
+    env = environment(**{f"HOGWILD_{key.upper()}": str(value) for key, value in settings.items()})
+    return subprocess.run(
+        [sys.executable, "-m", "hogwild", *map(str, arguments)],
+        env={**env, "COLUMNS": "200", "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def test_help_names_every_command():
+    ran = hogwild("--help")
+    assert ran.returncode == 0
+    for command in COMMANDS:
+        assert f" {command} " in ran.stdout
+    assert ran.stderr == ""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command):
+    ran = CliRunner().invoke(app, [command, "--help"])
+    assert ran.exit_code == 0
+    assert "Usage" in ran.stdout
+
+
+def test_version():
+    assert hogwild("version").stdout.strip() == __version__
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["unheard-of"],
+        ["status", "--unheard-of"],
+        ["check"],
+        ["vllm"],
+        ["status", "too", "many"],
+        ["serve", "--config"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_is_exit_2(arguments):
+    ran = hogwild(*arguments)
+    assert ran.returncode == 2
+    assert "Traceback" not in ran.stderr
+    assert ran.stderr.strip()
+
+
+@pytest.mark.parametrize("command", ["serve", "status", "checkpoint"])
+def test_a_bad_configuration_is_exit_78_and_lists_what_is_wrong(tmp_path, command):
+    path = tmp_path / "bad.toml"
+    path.write_text("modle = 3\n[training]\nthreads = 0\n")
+    ran = hogwild(command, "--config", path, state_dir=tmp_path / "state")
+    assert ran.returncode == 78
+    assert "modle: unknown key; did you mean `model`?" in ran.stderr
+    assert "training.threads" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_configuration_that_is_not_there_is_exit_78(tmp_path):
+    ran = hogwild("serve", "--config", tmp_path / "absent.toml")
+    assert ran.returncode == 78
+    assert "absent.toml" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_state_folder_that_cannot_be_made_is_exit_78(tmp_path):
+    (tmp_path / "file").write_text("")
+    ran = hogwild("serve", state_dir=tmp_path / "file" / "state")
+    assert ran.returncode == 78
+    assert f"state_dir {tmp_path}/file/state cannot be used" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_socket_folder_that_cannot_be_made_is_exit_1(tmp_path):
+    (tmp_path / "file").write_text("")
+    ran = hogwild("serve", state_dir=tmp_path / "state", socket=tmp_path / "file" / "arena.sock")
+    assert ran.returncode == 1
+    assert "cannot listen on" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+# --- which process is the daemon -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["status", "checkpoint"])
+def test_without_a_daemon_it_says_so(tmp_path, command):
+    ran = hogwild(command, state_dir=tmp_path / "state")
+    assert ran.returncode == 1
+    assert f"no daemon is running with the state folder {tmp_path}/state" in ran.stderr
+    assert ran.stdout == ""
+    assert not (tmp_path / "state").exists(), "looking changes nothing"
+
+
+def hold(pipe, state_dir: Path) -> None:
+    """What the daemon does: takes the lock, and counts the signals."""
+    signal.signal(signal.SIGUSR1, lambda *_: pipe.send(("asked", None)))
+    state_lock.take(state_dir)
+    pipe.send(("holds", None))
+    while True:
+        signal.pause()
+
+
+def test_a_recycled_process_id_is_not_taken_for_the_daemon(tmp_path):
+    """A daemon was killed; its number, in status.json and in the lock file, now belongs to somebody else."""
+    bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        (tmp_path / "status.json").write_text(json.dumps({"pid": bystander.pid, "step": 5}))
+        (tmp_path / "daemon.lock").write_text(f"{bystander.pid}\n")
+        for command in ("status", "checkpoint"):
+            ran = hogwild(command, state_dir=tmp_path)
+            assert ran.returncode == 1
+            assert "no daemon is running" in ran.stderr
+        assert bystander.poll() is None, "nobody sent it a signal"
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_the_running_daemon_is_asked_and_reported(tmp_path):
+    (tmp_path / "status.json").write_text(json.dumps({"pid": 1, "step": 5}))
+    daemon = Child(hold, tmp_path)
+    daemon.hear("holds")
+    ran = hogwild("checkpoint", state_dir=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert str(daemon.pid) in ran.stdout
+    daemon.hear("asked")
+    said = json.loads(hogwild("status", "--json", state_dir=tmp_path).stdout)
+    assert said == {"pid": daemon.pid, "training": False}, "what an earlier daemon wrote is not reported"
+    (tmp_path / "status.json").write_text(json.dumps({"pid": daemon.pid, "step": 6}))
+    assert json.loads(hogwild("status", "--json", state_dir=tmp_path).stdout)["step"] == 6
+    assert "6" in hogwild("status", state_dir=tmp_path).stdout
+    daemon.kill()
+    assert hogwild("checkpoint", state_dir=tmp_path).returncode == 1
+
+
+def test_the_lock_goes_with_its_process_and_names_it(tmp_path):
+    assert state_lock.holder(tmp_path) is None
+    first = Child(hold, tmp_path)
+    first.hear("holds")
+    assert state_lock.holder(tmp_path) == first.pid
+    with pytest.raises(HogwildError, match="another daemon works in"):
+        state_lock.take(tmp_path)
+    assert state_lock.holder(tmp_path) == first.pid, "a refused one does not write its name"
+    first.kill()
+    assert state_lock.holder(tmp_path) is None
+    fd = state_lock.take(tmp_path)
+    assert state_lock.holder(tmp_path) == os.getpid()
+    os.close(fd)
+
+
+def test_somebody_who_looks_does_not_keep_a_daemon_from_starting(tmp_path):
+    def look(pipe) -> None:
+        fd = os.open(tmp_path / state_lock.NAME, os.O_RDONLY | os.O_CREAT, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        pipe.send(("looking", None))
+        pipe.poll(0.2)
+
+    child = Child(look)
+    child.hear("looking")
+    os.close(state_lock.take(tmp_path))
+
+
+def test_a_state_folder_that_is_a_file_is_a_configuration_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file"):
+        state_lock.take(tmp_path / "file")
+    assert state_lock.holder(tmp_path / "file") is None
+
+
+# --- check ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    good.write_text('{"text": "w1 w2 w3"}\n{"prompt": "w1", "completion": " w2"}\n')
+    bad.write_text('{"text": "w1 w2"}\n{"txet": 1}\n')
+    return [good, bad]
+
+
+def test_check_is_0_when_every_line_is_good_and_1_when_one_is_not(files):
+    good = hogwild("check", files[0])
+    assert good.returncode == 0
+    assert "2 of 2 lines" in good.stdout
+    both = hogwild("check", *files)
+    assert both.returncode == 1
+    assert "bad.jsonl:2 txet: unknown field; did you mean `text`?" in both.stdout
+
+
+def test_check_prints_one_json_object_a_line_and_nothing_else(files):
+    ran = hogwild("check", "--json", *files)
+    assert ran.returncode == 1
+    records = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [(Path(r["file"]).name, r["line"], r["ok"]) for r in records] == [
+        ("good.jsonl", 1, True),
+        ("good.jsonl", 2, True),
+        ("bad.jsonl", 1, True),
+        ("bad.jsonl", 2, False),
+    ]
+    assert records[3]["field"] == "txet"
+    assert ran.stderr == ""
+
+
+def test_check_with_a_model_counts_tokens(files, tmp_path):
+    tokenizer(llama(tmp_path / "model"))
+    ran = hogwild("check", "--json", "--model", tmp_path / "model", files[0])
+    assert ran.returncode == 0, ran.stderr
+    first, second = (json.loads(line) for line in ran.stdout.splitlines())
+    assert (first["tokens"], first["trained_tokens"]) == (4, 3)
+    assert (second["tokens"], second["trained_tokens"]) == (3, 2)
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize("arguments", [["absent.jsonl"], ["--model", "absent", "good.jsonl"]], ids=str)
+def test_check_of_something_that_is_not_there_is_a_usage_error(tmp_path, arguments):
+    names = [tmp_path / name if name[:2] != "--" else name for name in arguments]
+    ran = hogwild("check", *names)
+    assert ran.returncode == 2
+    assert "absent" in ran.stderr
+    assert "Traceback" not in ran.stderr

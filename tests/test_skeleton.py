@@ -1,0 +1,107 @@
+"""A Hugging Face model around the live weights: it owns none of them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hogwild import skeleton
+from hogwild.arena.client import Arena
+from hogwild.errors import VerificationError
+from hogwild.weights import Weights, load_arena
+from tiny import llama, qwen2
+
+UP, NORM = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
+IDS = torch.tensor([[3, 9, 27, 4, 12, 36, 5]])
+MODELS = {
+    "tied": lambda folder: llama(folder, torch.bfloat16),
+    "untied": lambda folder: llama(folder, torch.float32, tie_word_embeddings=False),
+    "biases": lambda folder: qwen2(folder, torch.bfloat16),
+    "biases untied": lambda folder: qwen2(folder, torch.float32, tie_word_embeddings=False),
+}
+
+
+def without(arena: Arena, *names: str, frozen: dict[str, str] | None = None) -> Weights:
+    """The arena as a server would offer it that keeps no plain copy of these tensors."""
+    tensors = {name: region for name, region in arena.layout.tensors.items() if name not in names}
+    return Weights(
+        Arena(arena.weights, arena.control, replace(arena.layout, tensors=tensors, frozen=frozen or {}))
+    )
+
+
+@pytest.fixture(params=MODELS)
+def folder(request, tmp_path: Path) -> Path:
+    return MODELS[request.param](tmp_path / "model")
+
+
+@torch.no_grad()
+def test_every_parameter_lies_in_the_arena_and_the_model_is_the_checkpoints(folder):
+    weights = Weights(load_arena(folder))
+    model = skeleton.build(folder, weights)
+    segment = weights.arena.weights
+    for name, parameter in model.named_parameters():
+        assert segment.base <= parameter.data_ptr() < segment.base + segment.nbytes, name
+        assert not parameter.requires_grad, name
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    assert not model.training
+    reference = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(model(IDS).logits, reference(IDS).logits)
+
+
+@torch.no_grad()
+def test_what_is_written_to_the_arena_is_what_the_model_computes(folder):
+    weights = Weights(load_arena(folder))
+    model, other = skeleton.build(folder, weights), skeleton.build(folder, weights)
+    reference = AutoModelForCausalLM.from_pretrained(folder)
+    before = model(IDS).logits
+    for name, parameter in reference.named_parameters():
+        parameter.mul_(1.25)
+        weights.view(name).copy_(parameter)
+    after = model(IDS).logits
+    assert not torch.equal(before, after)
+    assert torch.equal(after, reference(IDS).logits)
+    assert torch.equal(after, other(IDS).logits)
+
+
+@torch.no_grad()
+def test_a_tied_head_is_one_tensor(tmp_path):
+    folder = MODELS["tied"](tmp_path / "model")
+    model = skeleton.build(folder, Weights(load_arena(folder)))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_everything_that_does_not_fit_is_named_at_once(tmp_path):
+    folder = qwen2(tmp_path / "model")
+    arena = load_arena(folder)
+    region = arena.layout.tensors[NORM]
+    weights = without(arena, UP, "model.layers.1.self_attn.q_proj.bias")
+    weights.arena.layout.tensors[NORM] = replace(region, shape=(16,), stride=(1,))
+    with pytest.raises(VerificationError) as caught:
+        skeleton.build(folder, weights)
+    assert sorted(caught.value.problems) == [
+        f"{UP}: needed by Qwen2ForCausalLM, not served",
+        "model.layers.1.self_attn.q_proj.bias: needed by Qwen2ForCausalLM, not served",
+        f"{NORM}: (32,) in the model, (16,) served",
+    ]
+
+
+def test_a_model_whose_embeddings_are_not_served_is_refused_tied_or_not(tmp_path):
+    for name in ("tied", "untied"):
+        folder = MODELS[name](tmp_path / name)
+        with pytest.raises(VerificationError, match=r"embed_tokens\.weight"):
+            skeleton.build(folder, without(load_arena(folder), "model.embed_tokens.weight"))
+
+
+@torch.no_grad()
+def test_a_frozen_tensor_comes_from_the_checkpoint_and_is_nobody_elses(tmp_path):
+    folder = MODELS["untied"](tmp_path / "model")
+    arena = load_arena(folder)
+    Weights(arena).view(UP).zero_()  # what the server keeps there is not plain
+    weights = without(arena, UP, frozen={UP: "packed"})
+    model = skeleton.build(folder, weights)
+    reference = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(model(IDS).logits, reference(IDS).logits)
+    own = model.get_parameter(UP)
+    assert not arena.weights.base <= own.data_ptr() < arena.weights.base + arena.weights.nbytes

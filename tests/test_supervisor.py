@@ -1,0 +1,248 @@
+"""The daemon as a process: what it refuses, and what its signals do. Its server is real too, all but the HTTP part."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hogwild import state_lock
+from hogwild.arena import client
+from hogwild.arena.client import Arena, Offer
+from hogwild.checkpoint import Checkpoints
+from hogwild.weights import Weights, load_arena
+from support import Daemon, Process, environment, wait_until
+from tiny import Child, llama, tokenizer
+
+
+def serve_weights(pipe: Any, folder: Path, sock: Path, trained: bool) -> None:
+    """What a server does with its weights: loads them into an arena and offers that for as long as it lives."""
+    arena: Arena = load_arena(folder)
+    if trained:
+        arena.control.mark_trained()
+    client._RETRY_REFUSED_S = 0.5
+    Offer(sock, arena, {"url": "http://127.0.0.1:1"}).start()
+    pipe.send(("serving", None))
+    while pipe.recv() == "weights":
+        weights = Weights(arena)
+        pipe.send(("weights", {name: weights.view(name).float().sum().item() for name in weights.names}))
+
+
+def sums(server: Child) -> dict[str, float]:
+    """The sum of every weight that the server serves now."""
+    server.tell("weights")
+    found: dict[str, float] = server.hear("weights")
+    return found
+
+
+class World:
+    """A model, a socket, and the processes of one test."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.sock = root, root / "run" / "arena.sock"
+        self.model = self.make("model")
+        self._daemons: list[Daemon] = []
+        self._servers: list[Child] = []
+
+    def make(self, name: str, seed: int = 0) -> Path:
+        folder = llama(self.root / name, torch.bfloat16, seed=seed)
+        tokenizer(folder)
+        return folder
+
+    def daemon(self, name: str = "daemon", **settings: Any) -> Daemon:
+        daemon = Daemon(self.root / name, self.sock, **settings)
+        self._daemons.append(daemon)
+        return daemon
+
+    def server(self, model: Path | None = None, *, trained: bool = False) -> Child:
+        server = Child(serve_weights, model or self.model, self.sock, trained)
+        self._servers.append(server)
+        server.hear("serving")
+        return server
+
+    def end(self) -> None:
+        for process in (*self._daemons, *self._servers):
+            process.kill()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    yield world
+    world.end()
+
+
+# --- a daemon to which nothing is attached: one story, told in order -------------------------------------------------
+
+
+@dataclass
+class Idle:
+    world: World
+    config: Path
+    daemon: Daemon
+
+
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Idle]:
+    world = World(tmp_path_factory.mktemp("idle"))
+    config = world.root / "hogwild.toml"
+    config.write_text("[checkpoint]\nkeep = 2\n")
+    daemon = world.daemon(config=config)
+    daemon.wait_for("daemon.started", pid=daemon.pid)
+    yield Idle(world, config, daemon)
+    world.end()
+
+
+def test_the_daemon_holds_its_state_folder(idle):
+    assert state_lock.holder(idle.daemon.state) == idle.daemon.pid
+
+
+def test_a_second_daemon_on_the_same_state_folder_is_refused(idle):
+    second = Daemon(idle.world.root / "daemon", idle.world.root / "other.sock")
+    assert second.popen.wait(120) == 1
+    assert f"another daemon works in {idle.daemon.state}" in second.tail()
+    assert "Traceback" not in second.tail()
+    assert idle.daemon.alive
+    assert state_lock.holder(idle.daemon.state) == idle.daemon.pid
+
+
+def test_a_second_daemon_on_the_same_socket_is_refused(idle):
+    second = Daemon(idle.world.root / "second", idle.world.sock)
+    assert second.popen.wait(120) == 1
+    assert f"another daemon listens on {idle.world.sock}" in second.tail()
+    assert "Traceback" not in second.tail()
+    assert idle.daemon.alive
+
+
+def test_hup_takes_over_what_can_change_and_refuses_what_is_wrong(idle):
+    idle.config.write_text("[checkpoint]\nkeep = 0\nkepe = 1\n")
+    os.kill(idle.daemon.pid, signal.SIGHUP)
+    rejected = idle.daemon.wait_for("config.rejected")
+    assert "checkpoint.keep" in rejected["error"]
+    assert "kepe: unknown key; did you mean `keep`?" in rejected["error"]
+    assert idle.daemon.alive
+
+    idle.config.write_text('[checkpoint]\nkeep = 5\n[log]\nlevel = "info"\n[training]\nthreads = 1\n')
+    os.kill(idle.daemon.pid, signal.SIGHUP)
+    reloaded = idle.daemon.wait_for("config.reloaded")
+    assert set(reloaded["live"]) == {"checkpoint", "log"}
+    assert reloaded["needs_restart"] == ["training"], "what cannot change live is named, and only that"
+
+
+def test_an_arena_that_another_daemon_trained_is_refused_and_not_touched(idle):
+    server = idle.world.server(trained=True)
+    before = sums(server)
+    refused = idle.daemon.wait_for("arena.refused")
+    assert "trained by a daemon with another state folder" in refused["error"]
+    assert idle.daemon.alive
+    assert not idle.daemon.events("arena.attached")
+    assert sums(server) == before
+    server.kill()
+
+
+def test_term_before_anything_is_attached_is_a_clean_end(idle):
+    assert idle.daemon.terminate() == 0
+    assert idle.daemon.events("daemon.stopped")[0]["code"] == 0
+    assert not idle.world.sock.exists()
+    assert state_lock.holder(idle.daemon.state) is None
+
+
+# --- daemons that get something to do --------------------------------------------------------------------------------
+
+
+def test_a_reload_knows_the_command_line_still(world):
+    """A model given by --model has not changed because the file does not name it."""
+    log = world.root / "daemon.log"
+    command = [sys.executable, "-m", "hogwild", "serve", "--model", str(world.model)]
+    env = environment(HOGWILD_STATE_DIR=str(world.root / "state"), HOGWILD_SOCKET=str(world.sock))
+    daemon = Process(command, env, log)
+    try:
+        wait_until(lambda: b"daemon.started" in log.read_bytes(), "it starts")
+        os.kill(daemon.pid, signal.SIGHUP)
+        wait_until(lambda: b"config.reloaded" in log.read_bytes(), "it reads the configuration again")
+        line = next(line for line in log.read_bytes().splitlines() if b"config.reloaded" in line)
+        assert json.loads(line)["needs_restart"] == []
+    finally:
+        daemon.kill()
+
+
+def test_another_model_than_the_state_folder_has_learned_is_refused(world):
+    server = world.server()
+    daemon = world.daemon()
+    attached = daemon.wait_for("arena.attached")
+    assert attached["model"] == str(world.model)
+    assert attached["restored"] is None
+    server.kill()
+    daemon.wait_for("server.lost")
+    assert daemon.terminate() == 0
+
+    server = world.server(world.make("other", seed=1))
+    before = sums(server)
+    daemon = world.daemon()
+    refused = daemon.wait_for("arena.refused")
+    assert "not the one that this state folder has learned on" in refused["error"]
+    assert str(world.root / "other") in refused["problems"][0]
+    assert str(world.model) in refused["problems"][0]
+    assert sums(server) == before
+    server.kill()
+
+    world.server()
+    daemon.wait_for("arena.attached")  # the right model is still taken
+
+
+def checkpoint_of(world: World, **state: Any) -> tuple[Path, dict[str, float]]:
+    """A checkpoint that an earlier daemon left: every weight doubled."""
+    weights = Weights(load_arena(world.model))
+    for name in weights.names:
+        weights.view(name).mul_(2)
+    root = world.root / "daemon" / "state" / "checkpoints"
+    saved = Checkpoints(root, keep=2).save(
+        weights, world.model, {}, {"step": 40, "ledger_position": 0, **state}
+    )
+    return saved, {name: weights.view(name).float().sum().item() for name in weights.names}
+
+
+def test_a_checkpoint_that_cannot_be_restored_is_refused_and_comes_back_when_it_is_mended(world):
+    """Nothing of it is written before all of it is known to fit, so that the same server can still have it."""
+    saved, expected = checkpoint_of(world)
+    server = world.server()
+    before = sums(server)
+    parts = [
+        saved / "hogwild" / "state.json",
+        saved / "hogwild" / "optimizer.safetensors",
+        saved / "model.safetensors",
+    ]
+    whole = [part.read_bytes() for part in parts]
+    for part, content in zip(parts, whole, strict=True):
+        part.write_bytes(b'{"step": 40}' if part.suffix == ".json" else content[:-1])
+    daemon = world.daemon()
+    for part, content in zip(
+        parts, whole, strict=True
+    ):  # the server goes on offering, and one by one they are mended
+        wait_until(
+            lambda part=part: any(str(part) in event["error"] for event in daemon.events("arena.refused")),
+            f"{part} is named",
+        )
+        assert not daemon.events("arena.attached")
+        assert sums(server) == before
+        part.write_bytes(content)
+    attached = daemon.wait_for("arena.attached")
+    assert attached["restored"] == str(saved)
+    assert attached["step"] == 40
+    assert sums(server) == expected
+
+
+def test_a_status_file_that_cannot_be_written_does_not_end_the_daemon(world):
+    world.server()
+    (world.root / "daemon" / "state" / "status.json" / "in the way").mkdir(parents=True)
+    daemon = world.daemon()
+    daemon.wait_for("status.unwritten")
+    os.kill(daemon.pid, signal.SIGHUP)
+    daemon.wait_for("config.reloaded")
+    assert daemon.terminate() == 0
