@@ -48,7 +48,9 @@ def step(
 
     gradient = None
     if chosen.form == "plain":
-        gradient = torch.mm(d.t(), x) if low else torch.mm(df.t(), xf)  # (m, n), bf16 or fp32
+        left, right = (d, x) if low else (df, xf)
+        gradient = _gradient_memory(m, n, right.dtype)
+        torch.mm(left.t(), right, out=gradient)  # (m, n), bf16 or fp32
     if gradient is not None and chosen.project_gradient:
         r = _project_matrix(gradient, p, m, n)
     elif m < n:
@@ -203,11 +205,10 @@ def _write(
     a, b = counter.subkey(state.key, counter.ROUNDING, c.step_count, seed)
     height, width = weight.shape
     rows = _tile_rows(width, x.element_size())
-    scratch = _scratch(rows * width, x.dtype)
     for top in range(0, height, rows):
         count = min(rows, height - top)
         if gradient is None:
-            tile = scratch[: count * width].view(count, width)
+            tile = _scratch(count * width, x.dtype).view(count, width)
             torch.mm(d[:, top : top + count].t(), x, out=tile)
         else:
             tile = gradient[top : top + count].contiguous()
@@ -227,6 +228,14 @@ def _write(
 
 def _tile_rows(width: int, element_size: int) -> int:
     return max(1, plan.TILE_BYTES // (width * element_size))
+
+
+def _gradient_memory(m: int, n: int, dtype: torch.dtype) -> Tensor:
+    """For the plain form. A small gradient takes the thread's own tile memory, so nothing is allocated for
+    it."""
+    if m * n * dtype.itemsize <= plan.SMALL_BYTES:
+        return _scratch(m * n, dtype).view(m, n)
+    return torch.empty(m, n, dtype=dtype)
 
 
 _local = threading.local()
