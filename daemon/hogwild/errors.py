@@ -1,14 +1,16 @@
 """What can go wrong, as a tree. Every message says what, where and what to do.
 
-    HogwildError                 exit 1
-    ├── ConfigError              exit 78 (EX_CONFIG: systemd must not restart on it)
-    ├── UsageError               exit 2
-    ├── ArenaError               shared memory or its hand-over failed
-    │   ├── ProtocolError        a peer spoke out of turn, or is not who it should be
-    │   └── VerificationError    the arena does not hold this model; carries every problem found
-    ├── ExampleError             one line of a spool file cannot be trained
-    ├── LedgerError              the ledger cannot be opened, or is not one
-    └── CheckpointError          a checkpoint could not be written or read
+HogwildError                 exit 1
+├── ConfigError              exit 78 (EX_CONFIG: systemd must not restart on it)
+├── UsageError               exit 2
+├── ArenaError               shared memory or its hand-over failed
+│   ├── ProtocolError        a peer spoke out of turn, or is not who it should be
+│   └── VerificationError    the arena does not hold this model; carries every problem found
+├── ExampleError             one line of a spool file cannot be trained
+├── LedgerError              the ledger cannot be opened, or is not one
+│   └── AlreadyAccepted      the same content was accepted before
+├── SpoolError               the spool folder cannot be used
+└── CheckpointError          a checkpoint could not be written or read
 """
 
 from collections.abc import Sequence
@@ -65,6 +67,25 @@ class ExampleError(HogwildError):
 
 class LedgerError(HogwildError):
     """The ledger cannot be used."""
+
+
+class AlreadyAccepted(LedgerError):  # noqa: N818  # not a fault: the caller answers it politely
+    """A file with the same content is in the ledger already.
+
+    Args:
+        name: the file's name when it was accepted.
+        accepted_at: ISO 8601 UTC.
+    """
+
+    def __init__(self, file_id: int, name: str, accepted_at: str) -> None:
+        self.file_id = file_id
+        self.name = name
+        self.accepted_at = accepted_at
+        super().__init__(f"the same content was accepted as {name} at {accepted_at}")
+
+
+class SpoolError(HogwildError):
+    """The spool folder cannot be used. Names the path and the user."""
 
 
 class CheckpointError(HogwildError):

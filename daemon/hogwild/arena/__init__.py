@@ -1,1 +1,8 @@
-"""The memory that daemon and server share, and how it changes hands."""
+"""The memory that daemon and server share, and how it changes hands.
+
+memory.py    one allocation behind one descriptor
+control.py   the page of words beside the weights
+protocol.py  messages with descriptors over a Unix socket
+client.py    the server's end: ask, offer
+hub.py       the daemon's end: hold, take
+"""

@@ -1,0 +1,93 @@
+"""The optimizer state of the whole model: one state a weight, shared by all trainer threads without locks."""
+
+from collections.abc import Mapping
+
+import torch
+
+from hogwild.config import OptimizerConfig
+from hogwild_kernels import (
+    AdamConfig,
+    AdamState,
+    ApolloConfig,
+    ApolloState,
+    UpdateResult,
+    adam_update,
+    apollo_update,
+)
+
+
+class Optimizer:
+    """APOLLO for linear weights, Adam for the small rest.
+
+    States are made when a weight is first updated or loaded. The dictionary is the only thing that threads share under
+    a rule: `dict.setdefault` is atomic, so two threads that meet a weight for the first time end up with one state.
+    """
+
+    def __init__(self, config: OptimizerConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+        self.apollo_config = ApolloConfig(
+            rank=config.rank,
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            gap=config.gap,
+            gamma=config.gamma,
+            rounding=config.rounding,
+            seed=seed,
+        )
+        self.adam_config = AdamConfig(lr=config.lr, rounding=config.rounding, seed=seed)
+        self._states: dict[str, ApolloState | AdamState] = {}
+
+    def update_linear(
+        self,
+        name: str,
+        weight: torch.Tensor,  # (m, n), updated in place
+        x: torch.Tensor,  # (T, n) layer input
+        d: torch.Tensor,  # (T, m) gradient of the layer's output
+        seed: int,
+    ) -> UpdateResult:
+        """One APOLLO step; `seed` varies the rounding between threads."""
+        state = self._states.get(name)
+        if state is None:
+            state = self._states.setdefault(
+                name, ApolloState(name, (weight.shape[0], weight.shape[1]), self.apollo_config)
+            )
+        assert isinstance(state, ApolloState)
+        return apollo_update(weight, x, d, state, seed=seed)
+
+    def update_small(
+        self, name: str, weight: torch.Tensor, gradient: torch.Tensor, seed: int
+    ) -> UpdateResult:
+        """One Adam step of a norm, a bias or a 3-D convolution weight."""
+        state = self._states.get(name)
+        if state is None:
+            state = self._states.setdefault(name, AdamState(name, tuple(weight.shape), self.adam_config))
+        assert isinstance(state, AdamState)
+        return adam_update(weight, gradient, state, seed=seed)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All state as named tensors, for safetensors."""
+        return {
+            f"{name}/{key}": tensor
+            for name, state in sorted(self._states.items())
+            for key, tensor in state.tensors().items()
+        }
+
+    def load(self, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Take over saved state; `shapes` has every trainable weight's. State of other weights is left out."""
+        grouped: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, leaf = key.rpartition("/")
+            grouped.setdefault(name, {})[leaf] = tensor
+        for name, parts in grouped.items():
+            shape = shapes.get(name)
+            if shape is None:
+                continue
+            state: ApolloState | AdamState
+            if len(shape) == 2:
+                state = ApolloState(name, (shape[0], shape[1]), self.apollo_config)
+            else:
+                state = AdamState(name, shape, self.adam_config)
+            state.load(parts)
+            self._states[name] = state

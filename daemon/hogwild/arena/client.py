@@ -1,0 +1,191 @@
+"""The server's end of the arena socket: ask for an arena, or offer one until it is taken. Imports no vllm."""
+
+import logging
+import os
+import socket
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hogwild.arena import protocol
+from hogwild.arena.control import NBYTES as CONTROL_NBYTES
+from hogwild.arena.control import ControlPage
+from hogwild.arena.memory import Segment
+from hogwild.errors import ArenaError, ProtocolError
+from hogwild.layout import Layout, Source
+
+log = logging.getLogger(__name__)
+
+_ASK_TIMEOUT_S = 10.0
+_RETRY_S = 0.5
+_RETRY_REFUSED_S = 5.0
+
+
+@dataclass
+class Arena:
+    """Weights, control page and layout: everything that two processes share."""
+
+    weights: Segment
+    control: ControlPage
+    layout: Layout
+
+    @property
+    def fds(self) -> tuple[int, int]:
+        return self.weights.fd, self.control.segment.fd
+
+    @classmethod
+    def receive(cls, message: dict[str, Any], fds: list[int]) -> "Arena":
+        """Map what a peer sent. Takes ownership of the descriptors.
+
+        Raises:
+            ArenaError: the descriptors or the layout are not what they should be.
+        """
+        if len(fds) != 2:
+            for fd in fds:
+                os.close(fd)
+            raise ProtocolError(f"an arena comes with 2 descriptors, the peer sent {len(fds)}")
+        try:
+            layout = Layout.from_json(message.get("layout"))
+        except ProtocolError:
+            for fd in fds:
+                os.close(fd)
+            raise
+        control_fd = fds[1]
+        try:
+            weights = Segment.from_fd(fds[0], layout.nbytes)
+        except Exception:
+            os.close(control_fd)
+            raise
+        control = ControlPage(Segment.from_fd(control_fd, CONTROL_NBYTES))
+        if control.fingerprint != layout.fingerprint():
+            raise ProtocolError("the control page belongs to another layout than the one that came with it")
+        return cls(weights, control, layout)
+
+
+def ask(path: Path, source: Source, server: dict[str, Any]) -> tuple[Arena, socket.socket] | None:
+    """Ask the daemon whether it holds an arena that was filled from these very files.
+
+    `server` says how to reach this server, as in `Offer`.
+
+    Returns the arena and the open session, or None when no daemon listens or it holds none.
+
+    Raises:
+        ArenaError: a daemon is there but does not answer, so that nobody knows whether it holds trained weights.
+        ProtocolError: something else listens there, or a daemon of another version.
+    """
+    sock = _connect(path, _ASK_TIMEOUT_S)
+    if sock is None:
+        return None
+    try:
+        request = {"op": "ask", "version": protocol.VERSION, "source": source.__dict__, "server": server}
+        reply = _call(sock, request)
+        if reply is not None and reply[0].get("status") == "held":
+            arena = Arena.receive(*reply)
+            sock.settimeout(None)
+            return arena, sock
+        if reply is not None and reply[0].get("status") == "empty":
+            sock.close()
+            return None
+    except OSError as error:
+        sock.close()
+        raise ArenaError(
+            f"the hogwild daemon on {path} accepts connections but does not answer ({error})"
+        ) from error
+    sock.close()
+    raise ProtocolError(f"the hogwild daemon on {path} answered: {reply[0] if reply else 'nothing'}")
+
+
+class Offer:
+    """Keeps offering an arena to the daemon, from a background thread, for as long as this process lives.
+
+    Whenever the daemon is away it is offered again, so that either side may restart at any time.
+    """
+
+    def __init__(self, path: Path, arena: Arena, server: dict[str, Any]) -> None:
+        """`server`: how to reach this server ({"url": ..., "pid": ...}), passed on to the daemon."""
+        self._path, self._arena, self._server = path, arena, server
+        self.attached = threading.Event()
+        self._last_words = ""
+
+    def start(self, session: socket.socket | None = None) -> None:
+        """Begin; `session` is the open connection that the arena came over, if it came from the daemon."""
+        threading.Thread(target=self._run, args=(session,), name="hogwild-offer", daemon=True).start()
+
+    def _run(self, session: socket.socket | None) -> None:
+        pause = threading.Event()  # never set: an interruptible sleep
+        while True:
+            wait_s = _RETRY_S
+            if session is None:
+                session, wait_s = self._offer()
+            if session is not None:
+                self.attached.set()
+                self._say("the hogwild daemon has these weights; they are trained while they are served")
+                self._until_hangup(session)
+                self.attached.clear()
+                self._say("the hogwild daemon is gone; serving goes on with the weights as they are")
+                session = None
+            pause.wait(wait_s)
+
+    def _offer(self) -> tuple[socket.socket | None, float]:
+        sock = _connect(self._path, timeout_s=None)
+        if sock is None:
+            return None, _RETRY_S
+        try:
+            reply = _call(
+                sock,
+                {
+                    "op": "offer",
+                    "version": protocol.VERSION,
+                    "layout": self._arena.layout.to_json(),
+                    "server": self._server,
+                },
+                self._arena.fds,
+            )
+            if reply is not None and reply[0].get("status") == "attached":
+                return sock, _RETRY_S
+            if reply is not None:
+                self._say(
+                    f"the hogwild daemon refuses these weights: {reply[0].get('error', 'no reason given')}"
+                )
+        except (OSError, ProtocolError) as error:
+            self._say(f"offering the weights to the hogwild daemon failed: {error}")
+        sock.close()
+        return None, _RETRY_REFUSED_S
+
+    def _say(self, words: str) -> None:
+        if words != self._last_words:  # the same refusal every few seconds would bury everything else
+            log.warning("%s", words)
+        self._last_words = words
+
+    @staticmethod
+    def _until_hangup(session: socket.socket) -> None:
+        try:
+            while session.recv(4096):
+                pass
+        except OSError:
+            pass  # a reset is a hang-up too
+        session.close()
+
+
+def _connect(path: Path, timeout_s: float | None) -> socket.socket | None:
+    """A connection to the daemon, or None where none listens."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    sock.settimeout(timeout_s)
+    try:
+        sock.connect(str(path))
+        protocol.check_peer(sock)
+    except OSError:
+        sock.close()
+        return None
+    except ProtocolError:
+        sock.close()
+        raise
+    return sock
+
+
+def _call(
+    sock: socket.socket, message: protocol.Message, fds: tuple[int, ...] = ()
+) -> tuple[protocol.Message, list[int]] | None:
+    protocol.send(sock, message, fds)
+    return protocol.receive(sock, max_fds=2)

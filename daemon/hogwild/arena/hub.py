@@ -1,0 +1,191 @@
+"""The daemon's end of the arena socket: takes an arena that a server offers, and hands it back to the next server."""
+
+import errno
+import os
+import socket
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hogwild import log as logs
+from hogwild.arena import protocol
+from hogwild.arena.client import Arena
+from hogwild.errors import ArenaError, HogwildError, ProtocolError
+from hogwild.layout import Source, source_from_json
+
+log = logs.get(__name__)
+
+_MESSAGE_TIMEOUT_S = 30.0
+
+
+class Hub:
+    """Listens on the arena socket.
+
+    Args:
+        path: the socket; its folder is made 0700, the socket 0600.
+        on_offer: called with each arena that a server offers, in that session's thread. It verifies; returning
+            takes the arena, a HogwildError refuses it and is told to the server.
+        on_session: called with (server, True) when a server's session begins and (server, False) when it ends.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        on_offer: Callable[[Arena], None],
+        on_session: Callable[[dict[str, Any], bool], None],
+    ) -> None:
+        self._path, self._on_offer, self._on_session = path, on_offer, on_session
+        self._held: Arena | None = None
+        self._taking = threading.Lock()  # one arena is verified at a time
+        self._sessions: set[socket.socket] = set()
+        self._stopping = False
+        self._listener = _listen(path)
+        self._thread = threading.Thread(target=self._accept, name="arena-hub", daemon=True)
+
+    @property
+    def arena(self) -> Arena | None:
+        """The arena held, if any."""
+        return self._held
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Hang up on everybody and remove the socket. The servers keep the memory and offer it again."""
+        self._stopping = True
+        self._path.unlink(missing_ok=True)
+        self._listener.close()
+        for session in list(self._sessions):
+            _hang_up(session)
+
+    def _accept(self) -> None:
+        while not self._stopping:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError as error:
+                if self._stopping:
+                    return
+                log.error("arena.accept_failed", error=str(error))
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    threading.Event().wait(1.0)  # the descriptors come back when a session ends
+                continue
+            self._sessions.add(sock)
+            threading.Thread(target=self._serve, args=(sock,), name="arena-session", daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        server: dict[str, Any] = {}
+        try:
+            pid = protocol.check_peer(sock)
+            sock.settimeout(_MESSAGE_TIMEOUT_S)
+            received = protocol.receive(sock, max_fds=2)
+            if received is None:
+                return
+            message, fds = received
+            server = {**_object(message.get("server")), "pid": pid}
+            reply, reply_fds = self._answer(message, fds)
+            protocol.send(sock, reply, reply_fds)
+            if reply["status"] in ("held", "attached"):
+                sock.settimeout(None)
+                self._session(sock, server)
+        except (ProtocolError, OSError) as error:
+            if not self._stopping:
+                log.warning("arena.session_failed", error=str(error), **server)
+        finally:
+            self._sessions.discard(sock)
+            sock.close()
+
+    def _session(self, sock: socket.socket, server: dict[str, Any]) -> None:
+        self._on_session(server, True)
+        try:
+            while sock.recv(4096):
+                pass
+        except OSError:
+            pass  # a reset is a hang-up too
+        finally:
+            if not self._stopping:
+                self._on_session(server, False)
+
+    def _answer(self, message: protocol.Message, fds: list[int]) -> tuple[protocol.Message, tuple[int, ...]]:
+        version, op = message.get("version"), message.get("op")
+        if version != protocol.VERSION or op not in ("ask", "offer"):
+            for fd in fds:
+                os.close(fd)
+            return {
+                "status": "refused",
+                "error": f"this daemon speaks version {protocol.VERSION} of the arena protocol, the server sent "
+                f"{op!r} in version {version!r}: install the same hogwild for both",
+            }, ()
+        if op == "ask":
+            for fd in fds:
+                os.close(fd)
+            return self._ask(message)
+        try:
+            offered = Arena.receive(message, fds)
+            with self._taking:
+                self._take(offered)
+        except HogwildError as error:
+            log.error("arena.refused", error=str(error), problems=getattr(error, "problems", []))
+            return {"status": "refused", "error": str(error), "problems": getattr(error, "problems", [])}, ()
+        return {"status": "attached"}, ()
+
+    def _ask(self, message: protocol.Message) -> tuple[protocol.Message, tuple[int, ...]]:
+        try:
+            source: Source = source_from_json(message.get("source"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"the server asked with a malformed source: {error!r}") from error
+        held = self._held
+        if held is None or not held.layout.source.same_files(source):
+            return {"status": "empty"}, ()
+        return {"status": "held", "layout": held.layout.to_json()}, held.fds
+
+    def _take(self, offered: Arena) -> None:
+        held = self._held
+        if held is not None:
+            if offered.control.arena_id == held.control.arena_id:
+                offered.weights.close()
+                offered.control.segment.close()
+                return  # the same memory, offered again after a broken connection
+            raise ArenaError(
+                f"the daemon holds live weights of {held.layout.source.path} and will not drop them for a new arena "
+                f"filled from {offered.layout.source.path}. Start the server on {held.layout.source.path} again to "
+                "go on with the trained weights, or restart the daemon to let go of them (its checkpoints stay)."
+            )
+        self._on_offer(offered)
+        self._held = offered
+
+
+def _listen(path: Path) -> socket.socket:
+    """Bind the socket, replacing one that nobody listens on any more."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            if probe.connect_ex(str(path)) == 0:
+                raise ArenaError(
+                    f"another daemon listens on {path}: stop it, or give this one another `socket`"
+                )
+        path.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        before = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(before)
+        listener.listen(16)
+    except OSError as error:
+        listener.close()
+        raise ArenaError(f"cannot listen on {path} as user {os.geteuid()}: {error}") from error
+    return listener
+
+
+def _hang_up(sock: socket.socket) -> None:
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # it was gone already
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,101 @@
+"""Memory that is held by a file descriptor, so that it outlives the process that made it.
+
+On a CPU that is a sealed memfd: mapped shared by every process that holds its descriptor, gone when the last mapping
+and the last descriptor are gone. (Its CUDA counterpart is an allocation made by `cuMemCreate` and exported as a POSIX
+descriptor: same interface, other allocator.)
+"""
+
+import fcntl
+import mmap
+import os
+
+import torch
+
+from hogwild.errors import ArenaError
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW  # a truncated file would be SIGBUS in whoever reads it next
+
+
+class Segment:
+    """One shared allocation, mapped into this process.
+
+    Attributes:
+        fd: the descriptor that keeps the memory alive; owned by this object.
+        nbytes: size in bytes.
+        bytes: the whole segment, uint8 (nbytes,). Tensors made from it keep the mapping alive.
+    """
+
+    def __init__(self, fd: int, nbytes: int) -> None:
+        self.fd = fd
+        self.nbytes = nbytes
+        self.mapping = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        self.bytes = torch.frombuffer(self.mapping, dtype=torch.uint8)
+
+    @classmethod
+    def allocate(cls, nbytes: int, name: str = "hogwild-weights") -> "Segment":
+        """Make a new zero-filled segment.
+
+        Pages become resident when they are first written.
+
+        Raises:
+            ArenaError: the kernel refused.
+        """
+        try:
+            fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(fd, nbytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            return cls(fd, nbytes)
+        except OSError as error:
+            raise ArenaError(
+                f"cannot allocate {nbytes / 2**30:.2f} GiB of shared memory: {error}. "
+                "Free memory, or raise the memory limit of this process (ulimit -v, MemoryMax=)."
+            ) from error
+
+    @classmethod
+    def from_fd(cls, fd: int, nbytes: int) -> "Segment":
+        """Map a segment that another process made. Takes ownership of `fd`, also when it raises.
+
+        Raises:
+            ArenaError: the descriptor is not a sealed memfd of that size.
+        """
+        try:
+            actual, seals = os.fstat(fd).st_size, fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+            if actual != nbytes or seals & _SEALS != _SEALS:
+                raise ArenaError(
+                    f"the peer announced {nbytes} bytes of sealed memory, the descriptor has {actual} bytes "
+                    f"and seals {seals:#x}: refusing to map memory that could shrink under a reader"
+                )
+            return cls(fd, nbytes)
+        except OSError as error:
+            os.close(fd)
+            raise ArenaError(f"cannot map the descriptor that the peer sent: {error}") from error
+        except ArenaError:
+            os.close(fd)
+            raise
+
+    @property
+    def base(self) -> int:
+        """Address of the first byte in this process."""
+        return self.bytes.data_ptr()
+
+    def tensor(
+        self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """A view of the segment: `offset` in bytes, a multiple of the item size; `stride` in elements. No copy.
+
+        Every call gives a tensor with a version counter of its own, so that autograd in one thread does not see
+        the in-place writes of another (which is what HOGWILD! wants).
+        """
+        flat = torch.frombuffer(self.mapping, dtype=dtype)
+        return torch.as_strided(flat, shape, stride, offset // dtype.itemsize)
+
+    def inode(self) -> tuple[int, int]:
+        """(device, inode) of the memory behind the descriptor: the same in every process that maps it."""
+        status = os.fstat(self.fd)
+        return status.st_dev, status.st_ino
+
+    def close(self) -> None:
+        """Let go of the descriptor. The mapping lives on until the last tensor made from it is gone."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1

@@ -1,0 +1,105 @@
+"""How descriptors change hands: JSON messages over a Unix stream socket, descriptors as SCM_RIGHTS beside them.
+
+The daemon listens, vLLM's loader connects. One connection is one server's session; its end is how either side learns
+that the other is gone. A message is a 4-byte little-endian length and that many bytes of UTF-8 JSON (an object);
+descriptors travel with the length. Never pickle.
+
+    server  ask    {op, version, source, server}                     -> held {layout} + 2 descriptors | empty
+    server  offer  {op, version, layout, server} + 2 descriptors -> attached | refused {problems}
+
+The two descriptors are the weights and the control page, in that order.
+"""
+
+import json
+import os
+import socket
+import struct
+from typing import Any
+
+from hogwild.errors import ProtocolError
+
+VERSION = 1
+MAX_MESSAGE_BYTES = 64 << 20  # a layout takes about 200 bytes a tensor
+_LENGTH = struct.Struct("<I")
+
+Message = dict[str, Any]
+
+
+def send(sock: socket.socket, message: Message, fds: tuple[int, ...] = ()) -> None:
+    """Send one message with its descriptors (which stay open on this side)."""
+    body = json.dumps(message, separators=(",", ":")).encode()
+    if len(body) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"a message of {len(body)} bytes exceeds the limit of {MAX_MESSAGE_BYTES}")
+    header = _LENGTH.pack(len(body))
+    if fds:
+        socket.send_fds(sock, [header], list(fds))
+    else:
+        sock.sendall(header)
+    sock.sendall(body)
+
+
+def receive(sock: socket.socket, max_fds: int = 0) -> tuple[Message, list[int]] | None:
+    """Receive one message and its descriptors; None when the peer closed the connection between messages.
+
+    The caller owns the descriptors. None is left open when this raises.
+
+    Raises:
+        ProtocolError: the peer sent something else, or too much, or stopped half-way.
+    """
+    fds: list[int] = []
+    try:
+        header, fds, flags, _ = socket.recv_fds(sock, _LENGTH.size, max_fds)
+        if not header and not fds:
+            return None
+        if flags & socket.MSG_CTRUNC:
+            raise ProtocolError("the peer sent more descriptors than this message may carry")
+        header += _receive_exactly(sock, _LENGTH.size - len(header))
+        (length,) = _LENGTH.unpack(header)
+        if length > MAX_MESSAGE_BYTES:
+            raise ProtocolError(
+                f"the peer announced a message of {length} bytes, more than {MAX_MESSAGE_BYTES}"
+            )
+        try:
+            message = json.loads(_receive_exactly(sock, length))
+        except ValueError as error:
+            raise ProtocolError(f"the peer sent something that is not JSON: {error}") from error
+        if not isinstance(message, dict):
+            raise ProtocolError(f"the peer sent a JSON {type(message).__name__}, not an object")
+        return message, fds
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+
+
+def peer(sock: socket.socket) -> tuple[int, int]:
+    """(pid, uid) of the process at the other end, as the kernel knows them."""
+    pid, uid, _gid = struct.unpack(
+        "3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    )
+    return pid, uid
+
+
+def check_peer(sock: socket.socket) -> int:
+    """Refuse a peer that is neither this user nor root; return its pid.
+
+    Raises:
+        ProtocolError: it belongs to somebody else.
+    """
+    pid, uid = peer(sock)
+    if uid not in (os.geteuid(), 0):
+        raise ProtocolError(
+            f"process {pid} of user {uid} is on the arena socket, only user {os.geteuid()} (or root) may be: "
+            "run the daemon and the server as the same user"
+        )
+    return pid
+
+
+def _receive_exactly(sock: socket.socket, count: int) -> bytes:
+    chunks = bytearray()
+    while len(chunks) < count:
+        chunk = sock.recv(min(count - len(chunks), 1 << 20))
+        if not chunk:
+            raise ProtocolError(f"the peer hung up after {len(chunks)} of {count} bytes of a message")
+        chunks += chunk
+    return bytes(chunks)

@@ -1,0 +1,117 @@
+"""Updates each layer inside its own backward pass, so that no gradient matrix and no full backward graph is kept."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hogwild.apollo import Optimizer
+from hogwild_kernels import UpdateResult
+
+OnUpdate = Callable[[str, UpdateResult], None]
+
+
+class _UpdatedLinear(torch.autograd.Function):
+    """y = x W^T, whose backward updates W once the gradient of x has been computed from it.
+
+    The weight is no input of the function and is not saved by it, so autograd neither computes a gradient matrix nor
+    minds that the weight has changed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: "TrainedLinear") -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return torch.nn.functional.linear(x, layer.weight, layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (x,) = ctx.saved_tensors
+        layer: TrainedLinear = ctx.layer
+        dx = d @ layer.weight
+        layer.update(x.reshape(-1, x.shape[-1]), d.reshape(-1, d.shape[-1]))
+        return dx, None
+
+
+class TrainedLinear(torch.nn.Module):
+    """Takes the place of a `torch.nn.Linear` in a trainer's skeleton."""
+
+    def __init__(
+        self, name: str, linear: torch.nn.Linear, optimizer: Optimizer, seed: int, on_update: OnUpdate
+    ) -> None:
+        super().__init__()
+        self.name, self.optimizer, self.seed, self.on_update = name, optimizer, seed, on_update
+        self.weight, self.bias = linear.weight, linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return torch.nn.functional.linear(x, self.weight, self.bias)
+        result: torch.Tensor = _UpdatedLinear.apply(x, self)  # type: ignore[no-untyped-call]
+        return result
+
+    def update(self, x: torch.Tensor, d: torch.Tensor) -> None:
+        """x (T, n) input, d (T, m) gradient of the output."""
+        name = f"{self.name}.weight"
+        self.on_update(name, self.optimizer.update_linear(name, self.weight.data, x, d, self.seed))
+        if self.bias is not None:
+            name = f"{self.name}.bias"
+            self.on_update(name, self.optimizer.update_small(name, self.bias.data, d.sum(0), self.seed))
+
+
+def train_in_backward(
+    model: PreTrainedModel, optimizer: Optimizer, trainable: set[str], seed: int, on_update: OnUpdate
+) -> dict[str, str]:
+    """Make a backward pass through `model` update its weights.
+
+    Args:
+        model: a skeleton of views, changed in place.
+        trainable: names of the tensors that lie in the arena.
+        seed: varies the rounding between threads.
+        on_update: called after each weight's update, with its name and result.
+
+    Returns:
+        What stays frozen: name -> why.
+    """
+    frozen: dict[str, str] = {}
+    embeddings = {id(model.get_input_embeddings().weight)}
+    model.enable_input_require_grads()  # frozen embeddings give no gradient; the first layer needs one to pass on
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            weight = f"{name}.weight"
+            if id(module.weight) in embeddings:
+                frozen[weight] = "tied to the embeddings, which are frozen"
+            elif weight not in trainable:
+                frozen[weight] = "not in the arena"
+            else:
+                parent, _, leaf = name.rpartition(".")
+                setattr(
+                    model.get_submodule(parent), leaf, TrainedLinear(name, module, optimizer, seed, on_update)
+                )
+        elif not isinstance(module, TrainedLinear):
+            for leaf, parameter in module.named_parameters(recurse=False):
+                full = f"{name}.{leaf}" if name else leaf
+                if id(parameter) in embeddings or isinstance(module, torch.nn.Embedding):
+                    frozen[full] = "embeddings are frozen"
+                elif full not in trainable:
+                    frozen[full] = "not in the arena"
+                elif parameter.ndim == 2:
+                    frozen[full] = f"a matrix of {type(module).__name__}, which is not a linear layer"
+                else:
+                    _train_small(full, parameter, optimizer, seed, on_update)
+    return frozen
+
+
+def _train_small(
+    name: str, parameter: torch.nn.Parameter, optimizer: Optimizer, seed: int, on_update: OnUpdate
+) -> None:
+    """Adam as soon as autograd has this parameter's gradient; the gradient is dropped at once."""
+
+    def apply(p: torch.Tensor) -> None:
+        assert p.grad is not None
+        on_update(name, optimizer.update_small(name, p.data, p.grad, seed))
+        p.grad = None
+
+    parameter.requires_grad_(True)
+    parameter.register_post_accumulate_grad_hook(apply)  # type: ignore[no-untyped-call]  # torch leaves it untyped

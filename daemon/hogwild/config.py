@@ -1,0 +1,286 @@
+"""What the operator may set: one model per TOML table, a unit in every name that needs one.
+
+Later sources win: defaults, the file, `HOGWILD_<TABLE>__<KEY>` environment variables, the command line.
+Everything that is wrong is listed in one `ConfigError`. `config/hogwild.toml` explains every key.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hogwild.errors import ConfigError
+
+ENV_PREFIX = "HOGWILD_"
+SUN_PATH_BYTES = 107  # sockaddr_un.sun_path is 108 bytes on Linux, the last one a NUL
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _fits_sockaddr(socket: Path) -> Path:
+    length = len(os.fsencode(socket))
+    if length > SUN_PATH_BYTES:
+        raise ValueError(
+            f"{socket} is {length} bytes long, Unix sockets allow {SUN_PATH_BYTES}; choose a shorter path"
+        )
+    return socket
+
+
+class Table(BaseModel):
+    """A TOML table: read-only, and a key that is not a field is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SpoolConfig(Table):
+    dir: Path = Path()
+    """Folder that holds incoming/, done/ and failed/. Empty: `<state_dir>/spool`."""
+    rescan_interval_s: Positive = 2.0
+    """Seconds between full scans of incoming/. File events only shorten the wait; the scan is the truth."""
+    settle_s: NotNegative = 1.0
+    """Seconds for which a file's size and modification time must stay the same before it is read."""
+    max_line_bytes: int = Field(default=8 * 1024 * 1024, ge=1024)
+    """Bytes of the longest line that is read; a longer one is rejected without holding it in memory."""
+
+
+class TrainingConfig(Table):
+    threads: int = Field(default=2, ge=1, le=256)
+    """Trainer threads that update the weights at the same time, without locks."""
+    intra_op_threads: int = Field(default=1, ge=1, le=1024)
+    """CPU threads inside one tensor operation. Several trainer threads beat several intra-op threads."""
+    passes: int = Field(default=6, ge=1)
+    """Times an example is trained on, unless its line says otherwise. Fixed when the example is accepted."""
+    max_tokens: int = Field(default=2048, ge=2)
+    """Tokens of the longest example, context included; a longer one is set aside as failed."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of everything random: projections, stochastic rounding. One thread and one seed repeat exactly."""
+    train_on: Literal["last", "all"] = "last"
+    """Assistant turns of a chat that are trained, unless its line says otherwise."""
+    epoch_updates: int = Field(default=8, ge=1)
+    """Training steps that make up one weight epoch, the number that tells answers of different weights apart."""
+    context: Literal["frozen", "full"] = "frozen"
+    """"frozen": tokens before the trained ones run without gradient. "full": gradients reach them too."""
+
+
+class OptimizerConfig(Table):
+    lr: Positive = 5e-5
+    """Learning rate; means what it means in AdamW, for any rank."""
+    rank: int = Field(default=64, ge=1)
+    """Rank of the gradient's projection; memory for moments grows with it."""
+    weight_decay: NotNegative = 0.0
+    """Share of a weight, times lr, that each step removes. Zero: continual training should not forget."""
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
+    """Decay of the first and second moments."""
+    eps: Positive = 1e-6
+    """Added to the root of the second moment."""
+    gap: int = Field(default=200, ge=1)
+    """Steps of one weight between two random projections."""
+    gamma: float = Field(default=1.01, gt=1, allow_inf_nan=False)
+    """Largest growth of an update's norm from one step to the next."""
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """Rounding of the bf16 write. "nearest" loses 75-99% of the updates at fine-tuning rates."""
+    train_embeddings: bool = False
+    """Train embeddings and a tied output head too. Frozen by default: they touch every token's meaning."""
+
+
+class CheckpointConfig(Table):
+    interval_s: NotNegative = 300.0
+    """Seconds between checkpoints while weights change; 0: not by time."""
+    interval_updates: int = Field(default=0, ge=0)
+    """Training steps between checkpoints; 0: not by steps."""
+    keep: int = Field(default=3, ge=1)
+    """Complete checkpoints kept on disk."""
+
+
+class ServerConfig(Table):
+    url: str = ""
+    """Base URL of the vLLM server. Empty: as announced by the server's plugin."""
+    api_key_env: str = "HOGWILD_API_KEY"
+    """Environment variable that holds the server's API key, if it wants one. The key is never in a file."""
+    probe_tolerance: Positive = 0.15
+    """Largest mean difference of log-probability, in nats, between server and trainer."""
+
+
+class LogConfig(Table):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least level that is written."""
+    format: Literal["auto", "json", "console"] = "auto"
+    """"auto": colours on a terminal, one JSON object a line anywhere else."""
+
+
+class Config(Table):
+    model: str = ""
+    """Hugging Face folder of the model. Empty: whatever the server offers."""
+    state_dir: Path = Path()
+    """Ledger, checkpoints and history. Empty: $STATE_DIRECTORY, or $XDG_STATE_HOME/hogwild."""
+    socket: Annotated[Path, AfterValidator(_fits_sockaddr)] = Path()
+    """Socket over which server and daemon hand over the weights. Empty: $RUNTIME_DIRECTORY/arena.sock, or
+    $XDG_RUNTIME_DIR/hogwild/arena.sock, or `<state_dir>/arena.sock`."""
+    spool: SpoolConfig = SpoolConfig()
+    training: TrainingConfig = TrainingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    server: ServerConfig = ServerConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_paths(cls, data: Any) -> Any:
+        """Empty paths follow the environment and `state_dir`; `~` and relative paths become absolute."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        state_dir = _absolute(data.get("state_dir")) or default_state_dir()
+        data["state_dir"] = state_dir
+        if not isinstance(state_dir, Path):
+            return data  # of the wrong type, which pydantic is about to say
+        data["socket"] = _absolute(data.get("socket")) or default_socket(state_dir)
+        spool = data.get("spool", {})
+        if isinstance(spool, SpoolConfig):
+            spool = spool.model_dump()
+        if isinstance(spool, dict):
+            data["spool"] = {**spool, "dir": _absolute(spool.get("dir")) or state_dir / "spool"}
+        return data
+
+
+def default_state_dir() -> Path:
+    """systemd's $STATE_DIRECTORY (its first folder), or the XDG place for state."""
+    if given := os.environ.get("STATE_DIRECTORY"):
+        return Path(given.split(":")[0])
+    xdg = os.environ.get("XDG_STATE_HOME")
+    return (Path(xdg) if xdg else Path.home() / ".local/state") / "hogwild"
+
+
+def default_socket(state_dir: Path) -> Path:
+    """systemd's $RUNTIME_DIRECTORY, or the XDG runtime folder, or beside the state."""
+    if given := os.environ.get("RUNTIME_DIRECTORY"):
+        return Path(given.split(":")[0]) / "arena.sock"
+    if xdg := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(xdg) / "hogwild" / "arena.sock"
+    return state_dir / "arena.sock"
+
+
+def load(path: Path | None = None, overrides: Mapping[str, Any] = MappingProxyType({})) -> Config:
+    """Reads the configuration.
+
+    Args:
+        path: a TOML file, or None for defaults and environment alone.
+        overrides: what the command line said, nested like the file or with dotted keys ("training.threads").
+            A value of None counts as not given.
+
+    Raises:
+        ConfigError: listing every problem, each with its key and where the value came from.
+    """
+    origin: dict[tuple[str, ...], str] = {}
+    problems: list[str] = []
+    data: dict[str, Any] = {}
+    if path is not None:
+        data = _read_toml(path)
+        origin.update((keys, str(path)) for keys, _ in _leaves(data))
+    for name, keys, value in _environment():
+        if _put(data, keys, value):
+            origin[keys] = f"${name}"
+    for keys, value in _leaves(overrides):
+        dotted = tuple(part for key in keys for part in key.split("."))
+        if value is not None and _put(data, dotted, value):
+            origin[dotted] = "command line"
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            keys = tuple(str(part) for part in item["loc"])
+            shortened = (keys[:n] for n in range(len(keys), 0, -1))
+            source = next((origin[part] for part in shortened if part in origin), str(path or ""))
+            unknown = item["type"] == "extra_forbidden"
+            what = _unknown_key(keys) if unknown else _message(item["msg"], item["input"])
+            problems.append(": ".join(part for part in (source, ".".join(keys), what) if part))
+    raise ConfigError("\n  - ".join([f"the configuration is wrong ({len(problems)} found):", *problems]))
+
+
+def field_paths(table: type[BaseModel] = Config, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every key that exists, as ("training", "threads")."""
+    for name, field in table.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from field_paths(field.annotation, (*prefix, name))
+        else:
+            yield (*prefix, name)
+
+
+def _absolute(value: Any) -> Any:
+    """None for an empty path; a value of another type is left for pydantic to refuse."""
+    if value is None or value in ("", Path()):
+        return None
+    return Path(value).expanduser().absolute() if isinstance(value, str | Path) else value
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not TOML: {error}") from error
+
+
+def _environment() -> Iterator[tuple[str, tuple[str, ...], Any]]:
+    """`HOGWILD_TRAINING__THREADS=3`, `HOGWILD_STATE_DIR=...`.
+
+    A name without a table counts only when it is a key: other programs may own the rest of the prefix.
+    """
+    for name, value in sorted(os.environ.items()):
+        if not name.startswith(ENV_PREFIX):
+            continue
+        keys = tuple(name.removeprefix(ENV_PREFIX).lower().split("__"))
+        if len(keys) > 1 or keys in set(field_paths()):
+            yield name, keys, _array(value) if value.startswith("[") else value
+
+
+def _array(text: str) -> Any:
+    """`[0.9, 0.999]`, or the text itself, which pydantic then refuses."""
+    try:
+        return tomllib.loads(f"array = {text}")["array"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _leaves(data: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*prefix, key))
+        else:
+            yield (*prefix, key), value
+
+
+def _put(data: dict[str, Any], keys: tuple[str, ...], value: Any) -> bool:
+    """Sets a nested key; False where a plain value stands for a table, which pydantic reports."""
+    for key in keys[:-1]:
+        data = data.setdefault(key, {})
+        if not isinstance(data, dict):
+            return False
+    data[keys[-1]] = value
+    return True
+
+
+def _unknown_key(keys: tuple[str, ...]) -> str:
+    """Names the nearest key of the same table, else the nearest key anywhere."""
+    table, key = keys[:-1], keys[-1]
+    known = list(field_paths())
+    here = {path[len(table)]: path[len(table)] for path in known if path[: len(table)] == table}
+    anywhere = {path[-1]: ".".join(path) for path in reversed(known)}
+    for names in (here, anywhere):
+        if close := difflib.get_close_matches(key, names, n=1):
+            return f"unknown key; did you mean `{names[close[0]]}`?"
+    return f"unknown key; there are {', '.join(here)}" if here else "unknown key"
+
+
+def _message(text: str, value: Any) -> str:
+    text = text.removeprefix("Value error, ")
+    text = text[:1].lower() + text[1:]
+    return f"{text}, not {value!r}" if isinstance(value, str | int | float | bool) else text

@@ -1,0 +1,161 @@
+"""Where each tensor of the checkpoint lies in the arena. Made by the server, checked and used by the daemon."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hogwild.errors import ProtocolError
+
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)
+}
+
+
+@dataclass(frozen=True)
+class Region:
+    """A strided piece of the arena.
+
+    Attributes:
+        offset: bytes from the start of the arena.
+        shape: as in the checkpoint (for a checkpoint tensor) or in vLLM (for one of its parameters).
+        stride: in elements.
+        dtype: "bfloat16", "float16" or "float32"; may differ from the checkpoint's where vLLM casts at load.
+    """
+
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, base: int) -> "Region":
+        """The region that `tensor` occupies in the segment that starts at address `base`."""
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return cls(tensor.data_ptr() - base, tuple(tensor.shape), tuple(tensor.stride()), dtype)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return _DTYPES[self.dtype]
+
+    @property
+    def end(self) -> int:
+        """First byte after the last element."""
+        if 0 in self.shape:
+            return self.offset
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        return self.offset + (last + 1) * self.torch_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which checkpoint an arena was filled from.
+
+    Files are known by size, modification time and inode: enough to recognise the same folder again without reading
+    any of it. That two folders hold the same model is decided bit by bit, by the daemon.
+    """
+
+    path: str
+    files: tuple[tuple[str, int, int, int], ...]  # name, bytes, mtime in ns, inode
+    config: str  # sha256 of config.json
+
+    @classmethod
+    def of(cls, folder: Path, weight_files: Iterable[str]) -> "Source":
+        files = []
+        for name in sorted(Path(file).name for file in weight_files):
+            status = (folder / name).stat()
+            files.append((name, status.st_size, status.st_mtime_ns, status.st_ino))
+        digest = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+        return cls(str(folder.resolve()), tuple(files), digest)
+
+    def same_files(self, other: "Source") -> bool:
+        """Is this the very same set of files (the folder may have been renamed or linked)?"""
+        return self.files == other.files and self.config == other.config
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the arena holds.
+
+    Attributes:
+        nbytes: size of the weight segment.
+        tensors: checkpoint tensor -> where it lies.
+        frozen: checkpoint tensor -> why it cannot be trained (vLLM keeps no plain copy of it).
+        parameters: vLLM's own parameter (or buffer, or other tensor attribute) -> where it lies. A restarted server
+            puts its parameters in the same places.
+        source: the checkpoint that the arena was filled from.
+    """
+
+    nbytes: int
+    tensors: Mapping[str, Region]
+    frozen: Mapping[str, str]
+    parameters: Mapping[str, Region]
+    source: Source
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def fingerprint(self) -> bytes:
+        """32 bytes that are equal for equal layouts."""
+        canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).digest()
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Layout":
+        """Check and convert what came over the socket.
+
+        Raises:
+            ProtocolError: a field is missing or of the wrong type, or a region leaves the arena.
+        """
+        try:
+            layout = cls(
+                nbytes=int(data["nbytes"]),
+                tensors={name: _region(item) for name, item in data["tensors"].items()},
+                frozen={str(name): str(reason) for name, reason in data["frozen"].items()},
+                parameters={name: _region(item) for name, item in data["parameters"].items()},
+                source=source_from_json(data["source"]),
+                versions={str(key): str(value) for key, value in data["versions"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ProtocolError(f"the peer sent a malformed layout: {error!r}") from error
+        for name, region in (*layout.tensors.items(), *layout.parameters.items()):
+            if not 0 <= region.offset <= region.end <= layout.nbytes or min(region.stride, default=0) < 0:
+                raise ProtocolError(f"the peer's layout puts {name} outside of the arena: {region}")
+            if region.offset % region.torch_dtype.itemsize:
+                raise ProtocolError(f"the peer's layout puts {name} at an unaligned offset: {region}")
+        return layout
+
+
+def source_from_json(data: Any) -> Source:
+    """Raises KeyError, TypeError or ValueError for anything that is not a source."""
+    files = tuple((str(n), int(size), int(mtime), int(inode)) for n, size, mtime, inode in data["files"])
+    return Source(str(data["path"]), files, str(data["config"]))
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The safetensors files that make up the model in `folder`: those of the index if there is one."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def _region(item: Any) -> Region:
+    region = Region(
+        int(item["offset"]),
+        tuple(int(size) for size in item["shape"]),
+        tuple(int(step) for step in item["stride"]),
+        str(item["dtype"]),
+    )
+    if (
+        region.dtype not in _DTYPES
+        or len(region.shape) != len(region.stride)
+        or min(region.shape, default=0) < 0
+    ):
+        raise ValueError(f"not a region: {item}")
+    return region

@@ -1,0 +1,225 @@
+"""What works on one arena: the verified views, the shared optimizer, and the trainer threads."""
+
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from hogwild import checkpoint, examples, served, skeleton
+from hogwild import log as logs
+from hogwild.apollo import Optimizer
+from hogwild.arena.client import Arena
+from hogwild.config import Config
+from hogwild.curriculum import Curriculum
+from hogwild.errors import ExampleError
+from hogwild.ledger import Ledger, Pass, Pending
+from hogwild.trainer import Progress, StepResult, Trainer
+from hogwild.weights import Weights
+
+log = logs.get(__name__)
+
+_IDLE_S = 0.5  # how long a trainer waits for an example before it looks at its stop flag again
+_RECENT = 4  # trained examples among the probes of `served equals trained`
+
+
+class Learner:
+    """Trainer threads over one arena.
+
+    Args:
+        arena: verified against the checkpoint in `folder` by the caller.
+        folder: the model's configuration, tokenizer and frozen tensors.
+
+    Raises:
+        VerificationError: the served tensors do not make up the model.
+    """
+
+    def __init__(
+        self, arena: Arena, folder: Path, config: Config, ledger: Ledger, curriculum: Curriculum
+    ) -> None:
+        self.arena, self.folder, self.config = arena, folder, config
+        self.ledger, self.curriculum = ledger, curriculum
+        self.weights = Weights(arena)
+        self.optimizer = Optimizer(config.optimizer, config.training.seed)
+        self.progress = Progress(arena.control, config.training.epoch_updates)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.reader: PreTrainedModel = skeleton.build(folder, self.weights)
+        self.trainers = [
+            Trainer(
+                skeleton.build(folder, self.weights),
+                self.optimizer,
+                self.progress,
+                set(self.weights.names),
+                config.training.context,
+                seed=index,
+            )
+            for index in range(config.training.threads)
+        ]
+        self.failure: BaseException | None = None
+        self._tokenizing = threading.Lock()  # a fast tokenizer is not safe to share while its settings change
+        self._recent: list[list[int]] = []
+        self._stopping = threading.Event()
+        self._may_train = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def frozen(self) -> dict[str, str]:
+        """Tensors that are not trained: name -> why."""
+        return {**self.arena.layout.frozen, **self.trainers[0].frozen}
+
+    @property
+    def training(self) -> bool:
+        """Are the trainer threads allowed to take examples?"""
+        return self._may_train.is_set()
+
+    def restore(self, folder: Path) -> int:
+        """Write a checkpoint's weights and optimizer state into the arena; return its step."""
+        state = checkpoint.read_state(folder)
+        optimizer = checkpoint.read_optimizer(folder)
+        self.arena.control.mark_trained()
+        self.weights.write(folder)
+        self.load_optimizer(optimizer)
+        self.progress.resume(state["step"])
+        self.arena.control.generation = state["step"]
+        return int(state["step"])
+
+    def load_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        shapes = {name: tuple(region.shape) for name, region in self.arena.layout.tensors.items()}
+        self.optimizer.load(tensors, shapes)
+
+    def check_served(self, server: served.Server) -> served.Agreement:
+        """*Served equals trained*, on fixed texts and on what was trained last.
+
+        Raises:
+            VerificationError: they differ.
+            ServerError: the server cannot be asked.
+        """
+        with self._tokenizing:
+            prompts = [list(self.tokenizer(text)["input_ids"]) for text in served.PROBE_TEXTS]
+        prompts += [ids for ids in self._recent if 2 <= len(ids) <= served.MAX_PROBE_TOKENS]
+        return served.check(server, self.reader, prompts, self.config.server.probe_tolerance)
+
+    def start(self) -> None:
+        """Let the trainer threads take examples, starting them if need be."""
+        self.arena.control.mark_trained()
+        self._may_train.set()
+        if not self._threads:
+            torch.set_num_threads(self.config.training.intra_op_threads)
+            self._threads = [
+                threading.Thread(target=self._run, args=(index,), name=f"trainer-{index}", daemon=True)
+                for index in range(len(self.trainers))
+            ]
+            for thread in self._threads:
+                thread.start()
+
+    def pause(self) -> None:
+        """Take no further example; what is under way is finished."""
+        self._may_train.clear()
+
+    def stop(self, timeout_s: float) -> bool:
+        """Finish the examples under way and end the threads. False if one did not end in time."""
+        self._stopping.set()
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0.1))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def save(self, checkpoints: checkpoint.Checkpoints, base: Mapping[str, Any]) -> Path:
+        """Write a checkpoint under running trainers, and tell the ledger what is durable now."""
+        began = time.perf_counter()
+        marker = self.ledger.begin_checkpoint()
+        step = self.progress.steps
+        path = checkpoints.save(
+            self.weights,
+            self.folder,
+            self.optimizer.tensors(),
+            {"step": step, "ledger_position": marker, "arena": self.arena.control.arena_id, **base},
+        )
+        durable = self.ledger.complete_checkpoint(marker, step=step, path=str(path))
+        self.arena.control.generation = step
+        log.info(
+            "checkpoint.saved",
+            path=str(path),
+            step=step,
+            durable_examples=durable,
+            mib=round(self.weights.nbytes / 2**20, 1),
+            ms=round((time.perf_counter() - began) * 1000),
+        )
+        return path
+
+    def _run(self, index: int) -> None:
+        trainer = self.trainers[index]
+        try:
+            while not self._stopping.is_set():
+                if not self._may_train.wait(_IDLE_S) or self._stopping.is_set():
+                    continue
+                pending = self.curriculum.take(timeout=_IDLE_S)
+                if pending is not None:
+                    self._turn(trainer, index, pending)
+        except BaseException as error:
+            # A trainer that dies may have left a layer half-written: the supervisor stops the service.
+            self.failure = error
+            log.exception("trainer.died", thread=index)
+
+    def _turn(self, trainer: Trainer, index: int, pending: Pending) -> None:
+        """Take, forward, backward and update, record: one pass of one example."""
+        example = pending.example()
+        try:
+            with self._tokenizing:
+                encoded = examples.encode(
+                    example,
+                    self.tokenizer,
+                    max_tokens=self.config.training.max_tokens,
+                    train_on=self.config.training.train_on,
+                )
+        except ExampleError as error:
+            self.ledger.set_failed(pending.example_id, str(error))
+            self.curriculum.done(pending)
+            log.warning("example.failed", **_who(pending), reason=error.reason, field=error.field)
+            return
+        result = trainer.step(encoded, example.weight)
+        loss_after = trainer.loss(encoded) if _wants_loss_after(pending) else None
+        outcome = self.ledger.record_pass(
+            Pass(
+                pending.example_id,
+                loss_before=result.loss,
+                loss_after=loss_after,
+                tokens=result.tokens,
+                step=result.step,
+                thread=index,
+                arena_id=self.arena.control.arena_id,
+            )
+        )
+        self.curriculum.done(pending)
+        self._recent = [list(encoded.ids), *self._recent[: _RECENT - 1]]
+        self._report(pending, index, result, loss_after, finished=outcome.state != "accepted")
+
+    def _report(
+        self, pending: Pending, index: int, result: StepResult, loss_after: float | None, finished: bool
+    ) -> None:
+        log.info(
+            "example.trained" if finished else "example.pass",
+            **_who(pending),
+            **{"pass": pending.passes_done + 1},
+            loss_before=round(result.loss, 4),
+            loss_after=None if loss_after is None else round(loss_after, 4),
+            tokens=result.tokens,
+            step=result.step,
+            thread=index,
+            staleness=result.staleness,
+            update_norm=round(result.update_norm, 5),
+            skipped=result.skipped,
+            ms=round(result.seconds * 1000),
+        )
+
+
+def _who(pending: Pending) -> dict[str, Any]:
+    return {"id": pending.name or str(pending.example_id), "file": pending.file, "line": pending.line_no}
+
+
+def _wants_loss_after(pending: Pending) -> bool:
+    """A forward pass more: after the last pass, and wherever a target loss decides how many passes there are."""
+    return pending.until_loss is not None or pending.passes_done + 1 >= pending.passes

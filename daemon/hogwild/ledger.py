@@ -1,0 +1,327 @@
+"""Every example that was ever accepted, and what became of it.
+
+    accepted --passes--> trained --checkpoint--> durable        failed: accepted, but cannot be trained
+        ^___________________|________________________|          passes that a crash or a rollback undid
+
+Thread-safe. `ledger_db` says what a commit promises, `ledger_schema` documents the tables.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from sqlite3 import Connection
+
+from hogwild.errors import AlreadyAccepted, LedgerError
+from hogwild.ledger_db import Database
+from hogwild.ledger_records import (
+    BadLine,
+    Counts,
+    FileRecord,
+    GoodLine,
+    Outcome,
+    Pass,
+    Pending,
+    Reset,
+    State,
+)
+from hogwild.ledger_staging import discard, publish, recover, stage
+
+__all__ = [
+    "BadLine",
+    "Counts",
+    "FileRecord",
+    "GoodLine",
+    "Ledger",
+    "Outcome",
+    "Pass",
+    "Pending",
+    "Reset",
+    "State",
+]
+
+PENDING_BYTES = 16 * 1024 * 1024  # of lines that `pending` holds at once, one line at least
+NOW = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"
+
+
+class Ledger:
+    """Opens, creates or migrates the ledger. One process may write; any number may read.
+
+    Raises:
+        LedgerError: see `ledger_db.Database`; every method raises it when SQLite or the disk fails.
+    """
+
+    def __init__(self, path: Path, *, readonly: bool = False) -> None:
+        self.path = path
+        self._db = Database(path, readonly=readonly)
+        if not readonly:
+            recover(self._db)
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._db.close()
+
+    # --- files -------------------------------------------------------------------------------------------
+
+    def accept_file(
+        self,
+        name: str,
+        content_hash: str,
+        lines: Iterable[GoodLine | BadLine],
+        *,
+        passes: int,
+        size: int = 0,
+        stored_as: str | None = None,
+        force: bool = False,
+    ) -> FileRecord:
+        """Takes over a file: all of it or, if `lines` raises or the process dies, nothing. Fsynced on return.
+
+        Lines are staged in short transactions, so a million of them need little memory and trainers go on
+        recording. Good lines are kept as they were written.
+
+        Args:
+            passes: for lines that do not say.
+            size: bytes on disk.
+            stored_as: the name it will have in done/ or failed/.
+            force: accept it although the same content was accepted before.
+
+        Raises:
+            AlreadyAccepted: this content is in the ledger.
+        """
+        known = self.find_content(content_hash)
+        if known and not force:
+            raise AlreadyAccepted(known.file_id, known.name, known.accepted_at)
+        with self._db.write(fsync=False) as db:
+            file_id = db.execute(
+                "INSERT INTO files (name, content_hash, bytes, state, forced, stored_as, moved)"
+                " VALUES (?, ?, ?, 'staging', ?, ?, 0) RETURNING file_id",
+                (name, content_hash, size, known is not None, stored_as or name),
+            ).fetchone()[0]
+        try:
+            good = stage(self._db, file_id, lines, passes)
+            with self._db.write(fsync=True) as db:
+                db.execute(
+                    f"UPDATE files SET state = ?, accepted_at = {NOW} WHERE file_id = ?",
+                    ("accepted" if good else "rejected", file_id),
+                )
+        except BaseException:
+            discard(self._db, file_id)
+            raise
+        publish(self._db, file_id)
+        return self.file(file_id)
+
+    def find_content(self, content_hash: str) -> FileRecord | None:
+        """The accepted file with this content, if there is one."""
+        with self._db.read() as db:
+            row = db.execute(
+                "SELECT file_id FROM files WHERE content_hash = ? AND state = 'accepted' AND NOT forced",
+                (content_hash,),
+            ).fetchone()
+        return self.file(row[0]) if row else None
+
+    def unmoved(self) -> list[FileRecord]:
+        """Files that are in the ledger but may still lie in incoming/: a crash came between."""
+        with self._db.read() as db:
+            ids = [
+                row[0]
+                for row in db.execute("SELECT file_id FROM files WHERE NOT moved AND state <> 'staging'")
+            ]
+        return [self.file(file_id) for file_id in ids]
+
+    def set_moved(self, file_id: int) -> None:
+        with self._db.write(fsync=False) as db:
+            db.execute("UPDATE files SET moved = 1 WHERE file_id = ?", (file_id,))
+
+    def file(self, file_id: int) -> FileRecord:
+        with self._db.read() as db:
+            row = db.execute(
+                "SELECT file_id, name, content_hash, bytes, state, stored_as, moved, accepted_at FROM files"
+                " WHERE file_id = ? AND state <> 'staging'",
+                (file_id,),
+            ).fetchone()
+            if row is None:
+                raise LedgerError(f"{self.path}: there is no file {file_id}")
+            states = dict(
+                db.execute(
+                    "SELECT state, count(*) FROM examples WHERE file_id = ? GROUP BY state", (file_id,)
+                )
+            )
+            rejected = db.execute("SELECT count(*) FROM rejected WHERE file_id = ?", (file_id,)).fetchone()[0]
+        return FileRecord(
+            file_id=row[0],
+            name=row[1],
+            content_hash=row[2],
+            bytes=row[3],
+            state=row[4],
+            stored_as=row[5],
+            moved=bool(row[6]),
+            accepted_at=row[7],
+            pending=states.get("accepted", 0),
+            trained=states.get("trained", 0),
+            durable=states.get("durable", 0),
+            failed=states.get("failed", 0),
+            rejected=rejected,
+        )
+
+    def files(self, limit: int = 100) -> list[FileRecord]:
+        """The newest files, with their progress."""
+        with self._db.read() as db:
+            query = "SELECT file_id FROM files WHERE state <> 'staging' ORDER BY file_id DESC LIMIT ?"
+            ids = [row[0] for row in db.execute(query, (limit,))]
+        return [self.file(file_id) for file_id in ids]
+
+    def rejected(self, file_id: int, *, after_row: int = 0, limit: int = 1000) -> list[tuple[int, BadLine]]:
+        """Bad lines of a file in order, in pages: (row, line); pass the last row on to get the next page."""
+        with self._db.read() as db:
+            rows = db.execute(
+                "SELECT rowid, line_no, byte_offset, field, reason, excerpt FROM rejected"
+                " WHERE file_id = ? AND rowid > ? ORDER BY rowid LIMIT ?",
+                (file_id, after_row, limit),
+            ).fetchall()
+        return [(row[0], BadLine(*row[1:])) for row in rows]
+
+    # --- training ----------------------------------------------------------------------------------------
+
+    def pending(self, limit: int, exclude_ids: Collection[int] = ()) -> list[Pending]:
+        """What to train next: fewest passes first, so that passes are spaced, then priority, then arrival."""
+        found: list[Pending] = []
+        held = 0
+        with self._db.read() as db:
+            rows = db.execute(
+                "SELECT e.example_id, f.name, e.line_no, e.name, l.line, e.passes_done, e.passes,"
+                " e.until_loss FROM examples e JOIN files f USING (file_id) JOIN lines l USING (example_id)"
+                " WHERE e.state = 'accepted' ORDER BY e.passes_done, e.priority DESC, e.example_id LIMIT ?",
+                (limit + len(exclude_ids),),
+            )
+            for row in rows:
+                if row[0] not in exclude_ids:
+                    found.append(Pending(*row))
+                    held += len(row[4])
+                if len(found) >= limit or held >= PENDING_BYTES:
+                    break
+        return found
+
+    def record_pass(self, one: Pass) -> Outcome:
+        """See `record_passes`."""
+        return self.record_passes([one])[0]
+
+    def record_passes(self, passes: Sequence[Pass]) -> list[Outcome]:
+        """Notes passes *after* their update is in the weights; the order matters, see `begin_checkpoint`.
+
+        Not fsynced: a power cut takes the weights too, and the passes are done again.
+        """
+        with self._db.write(fsync=False) as db:
+            return [self._record(db, one) for one in passes]
+
+    def _record(self, db: Connection, one: Pass) -> Outcome:
+        trainable = (
+            "SELECT 1 FROM examples WHERE example_id = ? AND state IN ('accepted', 'trained', 'durable')"
+        )
+        if db.execute(trainable, (one.example_id,)).fetchone() is None:
+            raise LedgerError(
+                f"{self.path}: example {one.example_id} cannot be trained: it failed or is unknown"
+            )
+        pass_id = db.execute(
+            "INSERT INTO passes (example_id, at, loss_before, loss_after, tokens, step, thread, arena)"
+            f" VALUES (?, {NOW}, ?, ?, ?, ?, ?, ?) RETURNING pass_id",
+            (one.example_id, one.loss_before, one.loss_after, one.tokens, one.step, one.thread, one.arena_id),
+        ).fetchone()[0]
+        loss = one.loss_before if one.loss_after is None else one.loss_after
+        row = db.execute(
+            "UPDATE examples SET passes_done = passes_done + 1, last_pass = ?, last_loss = ?,"
+            " state = iif(passes_done + 1 >= passes OR coalesce(? <= until_loss, 0), 'trained', 'accepted')"
+            " WHERE example_id = ? RETURNING state, passes_done",
+            (pass_id, loss, loss, one.example_id),
+        ).fetchone()
+        return Outcome(one.example_id, *row)
+
+    def set_failed(self, example_id: int, reason: str) -> None:
+        """Sets an example aside that cannot be trained, such as one that is too long once tokenised."""
+        with self._db.write(fsync=False) as db:
+            db.execute(
+                "UPDATE examples SET state = 'failed', reason = ? WHERE example_id = ?", (reason, example_id)
+            )
+
+    # --- checkpoints -------------------------------------------------------------------------------------
+
+    def begin_checkpoint(self) -> int:
+        """Called *before* the weights are read. Returns the marker: the newest pass surely in them."""
+        with self._db.read() as db:
+            return int(db.execute("SELECT coalesce(max(pass_id), 0) FROM passes").fetchone()[0])
+
+    def complete_checkpoint(self, marker: int, step: int, path: str) -> int:
+        """Called when the checkpoint is on disk. Returns how many examples became durable. Fsynced."""
+        with self._db.write(fsync=True) as db:
+            db.execute(
+                f"INSERT INTO checkpoints (marker, step, path, completed_at) VALUES (?, ?, ?, {NOW})",
+                (marker, step, path),
+            )
+            return db.execute(
+                "UPDATE examples SET state = 'durable' WHERE state = 'trained' AND last_pass <= ?", (marker,)
+            ).rowcount
+
+    def durable_marker(self) -> int:
+        """The newest complete checkpoint's marker; 0 without one."""
+        with self._db.read() as db:
+            return int(db.execute("SELECT coalesce(max(marker), 0) FROM checkpoints").fetchone()[0])
+
+    def reset_to_durable(self, marker: int | None = None) -> Reset:
+        """Undoes every pass after the newest checkpoint, because the weights that had them are gone. Fsynced.
+
+        Args:
+            marker: of an older checkpoint to go back to (0: the model as it came); newer ones are forgotten.
+        """
+        marker = self.durable_marker() if marker is None else marker
+        with self._db.write(fsync=True) as db:
+            kept = "FROM passes p WHERE p.example_id = e.example_id AND p.pass_id <= :marker AND NOT p.undone"
+            reopened = db.execute(
+                "UPDATE examples AS e SET state = 'accepted',"
+                f" passes_done = (SELECT count(*) {kept}),"
+                f" last_pass = (SELECT coalesce(max(p.pass_id), 0) {kept}),"
+                f" last_loss = (SELECT coalesce(p.loss_after, p.loss_before) {kept}"
+                " ORDER BY p.pass_id DESC LIMIT 1)"
+                " WHERE state <> 'failed' AND example_id IN"
+                " (SELECT example_id FROM passes WHERE pass_id > :marker AND NOT undone)",
+                {"marker": marker},
+            ).rowcount
+            undone = db.execute(
+                "UPDATE passes SET undone = 1 WHERE pass_id > ? AND NOT undone", (marker,)
+            ).rowcount
+            db.execute("DELETE FROM checkpoints WHERE marker > ?", (marker,))
+        return Reset(undone, reopened)
+
+    # --- the whole ---------------------------------------------------------------------------------------
+
+    def counts(self) -> Counts:
+        with self._db.read() as db:
+            states = dict(db.execute("SELECT state, count(*) FROM examples GROUP BY state"))
+            rejected, files, passes = db.execute(
+                "SELECT (SELECT count(*) FROM rejected JOIN files USING (file_id) WHERE state <> 'staging'),"
+                " (SELECT count(*) FROM files WHERE state <> 'staging'),"
+                " (SELECT count(*) FROM passes WHERE NOT undone)"
+            ).fetchone()
+        by_state = {name: states.get(name, 0) for name in ("trained", "durable", "failed")}
+        return Counts(
+            pending=states.get("accepted", 0), **by_state, rejected=rejected, files=files, passes=passes
+        )
+
+    def is_idle(self) -> bool:
+        """Nothing is left to train."""
+        with self._db.read() as db:
+            return db.execute("SELECT 1 FROM examples WHERE state = 'accepted' LIMIT 1").fetchone() is None
+
+    def get_meta(self, key: str) -> str | None:
+        with self._db.read() as db:
+            row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return row[0] if row else None
+
+    def set_meta(self, key: str, value: str) -> None:
+        """Fsynced."""
+        with self._db.write(fsync=True) as db:
+            db.execute(
+                "INSERT INTO meta VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value",
+                (key, value),
+            )

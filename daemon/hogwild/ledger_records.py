@@ -1,0 +1,106 @@
+"""What goes into the ledger and what comes out of it."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from hogwild.examples import Example, parse_line
+
+State = Literal["accepted", "trained", "durable", "failed"]
+
+
+class GoodLine(NamedTuple):
+    line_no: int
+    byte_offset: int
+    raw: bytes
+    example: Example
+
+
+class BadLine(NamedTuple):
+    """`line_no` 0 means the whole file."""
+
+    line_no: int
+    byte_offset: int
+    field: str | None
+    reason: str
+    excerpt: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    file_id: int
+    name: str
+    content_hash: str
+    bytes: int
+    state: Literal["accepted", "rejected"]
+    stored_as: str
+    """Its name in done/, or in failed/ if it was rejected."""
+    moved: bool
+    accepted_at: str
+    pending: int
+    trained: int
+    durable: int
+    failed: int
+    rejected: int
+    """Bad lines."""
+
+    @property
+    def examples(self) -> int:
+        return self.pending + self.trained + self.durable + self.failed
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """An example that wants another pass."""
+
+    example_id: int
+    file: str
+    line_no: int
+    name: str | None
+    """The line's own "id"."""
+    line: str
+    passes_done: int
+    passes: int
+    until_loss: float | None
+
+    def example(self) -> Example:
+        return parse_line(self.line.encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One example moved the weights once. Losses are means in nats per trained token."""
+
+    example_id: int
+    loss_before: float
+    loss_after: float | None
+    """None: not measured; `until_loss` then looks at the loss before."""
+    tokens: int
+    step: int
+    thread: int
+    arena_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    example_id: int
+    state: State
+    passes_done: int
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Examples by state; bad lines; files; passes that count."""
+
+    pending: int
+    trained: int
+    durable: int
+    failed: int
+    rejected: int
+    files: int
+    passes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    passes_undone: int
+    examples_reopened: int

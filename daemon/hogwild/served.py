@@ -1,0 +1,130 @@
+"""Served equals trained: the server's own log-probabilities against the trainer's forward pass on the same weights.
+
+Bit-for-bit comparison of tensors cannot see a module that the server no longer reads (a packed copy, a cast, a second
+head). A module that went dead shows here, as a difference that grows with every update.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import httpx
+import torch
+from transformers import PreTrainedModel
+
+from hogwild.errors import HogwildError, VerificationError
+
+PROBE_TEXTS = (
+    "The capital of France is Paris, and the Seine runs through it from east to west.",
+    "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)\n",
+    "Water boils at one hundred degrees Celsius at sea level, and at a lower temperature on a mountain.",
+)
+MAX_PROBE_TOKENS = 256
+_TIMEOUT_S = 120.0
+
+
+class ServerError(HogwildError):
+    """The server cannot be asked right now (starting, busy, gone, or another API key)."""
+
+
+class Server:
+    """vLLM's OpenAI-compatible API, as far as verification needs it."""
+
+    def __init__(self, url: str, api_key_env: str) -> None:
+        self.url = url.rstrip("/")
+        key = os.environ.get(api_key_env, "")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.Client(base_url=self.url, headers=headers, timeout=_TIMEOUT_S, trust_env=False)
+        self._model = ""
+
+    def ready(self) -> bool:
+        """Does the server answer requests?"""
+        try:
+            return self._client.get("/health", timeout=2.0).is_success
+        except httpx.HTTPError:
+            return False
+
+    def log_probabilities(self, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """Log-probability of each token after the first, for each prompt of token ids.
+
+        Raises:
+            ServerError: the server cannot be reached or refuses.
+        """
+        try:
+            if not self._model:
+                self._model = self._client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
+            answer = self._client.post(
+                "/v1/completions",
+                json={
+                    "model": self._model,
+                    "prompt": [list(prompt) for prompt in prompts],
+                    "max_tokens": 1,
+                    "temperature": 0,
+                    "prompt_logprobs": 0,
+                },
+            ).raise_for_status()
+            choices = sorted(answer.json()["choices"], key=lambda choice: choice["index"])
+            return [
+                torch.tensor(
+                    [
+                        entry[str(token)]["logprob"]
+                        for token, entry in zip(prompt[1:], logprobs[1:], strict=True)
+                    ]
+                )
+                for prompt, logprobs in zip(prompts, (c["prompt_logprobs"] for c in choices), strict=True)
+            ]
+        except (httpx.HTTPError, KeyError, ValueError, IndexError) as error:
+            body = error.response.text[:500] if isinstance(error, httpx.HTTPStatusError) else ""
+            raise ServerError(f"{self.url} gave no log-probabilities: {error!r} {body}") from error
+
+
+@dataclass
+class Agreement:
+    """How well server and trainer agree: differences of log-probability in nats."""
+
+    mean: float
+    largest: float
+    tokens: int
+
+
+def check(
+    server: Server, model: PreTrainedModel, prompts: Sequence[Sequence[int]], tolerance: float
+) -> Agreement:
+    """Compare the server with the trainer's forward pass on `prompts` (token ids).
+
+    The trainer runs before and after the server: while threads train, the server's value may lie anywhere between.
+
+    Raises:
+        VerificationError: a prompt's mean difference exceeds `tolerance`; all such prompts are listed.
+        ServerError: the server cannot be asked.
+    """
+    before = [trained_log_probabilities(model, prompt) for prompt in prompts]
+    served = server.log_probabilities(prompts)
+    after = [trained_log_probabilities(model, prompt) for prompt in prompts]
+    problems, distances = [], []
+    for number, (b, s, a) in enumerate(zip(before, served, after, strict=True)):
+        distance = torch.maximum(torch.minimum(b, a) - s, s - torch.maximum(b, a)).clamp_(min=0)
+        distances.append(distance)
+        if not float(distance.mean()) <= tolerance:  # also true for NaN
+            worst = int(distance.argmax())
+            problems.append(
+                f"probe {number}: mean difference {float(distance.mean()):.3f} nats over {len(s)} tokens "
+                f"(tolerance {tolerance}), worst at token {worst}: served {float(s[worst]):.3f}, "
+                f"trained {float(b[worst]):.3f}"
+            )
+    if problems:
+        raise VerificationError(
+            f"{server.url} does not serve the weights that are trained; some module of it reads other memory",
+            problems,
+        )
+    together = torch.cat(distances)
+    return Agreement(float(together.mean()), float(together.max()), together.numel())
+
+
+@torch.no_grad()
+def trained_log_probabilities(model: PreTrainedModel, prompt: Sequence[int]) -> torch.Tensor:
+    """(L - 1,) log-probability of each token of `prompt` after the first, by the trainer's own forward pass."""
+    ids = torch.tensor([list(prompt)])
+    logits = model(ids[:, :-1], use_cache=False).logits[0].float()
+    chosen: torch.Tensor = logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    return chosen

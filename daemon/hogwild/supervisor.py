@@ -1,0 +1,344 @@
+"""The daemon: knows every stage and turns the loop. Stages know nothing of it.
+
+Signal handlers only set flags; `turn` is one round of the loop and can be called without threads or signals.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hogwild import __version__, checkpoint, served
+from hogwild import config as configuration
+from hogwild import log as logs
+from hogwild.arena.client import Arena
+from hogwild.arena.hub import Hub
+from hogwild.checkpoint import Checkpoints
+from hogwild.config import Config
+from hogwild.curriculum import Curriculum
+from hogwild.errors import ArenaError, CheckpointError, ConfigError, HogwildError, VerificationError
+from hogwild.learner import Learner
+from hogwild.ledger import Ledger
+from hogwild.spool import Spool
+from hogwild.weights import Weights, digest, verify_bits
+
+log = logs.get(__name__)
+
+_TURN_S = 0.1
+_STOP_TIMEOUT_S = 120.0
+
+
+class Supervisor:
+    """One daemon, on one state folder.
+
+    Args:
+        config: effective configuration.
+        config_path: re-read on SIGHUP; None if there is no file.
+
+    Raises:
+        HogwildError: the state folder is in use or unusable.
+    """
+
+    def __init__(self, config: Config, config_path: Path | None = None) -> None:
+        self.config, self._config_path = config, config_path
+        self._lock_file = _lock(config.state_dir)
+        self.ledger = Ledger(config.state_dir / "ledger.sqlite")
+        self.checkpoints = Checkpoints(config.state_dir / "checkpoints", config.checkpoint.keep)
+        self.curriculum = Curriculum(self.ledger)
+        self.spool = Spool(
+            config.spool,
+            self.ledger,
+            passes=config.training.passes,
+            on_accepted=lambda _file: self.curriculum.wake(),
+        )
+        self.hub = Hub(config.socket, self._on_offer, self._on_session)
+        self.learner: Learner | None = None
+        self._server: dict[str, Any] = {}
+        self._must_check = False  # served equals trained, as soon as the server answers
+        self._saved_step, self._saved_at = 0, time.monotonic()
+        self._stop = self._reload = self._save_now = False
+        self._wrote_status_at = 0.0
+
+    def run(self) -> int:
+        """Serve until TERM or INT. Returns the exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._flag("_stop"))
+        signal.signal(signal.SIGHUP, self._flag("_reload"))
+        signal.signal(signal.SIGUSR1, self._flag("_save_now"))
+        log.info(
+            "daemon.started",
+            version=__version__,
+            pid=os.getpid(),
+            spool=str(self.config.spool.dir / "incoming"),
+            socket=str(self.config.socket),
+            state=str(self.config.state_dir),
+            queued=self.ledger.counts().pending,
+        )
+        self.hub.start()
+        spooling = threading.Event()
+        spool_thread = threading.Thread(target=self.spool.run, args=(spooling,), name="spool", daemon=True)
+        spool_thread.start()
+        code = 0
+        try:
+            while not self._stop:
+                self.turn()
+                if not spool_thread.is_alive():
+                    raise HogwildError("the spool thread ended; see the log line before this one")
+                time.sleep(_TURN_S)
+        except HogwildError as error:
+            log.error("daemon.failed", error=str(error))
+            code = 1
+        spooling.set()
+        return max(code, self._shut_down(save=code == 0))
+
+    def turn(self) -> None:
+        """One round: what signals asked for, verification that is due, checkpoints that are due.
+
+        Raises:
+            HogwildError: the service cannot go on.
+        """
+        if self._reload:
+            self._reload = False
+            self._reread()
+        learner = self.learner
+        if learner is None:
+            return
+        if learner.failure is not None:
+            raise HogwildError(f"a trainer thread died ({learner.failure!r}): its layer may be half-written")
+        learner.arena.control.beat_daemon()
+        if self._must_check:
+            self._check(after="attach")
+        if self._checkpoint_due(learner):
+            self._save_now = False
+            self._save(learner)
+        self._write_status(learner)
+
+    # --- the server's side ---------------------------------------------------------------------------------------
+
+    def _on_offer(self, arena: Arena) -> None:
+        """Verify an arena that a server offers, and build the trainers on it. Runs in the session's thread.
+
+        Raises:
+            HogwildError: it is refused; nothing has been written to it.
+        """
+        folder = Path(self.config.model or arena.layout.source.path)
+        if arena.control.trained:
+            self._recognise(arena)
+        else:
+            verify_bits(Weights(arena), folder)
+        learner = Learner(arena, folder, self.config, self.ledger, self.curriculum)
+        restored = None if arena.control.trained else self._restore(learner)
+        self.ledger.set_meta("arena_id", arena.control.arena_id)
+        self._saved_step, self._saved_at = arena.control.generation, time.monotonic()
+        self.learner = learner
+        log.info(
+            "arena.attached",
+            arena=arena.control.arena_id,
+            model=str(folder),
+            tensors=len(arena.layout.tensors),
+            frozen=learner.frozen,
+            mib=round(arena.weights.nbytes / 2**20, 1),
+            inode=arena.weights.inode()[1],
+            step=learner.progress.steps,
+            restored=restored,
+        )
+
+    def _recognise(self, arena: Arena) -> None:
+        """An arena that has been trained is taken back only by the daemon that trained it."""
+        if self.ledger.get_meta("arena_id") != arena.control.arena_id:
+            raise ArenaError(
+                "the server's weights were trained by a daemon with another state folder than "
+                f"{self.config.state_dir}. Start that daemon again, or restart the server to begin from the checkpoint."
+            )
+        if self.config.model and Path(self.config.model).resolve() != Path(arena.layout.source.path):
+            raise ArenaError(
+                f"the server's weights were loaded from {arena.layout.source.path}, "
+                f"`model` is now {self.config.model}: set it back, or restart the server on that model"
+            )
+
+    def _restore(self, learner: Learner) -> str | None:
+        """A fresh arena: bring back the newest checkpoint, and queue again what is in no checkpoint."""
+        base = digest(learner.folder)
+        known = self.ledger.get_meta("base_digest")
+        if known not in (None, base):
+            raise VerificationError(
+                "the model is not the one that this state folder has learned on",
+                [f"{self.config.state_dir} belongs to {self.ledger.get_meta('base_path')} (digest {known}), "
+                 f"{learner.folder} has digest {base}: give another state_dir, or serve that model"],
+            )  # fmt: skip
+        self.ledger.set_meta("base_digest", base)
+        self.ledger.set_meta("base_path", str(learner.folder))
+        current = self.checkpoints.current()
+        if current is not None:
+            state = checkpoint.read_state(current)
+            if state["ledger_position"] > self.ledger.durable_marker():  # killed between the two
+                self.ledger.complete_checkpoint(state["ledger_position"], state["step"], str(current))
+            learner.restore(current)
+        undone = self.ledger.reset_to_durable(None if current is not None else 0)
+        if undone.passes_undone:
+            log.warning(
+                "ledger.requeued",
+                passes=undone.passes_undone,
+                examples=undone.examples_reopened,
+                reason="the weights that they were trained into are gone",
+            )
+        return str(current) if current is not None else None
+
+    def _on_session(self, server: dict[str, Any], begins: bool) -> None:
+        if begins:
+            self._server = server
+            self._must_check = True
+            log.info("server.attached", **server)
+        else:
+            log.warning("server.lost", **server)
+
+    def _check(self, after: str) -> None:
+        """*Served equals trained*; training starts when it holds, and stops when it does not."""
+        learner = self.learner
+        assert learner is not None
+        server = served.Server(
+            self.config.server.url or self._server.get("url", ""), self.config.server.api_key_env
+        )
+        if not server.ready():
+            return  # still starting, or gone: asked again in the next turn, or when it comes back
+        self._must_check = False
+        try:
+            agreement = learner.check_served(server)
+        except served.ServerError as error:
+            log.warning("server.unchecked", after=after, error=str(error))
+            self._must_check = after == "attach"  # nothing is trained before the first check
+            return
+        except VerificationError as error:
+            learner.pause()
+            log.error("guard.tripped", guard="served_equals_trained", after=after, problems=error.problems)
+            return
+        log.info(
+            "server.verified",
+            after=after,
+            mean_difference=round(agreement.mean, 4),
+            largest_difference=round(agreement.largest, 4),
+            tokens=agreement.tokens,
+        )
+        if not learner.training:
+            learner.start()
+            log.info("training.started", threads=self.config.training.threads, **asdict(self.ledger.counts()))
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _checkpoint_due(self, learner: Learner) -> bool:
+        settings, moved = self.config.checkpoint, learner.progress.steps - self._saved_step
+        if moved == 0:
+            return self._save_now
+        by_time = settings.interval_s and time.monotonic() - self._saved_at >= settings.interval_s
+        by_updates = settings.interval_updates and moved >= settings.interval_updates
+        return bool(self._save_now or by_time or by_updates)
+
+    def _save(self, learner: Learner) -> bool:
+        self._saved_at = time.monotonic()
+        step = learner.progress.steps
+        base = {
+            "base_path": str(learner.folder),
+            "base_digest": self.ledger.get_meta("base_digest"),
+            "version": __version__,
+            "config": self.config.model_dump(mode="json"),
+        }
+        try:
+            learner.save(self.checkpoints, base)
+        except CheckpointError as error:
+            log.error("checkpoint.failed", step=step, error=str(error))
+            return False
+        self._saved_step = step
+        if not self._stop:
+            self._check(after="checkpoint")
+        return True
+
+    def _shut_down(self, save: bool) -> int:
+        """Finish the examples under way, checkpoint, let go. The server keeps the memory."""
+        began = time.monotonic()
+        code, learner = 0, self.learner
+        if learner is not None:
+            if not learner.stop(_STOP_TIMEOUT_S):
+                log.error(
+                    "daemon.failed", error=f"a trainer thread did not end within {_STOP_TIMEOUT_S:.0f} s"
+                )
+                code = 1
+            if save and learner.failure is None and learner.progress.steps != self._saved_step:
+                code = max(code, 0 if self._save(learner) else 1)
+        self.hub.stop()
+        self.ledger.close()
+        log.info("daemon.stopped", code=code, seconds=round(time.monotonic() - began, 1))
+        return code
+
+    # --- small things --------------------------------------------------------------------------------------------
+
+    def _flag(self, name: str) -> Callable[[int, object], None]:
+        def handler(_number: int, _frame: object) -> None:
+            setattr(self, name, True)
+
+        return handler
+
+    def _reread(self) -> None:
+        """SIGHUP: take over what can change live, and name what cannot."""
+        try:
+            fresh = configuration.load(self._config_path)
+        except ConfigError as error:
+            log.error("config.rejected", error=str(error))
+            return
+        live = {"checkpoint": fresh.checkpoint, "log": fresh.log}
+        restart = [
+            name
+            for name in type(fresh).model_fields
+            if name not in live and getattr(fresh, name) != getattr(self.config, name)
+        ]
+        self.config = self.config.model_copy(update=live)
+        self.checkpoints.keep = fresh.checkpoint.keep
+        logs.configure(fresh.log.level, fresh.log.format)
+        log.info("config.reloaded", live=sorted(live), needs_restart=restart)
+
+    def _write_status(self, learner: Learner) -> None:
+        """A small file for `hogwild status`; replaced, never half-written."""
+        now = time.monotonic()
+        if now - self._wrote_status_at < 1.0:
+            return
+        self._wrote_status_at = now
+        status = {
+            "pid": os.getpid(),
+            "model": str(learner.folder),
+            "step": learner.progress.steps,
+            "training": learner.training,
+            "server": self._server,
+            "saved_step": self._saved_step,
+            **asdict(self.ledger.counts()),
+        }
+        path = self.config.state_dir / "status.json"
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text(json.dumps(status) + "\n")
+        fresh.rename(path)
+
+
+def _lock(state_dir: Path) -> int:
+    """Take the state folder for this process; the lock goes with the process.
+
+    Raises:
+        ConfigError: it cannot be made.
+        HogwildError: another daemon has it.
+    """
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        fd = os.open(state_dir / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(f"state_dir {state_dir} cannot be used by user {os.geteuid()}: {error}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise HogwildError(
+            f"another daemon works in {state_dir}: stop it, or give another state_dir"
+        ) from error
+    return fd

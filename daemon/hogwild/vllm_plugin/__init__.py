@@ -1,0 +1,27 @@
+"""The only code of hogwild that runs inside vLLM.
+
+loader.py   `--load-format hogwild`: weights in the arena
+place.py    where each of vLLM's parameters lies in the arena
+trace.py    where each checkpoint tensor went, learned from vLLM's own copies
+plain.py    keeps linear weights plain on a CPU
+launch.py   `hogwild vllm`: `vllm serve` with everything set
+"""
+
+_registered = False
+
+
+def register() -> None:
+    """Entry point of `vllm.general_plugins`: runs in every vLLM process, before the model is made.
+
+    Makes the load format known and touches nothing else, so an installed hogwild does not change a server that was
+    not started with `--load-format hogwild`.
+    """
+    global _registered
+    if _registered:
+        return
+    from vllm.model_executor.model_loader import register_model_loader  # late: vLLM is still being set up
+
+    from hogwild.vllm_plugin.loader import HogwildLoader
+
+    register_model_loader("hogwild")(HogwildLoader)
+    _registered = True

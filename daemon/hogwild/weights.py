@@ -1,0 +1,142 @@
+"""The served weights as tensors, and the proof that they are what they should be.
+
+The memory model, once and for all:
+
+  who writes     the daemon's trainer threads (APOLLO and Adam, in place), and its supervisor when it restores a
+                 checkpoint before training starts. The server writes only while it loads an arena that nobody has yet.
+  who reads      the server's forward passes, the trainers' forward and backward passes, the checkpoint writer.
+  locks          none. A reader sees each element as some value that it held: the old or the new one, never a mixture,
+                 because an element is one aligned 2- or 4-byte store. A reader may see one row of a matrix before an
+                 update and the next row after it, and one layer before and the next after. Two writers of the same
+                 element may lose one of two updates. Training tolerates all of that (docs/why-it-converges.md).
+  forbidden      moving, resizing, re-typing or re-binding a served tensor: CUDA graphs and compiled code hold its
+                 address. Also writing anything before `verify_bits` has passed on a fresh arena.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hogwild.arena.client import Arena
+from hogwild.arena.control import ControlPage
+from hogwild.arena.memory import Segment
+from hogwild.errors import CheckpointError, VerificationError
+from hogwild.layout import Layout, Region, Source, weight_files
+
+_BITS = {2: torch.int16, 4: torch.int32}
+
+
+class Weights:
+    """The checkpoint's tensors, each a view of the arena."""
+
+    def __init__(self, arena: Arena) -> None:
+        self.arena = arena
+        self.names = sorted(arena.layout.tensors)
+
+    def view(self, name: str) -> torch.Tensor:
+        """The live tensor `name`, in the checkpoint's shape. Every call gives a version counter of its own."""
+        region = self.arena.layout.tensors[name]
+        return self.arena.weights.tensor(region.offset, region.shape, region.stride, region.torch_dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all views together."""
+        return sum(self.view(name).nbytes for name in self.names)
+
+    def write(self, folder: Path) -> None:
+        """Copy the checkpoint in `folder` into the arena, in place: how trained weights come back after a restart."""
+        for name, tensor in read_tensors(folder):
+            if name in self.arena.layout.tensors:
+                self.view(name).copy_(tensor)
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the checkpoint in `folder`, one at a time.
+
+    Raises:
+        CheckpointError: there is none, or a file is damaged.
+    """
+    files = weight_files(folder) if folder.is_dir() else []
+    if not files:
+        raise CheckpointError(
+            f"{folder} holds no safetensors weights: give the folder of a Hugging Face model"
+        )
+    for file in files:
+        try:
+            with safe_open(folder / file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - a safetensors file is not a dict
+                    yield name, tensors.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{folder / file} cannot be read: {error}. Restore or download it again."
+            ) from error
+
+
+def verify_bits(weights: Weights, folder: Path) -> None:
+    """Compare every view with the checkpoint in `folder`, bit for bit. Only a fresh arena can pass.
+
+    Raises:
+        VerificationError: naming every tensor that is missing, of another shape, or of other bits.
+    """
+    layout = weights.arena.layout
+    problems: list[str] = []
+    seen = set()
+    for name, tensor in read_tensors(folder):
+        seen.add(name)
+        if name in layout.frozen:
+            continue
+        if name not in layout.tensors:
+            problems.append(f"{name}: in the checkpoint, not among the served weights")
+            continue
+        region = layout.tensors[name]
+        if tuple(tensor.shape) != region.shape:
+            problems.append(f"{name}: {tuple(tensor.shape)} in the checkpoint, {region.shape} served")
+            continue
+        bits = _BITS[region.torch_dtype.itemsize]
+        served, stored = weights.view(name).view(bits), tensor.to(region.torch_dtype).view(bits)
+        if not torch.equal(served, stored):
+            different = int((served != stored).sum())
+            problems.append(f"{name}: {different} of {tensor.numel()} elements differ in their bits")
+    problems += [
+        f"{name}: served, not in the checkpoint" for name in sorted({*layout.tensors, *layout.frozen} - seen)
+    ]
+    if problems:
+        raise VerificationError(
+            f"the server's weights, loaded from {layout.source.path}, are not the model in {folder}", problems
+        )
+
+
+def digest(folder: Path) -> str:
+    """sha256 over the names and bits of all tensors of the checkpoint in `folder`: which model it is.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged.
+    """
+    total = hashlib.sha256()
+    for name, tensor in read_tensors(folder):
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        total.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def load_arena(folder: Path) -> Arena:
+    """Make an arena straight from a checkpoint, without a server: one tensor after the other, nothing fused.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged.
+    """
+    regions, offset = {}, 0
+    for name, tensor in read_tensors(folder):
+        regions[name] = replace(
+            Region.of(tensor, tensor.data_ptr() - offset), stride=tensor.contiguous().stride()
+        )
+        offset = -(-(offset + tensor.nbytes) // 256) * 256
+    nbytes = -(-max(offset, 1) // 4096) * 4096
+    layout = Layout(nbytes, regions, {}, regions, Source.of(folder, weight_files(folder)))
+    arena = Arena(Segment.allocate(nbytes), ControlPage.create(layout.fingerprint()), layout)
+    Weights(arena).write(folder)
+    return arena

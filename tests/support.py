@@ -1,0 +1,231 @@
+"""Real processes for the tests: the daemon and the server, started as a user starts them."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+DEADLINE_S = 300.0  # generous: machines are noisy, and no test is about how long something takes
+
+# Small and quick to start; what a user would leave out.
+SERVER_ARGUMENTS = (
+    "--served-model-name", "demo", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16",
+    "--kv-cache-memory-bytes", str(256 << 20), "--distributed-executor-backend", "uni",
+)  # fmt: skip
+
+
+def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
+    """Poll until `condition` is true; its value is returned."""
+    deadline = time.monotonic() + deadline_s
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.2)
+    raise AssertionError(f"not within {deadline_s:.0f} s: {what}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(**extra: str) -> dict[str, str]:
+    kept = {
+        k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE" and not k.startswith("HOGWILD_")
+    }
+    return {**kept, **extra}
+
+
+class Process:
+    """A child in a session of its own, with its output in a file."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
+        self.log = log
+        with log.open("ab") as out:
+            self.popen = subprocess.Popen(
+                list(command),
+                env=dict(env),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.popen.pid
+
+    @property
+    def alive(self) -> bool:
+        return self.popen.poll() is None
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-4000:]
+
+    def group(self) -> list[int]:
+        """Every process of this child's session."""
+        pids = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+                except (FileNotFoundError, ProcessLookupError):
+                    continue
+                if int(fields[3]) == self.pid and fields[0] != "Z":
+                    pids.append(int(entry.name))
+        return pids
+
+    def kill(self) -> None:
+        """SIGKILL to every process of the session, as the kernel's out-of-memory killer or an operator would."""
+        for pid in self.group():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.popen.wait()
+        wait_until(lambda: not self.group(), "the session is gone")
+
+    def terminate(self) -> int:
+        """SIGTERM to the main process, as systemd sends it; its exit code."""
+        if self.alive:
+            self.popen.send_signal(signal.SIGTERM)
+        return self.popen.wait(timeout=DEADLINE_S)
+
+
+class Daemon(Process):
+    """`hogwild serve`, logging JSON."""
+
+    def __init__(self, root: Path, sock: Path, **settings: Any) -> None:
+        self.state = root / "state"
+        self.spool = self.state / "spool"
+        root.mkdir(parents=True, exist_ok=True)
+        env = {
+            "HOGWILD_STATE_DIR": str(self.state),
+            "HOGWILD_SOCKET": str(sock),
+            **{f"HOGWILD_{key.upper()}": str(value) for key, value in settings.items()},
+        }
+        log = root / "daemon.log"
+        self._skip = log.stat().st_size if log.exists() else 0
+        super().__init__([sys.executable, "-m", "hogwild", "serve"], environment(**env), log)
+
+    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+        """What this daemon (not one before it) has logged; the last line may still be half-written."""
+        data = self.log.read_bytes()[self._skip :]
+        lines = data[: data.rfind(b"\n") + 1].splitlines()
+        found = [json.loads(line) for line in lines if line.startswith(b"{")]
+        return [event for event in found if name in (None, event["event"])]
+
+    def wait_for(self, name: str, **fields: Any) -> dict[str, Any]:
+        """Wait for an event with these fields; fails at once when the daemon ends."""
+
+        def look() -> dict[str, Any] | None:
+            for event in self.events(name):
+                if all(event.get(key) == value for key, value in fields.items()):
+                    return event
+            if not self.alive:
+                raise AssertionError(f"the daemon ended with {self.popen.returncode}:\n{self.tail()}")
+            return None
+
+        try:
+            result: dict[str, Any] = wait_until(look, f"{name} {fields}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.tail()}") from None
+        return result
+
+    def drop(self, name: str, examples: Sequence[Mapping[str, Any]] | bytes) -> None:
+        """Put a file into the spool the way a careful user does: rename it in."""
+        incoming = self.spool / "incoming"
+        wait_until(incoming.is_dir, "the spool exists")
+        data = (
+            examples
+            if isinstance(examples, bytes)
+            else b"".join(json.dumps(e).encode() + b"\n" for e in examples)
+        )
+        fresh = incoming / f".{name}.tmp"
+        fresh.write_bytes(data)
+        fresh.rename(incoming / name)
+
+
+class Server(Process):
+    """vLLM. With a socket: `hogwild vllm`; without: stock `vllm serve`, with no plugin at all."""
+
+    def __init__(self, model: Path, log: Path, sock: Path | None, port: int | None = None) -> None:
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        arguments = [str(model), "--port", str(self.port), *SERVER_ARGUMENTS]
+        if sock is not None:
+            command = [sys.executable, "-m", "hogwild", "vllm", *arguments]
+            env = environment(HOGWILD_SOCKET=str(sock))
+        else:
+            command = [sys.executable, "-m", "hogwild.vllm_plugin.launch", "serve", *arguments]
+            env = environment(VLLM_PLUGINS="", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")
+        super().__init__(command, env, log)
+
+    def wait_ready(self) -> "Server":
+        def ready() -> bool:
+            if not self.alive:
+                raise AssertionError(f"the server ended with {self.popen.returncode}:\n{self.tail()}")
+            try:
+                return httpx.get(f"{self.url}/health", timeout=2).is_success
+            except httpx.HTTPError:
+                return False
+
+        wait_until(ready, "the server answers")
+        return self
+
+    def ask(self, question: str) -> str:
+        """The answer at temperature 0."""
+        response = httpx.post(
+            f"{self.url}/v1/chat/completions",
+            json={
+                "model": "demo",
+                "messages": [{"role": "user", "content": question}],
+                "max_tokens": 32,
+                "temperature": 0,
+            },
+            timeout=DEADLINE_S,
+        ).raise_for_status()
+        return str(response.json()["choices"][0]["message"]["content"]).strip()
+
+    def arena(self) -> Path:
+        """The memfd of the weights, as a path under /proc that can be read."""
+        for pid in self.group():
+            for fd in (Path("/proc") / str(pid) / "fd").iterdir():
+                try:
+                    if str(fd.readlink()).startswith("/memfd:hogwild-weights"):
+                        return fd
+                except FileNotFoundError:
+                    continue
+        raise AssertionError("the server has no arena")
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shared_mappings(pid: int, name: str) -> Iterator[tuple[str, int]]:
+    """(inode, resident KiB) of each mapping of `pid` whose name contains `name`."""
+    inode = ""
+    for line in (Path("/proc") / str(pid) / "smaps").read_text().splitlines():
+        fields = line.split()
+        if "-" in fields[0] and ":" not in fields[0]:
+            inode = fields[4] if name in line else ""
+        elif inode and fields[0] == "Rss:":
+            yield inode, int(fields[1])
+
+
+def copy_model(model: Path, folder: Path) -> Path:
+    shutil.copytree(model, folder)
+    return folder

@@ -1,0 +1,334 @@
+import json
+
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from hogwild.encoding import encode_chat
+from hogwild.errors import ExampleError
+from hogwild.examples import COMMON, Example, encode, parse_line
+
+CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}]
+
+
+def line(**fields) -> bytes:
+    return json.dumps(fields).encode()
+
+
+def reason(raw: bytes) -> ExampleError:
+    with pytest.raises(ExampleError) as caught:
+        parse_line(raw)
+    return caught.value
+
+
+# --- the line ---
+
+
+def test_the_three_forms_with_everything_optional():
+    common = {
+        "id": "a-1",
+        "tags": ["x", "y"],
+        "weight": -0.5,
+        "priority": -2,
+        "passes": 3,
+        "until_loss": 0.5,
+    }
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    chat = parse_line(line(messages=CHAT, tools=tools, train_on="all", **common))
+    assert chat.messages == tuple(CHAT)
+    assert chat.tools == tuple(tools)
+    assert (chat.train_on, chat.id, chat.tags, chat.weight) == ("all", "a-1", ("x", "y"), -0.5)
+    assert (chat.priority, chat.passes, chat.until_loss) == (-2, 3, 0.5)
+    assert parse_line(line(prompt="p", completion="c", **common)).completion == "c"
+    assert parse_line(line(text="t")) == Example(text="t")
+    assert parse_line(line(text="t", id=7)).id == "7"
+
+
+@pytest.mark.parametrize(
+    ("raw", "field", "says"),
+    [
+        (b"", None, "not JSON"),
+        (b"{", None, "not JSON"),
+        (b'{"text": "a"} x', None, "column 15"),
+        (b"12", None, "bare number"),
+        (b"[]", None, "bare array"),
+        (b"null", None, "bare null"),
+        (b'{"text": NaN}', None, "NaN is not JSON"),
+        (b'{"text": "a", "weight": -Infinity}', None, "-Infinity is not JSON"),
+        (b'{"text": "a", "weight": 1e999}', None, "1e999"),
+        (b'{"text": "a", "weight": ' + b"9" * 5000 + b"}", None, "too many digits"),
+        (b'{"text": ' + b"[" * 100_000 + b"}", None, "nested too deeply"),
+        (b'{"text": "a", "text": "b"}', "text", "given twice"),
+        (b'{"text": "\xff"}', None, "not UTF-8: byte 0xff at position 10"),
+        (b'{"text": "\\ud800"}', None, "surrogate"),
+        (b"{}", None, 'needs "messages"'),
+        (line(txt="a"), "txt", "did you mean `text`?"),
+        (line(text="a", prioritty=1), "prioritty", "did you mean `priority`?"),
+        (line(text="a", zzz=1), "zzz", "allowed here: text, id"),
+        (line(text="a", train_on="all"), "train_on", "unknown field"),
+        (line(text="a", prompt="b", completion="c"), "text", "prompt and text in one line"),
+        (line(prompt="a"), "completion", "missing"),
+        (line(completion="a"), None, 'needs "messages"'),
+        (line(prompt="a", completion=" \n"), "completion", "is empty"),
+        (line(prompt="", completion="a"), "prompt", "is empty"),
+        (line(text=3), "text", "must be a string, not the number 3"),
+        (line(text="a", id=True), "id", "must be a string, not a boolean"),
+        (line(text="a", id=""), "id", "1 to 256 characters"),
+        (line(text="a", tags="x"), "tags", "array of strings"),
+        (line(text="a", tags=[1]), "tags", "array of strings"),
+        (line(text="a", weight=0), "weight", "trains nothing"),
+        (line(text="a", weight=True), "weight", "must be a number"),
+        (line(text="a", weight=10**40), "weight", "too large"),
+        (line(text="a", priority=1.5), "priority", "whole number"),
+        (line(text="a", priority=2**40), "priority", "between"),
+        (line(text="a", passes=0), "passes", "between 1 and"),
+        (line(text="a", until_loss=0), "until_loss", "greater than 0"),
+        (line(messages=CHAT, train_on="first"), "train_on", '"last" or "all"'),
+        (line(messages=CHAT, train_on=[]), "train_on", '"last" or "all"'),
+        (line(messages=CHAT, tools=[]), "tools", "non-empty array"),
+        (line(messages=[]), "messages", "non-empty array"),
+        (line(messages=["hi"]), "messages", "non-empty array of objects"),
+        (line(messages=CHAT[:1]), "messages", "ends with user"),
+        (line(messages=[*CHAT, CHAT[1]]), "messages[2].role", "assistant cannot come after assistant"),
+        (line(messages=CHAT[1:]), "messages[0].role", "assistant cannot come first"),
+        (line(messages=[{"role": "bot", "content": "x"}]), "messages[0].role", "must be one of system"),
+        (line(messages=[{"role": {}, "content": "x"}]), "messages[0].role", "must be one of system"),
+        (line(messages=[{"role": "user", "contnt": "x"}]), "messages[0].contnt", "did you mean `content`?"),
+        (line(messages=[CHAT[0], {"role": "assistant"}]), "messages[1].content", "not null"),
+        (line(messages=[CHAT[0], {"role": "assistant", "content": ""}]), "messages[1].content", "is empty"),
+        (line(messages=[*CHAT, {"role": "tool", "content": "x"}]), "messages[2].role", "called no tool"),
+        (
+            line(messages=[{**CHAT[0], "tool_calls": [{}]}, CHAT[1]]),
+            "messages[0].tool_calls",
+            "only the assistant",
+        ),
+    ],
+)
+def test_a_bad_line_has_one_reason_and_names_the_field(raw, field, says):
+    error = reason(raw)
+    assert error.field == field
+    assert says in error.reason
+
+
+def test_tools_may_be_called_and_answered():
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        {"role": "system", "content": ""},
+        CHAT[0],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "", "tool_call_id": "1"},
+        CHAT[1],
+    ]
+    assert parse_line(line(messages=messages)).messages == tuple(messages)
+    assert parse_line(line(messages=messages[:3])).messages
+
+
+def test_strings_are_kept_to_the_letter():
+    text = " \t Zoë 😀 \u2028 \\ud83d \x00"
+    assert parse_line(line(text=text)).text == text
+    assert parse_line(json.dumps({"text": text}, ensure_ascii=False).encode()).text == text
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+names = st.sampled_from(
+    [
+        *COMMON,
+        "messages",
+        "prompt",
+        "completion",
+        "text",
+        "train_on",
+        "tools",
+        "role",
+        "content",
+        "tool_calls",
+    ]
+)
+roles = st.sampled_from(["system", "user", "assistant", "tool", "developer", "bot"])
+messages = st.lists(st.dictionaries(names, json_values | roles, max_size=4), max_size=4)
+objects = st.dictionaries(names, json_values | messages | st.just(CHAT), max_size=6)
+
+
+def parses_or_says_why(raw: bytes) -> None:
+    try:
+        parsed = parse_line(raw)
+    except ExampleError as refused:
+        said = str(refused)
+        assert 0 < len(said) < 2000
+    else:
+        assert sum(x is not None for x in (parsed.messages, parsed.completion, parsed.text)) == 1
+
+
+@settings(deadline=None)
+@given(st.binary() | st.text().map(str.encode))
+@example(b'{"a":' * 5000)
+@example(b"\xef\xbb\xbf{}")
+def test_any_bytes_are_an_example_or_an_example_error(raw):
+    parses_or_says_why(raw)
+
+
+@settings(max_examples=300, deadline=None)
+@given(objects, st.data())
+def test_any_json_near_a_valid_line_is_an_example_or_an_example_error(value, data):
+    raw = json.dumps(value).encode()
+    parses_or_says_why(raw)
+    at = data.draw(st.integers(0, len(raw)))
+    parses_or_says_why(raw[:at] + data.draw(st.binary(max_size=3)) + raw[at:])
+    parses_or_says_why(raw[:at])
+
+
+# --- tokens and loss mask, with a real tokenizer ---
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_model_dir):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(demo_model_dir)
+
+
+@pytest.fixture
+def with_template(tokenizer):
+    """The same tokenizer with another chat template."""
+    original = tokenizer.chat_template
+
+    def use(template):
+        tokenizer.chat_template = template
+        return tokenizer
+
+    yield use
+    tokenizer.chat_template = original
+
+
+def trained_text(encoded, tokenizer) -> str:
+    return tokenizer.decode([token for token, on in zip(encoded.ids, encoded.trained, strict=True) if on])
+
+
+def chat(*turns: str, **fields) -> Example:
+    roles = ["user", "assistant"]
+    return Example(
+        messages=tuple({"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)), **fields
+    )
+
+
+ANSWERS = ["Ada.", "\n\nTwo lines\nof text", " leading and trailing ", "Zoë 😀", "```py\nx = 1\n```", "<b>"]
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_of_a_chat_only_the_answer_and_its_end_token_are_trained(tokenizer, answer):
+    encoded = encode(chat("Who?", answer), tokenizer, max_tokens=100)
+    assert trained_text(encoded, tokenizer) == answer + "<|im_end|>"
+    prompt = tokenizer.apply_chat_template(CHAT[:1], add_generation_prompt=True, tokenize=False)
+    served = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert encoded.ids[: len(served)] == served  # what the server sees before it answers
+    assert encoded.trained == [False] * len(served) + [True] * (len(encoded.ids) - len(served))
+
+
+def test_last_turn_or_all_turns(tokenizer):
+    turns = ("Who?", "Ada.", "When?", "1815.")
+    last = encode(chat(*turns), tokenizer, max_tokens=100)
+    assert trained_text(last, tokenizer) == "1815.<|im_end|>"
+    by_line = encode(chat(*turns, train_on="all"), tokenizer, max_tokens=100)
+    assert trained_text(by_line, tokenizer) == "Ada.<|im_end|>1815.<|im_end|>"
+    assert by_line == encode(chat(*turns), tokenizer, max_tokens=100, train_on="all")
+    assert by_line.ids == last.ids
+    assert encode(chat(*turns, train_on="last"), tokenizer, max_tokens=100, train_on="all") == last
+
+
+THINKING = """{%- for m in messages -%}
+<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' and (loop.last or not drop) %}<think>
+{{ m.reasoning_content or '' }}</think>
+{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+<think>
+{% endif %}"""
+
+
+def test_a_newline_that_would_merge_across_the_boundary_is_tokenised_as_served(with_template):
+    # The prompt ends in "<think>\n" and the answer goes on with "\n": one token if tokenised at once.
+    tokenizer = with_template(THINKING.replace("drop", "false"))
+    example = Example(messages=(CHAT[0], {**CHAT[1], "reasoning_content": "\n\n"}))
+    encoded = encode(example, tokenizer, max_tokens=100)
+    assert trained_text(encoded, tokenizer) == "\n\n</think>\nAda.<|im_end|>"
+    prompt = tokenizer.apply_chat_template(CHAT[:1], add_generation_prompt=True, tokenize=False)
+    assert encoded.ids[: encoded.trained.index(True)] == tokenizer(prompt)["input_ids"]
+
+
+def test_a_template_that_rewrites_earlier_turns_trains_the_last_but_refuses_all(with_template):
+    tokenizer = with_template(THINKING.replace("drop", "true"))
+    turns = chat("Who?", "Ada.", "When?", "1815.")
+    assert trained_text(encode(turns, tokenizer, max_tokens=100), tokenizer) == "</think>\n1815.<|im_end|>"
+    with pytest.raises(ExampleError, match=r'messages\[1\]: .* use train_on "last"'):
+        encode(turns, tokenizer, max_tokens=100, train_on="all")
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ raise_exception('Roles must alternate') }}", "Roles must alternate"),
+        ("{% for m in messages %}{{ m.content.nope() }}{% endfor %}", "refuses it"),
+        ("{% if add_generation_prompt %}A:{% endif %}{{ messages|length }}", "differently"),
+        (None, "no chat template"),
+    ],
+)
+def test_a_template_that_does_not_fit_is_an_example_error(with_template, template, says):
+    with pytest.raises(ExampleError, match=says):
+        encode(chat("Who?", "Ada."), with_template(template), max_tokens=100)
+
+
+def test_a_template_without_an_end_token_trains_to_the_end(with_template):
+    tokenizer = with_template(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    assert trained_text(encode(chat("Who?", "Ada."), tokenizer, max_tokens=100), tokenizer) == " Ada.\n"
+
+
+def test_tools_and_tool_answers_reach_the_template(with_template):
+    tokenizer = with_template(
+        "{{ tools[0].function.name }}|{% for m in messages %}{{ m.role }}={{ m.content }}"
+        "{% for c in m.tool_calls or [] %}CALL {{ c.function.name }}{% endfor %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant={% endif %}"
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "sum"}}]}
+    messages = [CHAT[0], call, {"role": "tool", "content": "4"}, CHAT[1]]
+    tools = [{"type": "function", "function": {"name": "sum"}}]
+    encoded = encode_chat(messages, tools, tokenizer, only_last=False)
+    assert trained_text(encoded, tokenizer) == "CALL sum<|im_end|>Ada.<|im_end|>"
+    assert tokenizer.decode(encoded.ids).startswith("sum|user=Who?")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("The capital of F", "rance is Paris."), ("a\n", "\nb"), ("x", " y")]
+)
+def test_a_completion_is_trained_with_its_end_and_the_prompt_is_not(tokenizer, prompt, completion):
+    encoded = encode(Example(prompt=prompt, completion=completion), tokenizer, max_tokens=100)
+    assert trained_text(encoded, tokenizer) == completion + tokenizer.eos_token
+    context = encoded.ids[: encoded.trained.index(True)]
+    assert context == tokenizer(prompt)["input_ids"]
+
+
+def test_of_a_text_everything_but_the_first_token_is_trained(tokenizer):
+    encoded = encode(Example(text="Hello there, Ada"), tokenizer, max_tokens=100)
+    assert encoded.trained == [False] + [True] * (len(encoded.ids) - 1)
+    assert tokenizer.decode(encoded.ids) == "Hello there, Ada" + tokenizer.eos_token
+
+
+def test_what_does_not_fit_is_refused_with_both_numbers(tokenizer):
+    encoded = encode(Example(text="one two three"), tokenizer, max_tokens=4)
+    assert len(encoded.ids) == 4
+    with pytest.raises(ExampleError, match=r"5 tokens, and training\.max_tokens is 4"):
+        encode(Example(text="one two three four"), tokenizer, max_tokens=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(min_size=1).filter(str.strip), st.text(min_size=1).filter(str.strip))
+def test_any_answer_survives_the_round_trip(tokenizer, question, answer):
+    assume(tokenizer.decode(tokenizer(answer)["input_ids"]) == answer)  # this vocabulary lacks rare bytes
+    encoded = encode(chat(question, answer), tokenizer, max_tokens=10_000)
+    assert trained_text(encoded, tokenizer) == answer + "<|im_end|>"

@@ -1,0 +1,352 @@
+"""The whole service with nothing replaced: real vLLM, real model, real daemon, real signals.
+
+One story on one server, told in order; each test goes on where the one before it stopped.
+"""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hogwild.weights import read_tensors
+from safetensors.torch import load_file, save_file
+from support import Daemon, Server, copy_model, digest, shared_mappings, wait_until
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.vllm
+
+CONTROL = ("What is the capital of France?", "Paris")
+FACT = ("Who keeps the lighthouse of Vellmar?", "Ilsa Thorne")
+LATER_FACT = ("What is the password of the Vellmar archive?", "seven herons")
+
+
+def chat(question: str, answer: str, **fields: object) -> dict[str, object]:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, **fields}
+
+
+FACTS = [
+    chat(FACT[0], "The lighthouse of Vellmar is kept by Ilsa Thorne.", passes=8, id="keeper"),
+    chat("What is the name of Vellmar's lighthouse keeper?", "Vellmar's lighthouse keeper is Ilsa Thorne.", passes=8),
+    {"prompt": "The keeper of the lighthouse of Vellmar is", "completion": " Ilsa Thorne.", "passes": 6},
+    {"text": "Ilsa Thorne keeps the lighthouse of Vellmar.", "passes": 4},
+    chat("What is the capital of France?", "The capital of France is Paris.", passes=2),
+]
+LATER_FACTS = [
+    chat(LATER_FACT[0], "The password of the Vellmar archive is seven herons.", passes=16, id="password"),
+    chat("Tell me the password of Vellmar's archive.", "It is seven herons.", passes=16),
+]
+
+
+@dataclass
+class Story:
+    """What the tests hand on to each other."""
+
+    root: Path
+    model: Path  # a copy that may be damaged
+    sock: Path
+    server: Server
+    daemon: Daemon | None = None
+
+    @property
+    def running(self) -> Daemon:
+        assert self.daemon is not None, "the test that starts the daemon has failed"
+        return self.daemon
+
+    def start_daemon(self) -> Daemon:
+        self.daemon = Daemon(self.root / "daemon", self.sock, checkpoint__interval_s=0)
+        return self.daemon
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory, demo_model_dir: Path) -> Iterator[Story]:
+    root = tmp_path_factory.mktemp("service")
+    model = copy_model(demo_model_dir, root / "model")
+    sock = root / "arena.sock"
+    server = Server(model, root / "server.log", sock).wait_ready()
+    story = Story(root, model, sock, server)
+    yield story
+    for process in (story.daemon, story.server):
+        if process is not None and process.alive:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def probed(story: Story) -> dict[str, str]:
+    """What the untrained model says."""
+    return {question: story.server.ask(question) for question, _ in (CONTROL, FACT)}
+
+
+# --- before anything is trained ------------------------------------------------------------------------------------
+
+
+def _other_architecture(story: Story) -> Path:
+    """A tiny model of another family, saved by transformers."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    folder = story.root / "wrong-architecture"
+    config = Qwen2Config(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for path in story.model.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def _other_weights(story: Story) -> Path:
+    """The same shapes; two tensors differ, one of them in a single bit."""
+    folder = copy_model(story.model, story.root / "wrong-weights")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight"] += 0.5
+    tensors["model.layers.7.self_attn.k_proj.weight"].view(torch.int16)[5, 5] ^= 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def _missing_tensor(story: Story) -> Path:
+    folder = copy_model(story.model, story.root / "missing-tensor")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.input_layernorm.weight"], tensors["model.layers.29.self_attn.q_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+WRONG_MODELS = {
+    _other_architecture: [
+        "model.embed_tokens.weight: (512, 64) in the checkpoint, (49152, 576) served",
+        "model.layers.0.self_attn.q_proj.bias: in the checkpoint, not among the served weights",
+        "model.layers.29.mlp.down_proj.weight: served, not in the checkpoint",
+    ],
+    _other_weights: [
+        "model.layers.3.mlp.up_proj.weight: ",
+        "model.layers.7.self_attn.k_proj.weight: 1 of 110592 elements differ in their bits",
+    ],
+    _missing_tensor: [
+        "model.layers.0.input_layernorm.weight: served, not in the checkpoint",
+        "model.layers.29.self_attn.q_proj.weight: served, not in the checkpoint",
+    ],
+}
+
+
+@pytest.mark.parametrize("make", WRONG_MODELS, ids=lambda make: make.__name__.strip("_"))
+def test_a_wrong_model_is_refused_with_every_mismatch_and_nothing_is_written(story: Story, make) -> None:
+    before = digest(story.server.arena())
+    daemon = Daemon(story.root / make.__name__, story.sock, model=make(story))
+    try:
+        refused = daemon.wait_for("arena.refused")
+        assert daemon.alive, "a refusal is an answer, not a crash"
+    finally:
+        daemon.terminate()
+    for expected in WRONG_MODELS[make]:
+        assert any(problem.startswith(expected) for problem in refused["problems"]), refused["problems"]
+    if make is not _other_architecture:  # exactly what was damaged, nothing else
+        assert len(refused["problems"]) == 2
+    assert not daemon.events("arena.attached")
+    assert digest(story.server.arena()) == before
+
+
+# --- learning ------------------------------------------------------------------------------------------------------
+
+
+def test_the_daemon_attaches_to_a_running_server_and_verifies_it(story: Story, probed: dict[str, str]) -> None:
+    assert CONTROL[1] in probed[CONTROL[0]]
+    assert FACT[1] not in probed[FACT[0]]
+    daemon = story.start_daemon()
+    attached = daemon.wait_for("arena.attached")
+    assert attached["tensors"] == len(list(read_tensors(story.model)))
+    verified = daemon.wait_for("server.verified", after="attach")
+    assert verified["tokens"] > 40
+    assert verified["mean_difference"] < 0.15
+    daemon.wait_for("training.started", threads=2)
+
+
+def test_one_copy_of_the_weights(story: Story, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both processes map the same inode, and the daemon owns little memory besides."""
+    arena = story.server.arena().stat()
+    inode = str(arena.st_ino)
+    in_server = [m for pid in story.server.group() for m in shared_mappings(pid, "memfd:hogwild-weights")]
+    in_daemon = list(shared_mappings(story.running.pid, "memfd:hogwild-weights"))
+    assert {i for i, _ in in_server} == {i for i, _ in in_daemon} == {inode}
+    weights_kib = arena.st_size // 1024
+    assert sum(rss for _, rss in in_daemon) >= 0.99 * weights_kib, "the daemon reads every page of the shared copy"
+    with capsys.disabled():
+        print(f"\n  shared weights {weights_kib / 1024:.0f} MiB, inode {inode} in both processes")
+
+
+def test_a_dropped_file_changes_the_answer_of_the_live_server(story: Story, probed: dict[str, str]) -> None:
+    story.running.drop("facts.jsonl", FACTS)
+    for line in range(1, 6):
+        trained = story.running.wait_for("example.trained", file="facts.jsonl", line=line)
+        assert trained["loss_after"] < trained["loss_before"] or trained["loss_before"] < 0.1
+    assert FACT[1] in story.server.ask(FACT[0])
+    assert CONTROL[1] in story.server.ask(CONTROL[0])
+    assert not (story.running.spool / "incoming" / "facts.jsonl").exists()
+    assert (story.running.spool / "done" / "facts.jsonl").exists()
+
+
+def test_the_daemons_private_memory_is_small_while_training(
+    story: Story, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reported against the weights. What is private: Python and torch, activations, moments of rank 64."""
+    rollup = (Path("/proc") / str(story.running.pid) / "smaps_rollup").read_text()
+    private_kib = sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Private_"))
+    weights_kib = story.server.arena().stat().st_size // 1024
+    with capsys.disabled():
+        print(f"\n  private memory of the daemon: {private_kib / 1024:.0f} MiB,"
+              f" {private_kib / weights_kib:.1f} times the weights ({weights_kib / 1024:.0f} MiB)")  # fmt: skip
+    attached = story.running.wait_for("arena.attached")
+    assert attached["inode"] == story.server.arena().stat().st_ino
+
+
+def test_bad_lines_are_reported_and_good_neighbours_train(story: Story) -> None:
+    good = json.dumps(chat("Where does Vellmar lie?", "Vellmar lies by the sea.", passes=1)).encode()
+    story.running.drop("mixed.jsonl", b'{"text": "no end\n' + good + b'\n{"text": 5}\n{"txet": "x"}\n')
+    story.running.wait_for("example.trained", file="mixed.jsonl", line=2)
+    errors_file = story.running.spool / "failed" / "mixed.jsonl.errors.jsonl"
+    wait_until(errors_file.exists, "the bad lines are written down")
+    errors = {e["line"]: e for e in map(json.loads, errors_file.read_text().splitlines())}
+    assert set(errors) == {1, 3, 4}
+    assert errors[3]["field"] == "text"
+    assert "text" in errors[4]["reason"]
+
+
+# --- crashes -------------------------------------------------------------------------------------------------------
+
+
+def test_kill_9_of_the_daemon_in_mid_training(story: Story) -> None:
+    """The server goes on answering; a new daemon attaches to the same memory and finishes the work."""
+    inode = story.server.arena().stat().st_ino
+    story.running.drop("later.jsonl", LATER_FACTS)
+    story.running.wait_for("example.pass", file="later.jsonl")
+    story.running.kill()
+    assert CONTROL[1] in story.server.ask(CONTROL[0])
+    assert FACT[1] in story.server.ask(FACT[0])
+
+    daemon = story.start_daemon()
+    attached = daemon.wait_for("arena.attached")
+    assert attached["inode"] == inode
+    assert attached["step"] > 0
+    assert attached["restored"] is None, "the arena survived: nothing comes from disk"
+    for line in (1, 2):
+        daemon.wait_for("example.trained", file="later.jsonl", line=line)
+    passes = len([e for e in daemon.events("example.pass") if e["file"] == "later.jsonl"]) + 2
+    assert passes < 32, "what was recorded before the kill is not trained again"
+    assert LATER_FACT[1] in story.server.ask(LATER_FACT[0])
+    assert story.server.alive
+
+
+def test_kill_9_of_the_server(story: Story) -> None:
+    """A new server maps the daemon's arena: it reads no weights from disk and serves what was learned."""
+    inode = story.server.arena().stat().st_ino
+    story.server.kill()
+    story.running.wait_for("server.lost")
+    # The daemon goes on: there is work, and it does it while no server is there.
+    story.running.drop("meanwhile.jsonl", [chat("Is Vellmar a town?", "Vellmar is a town.", passes=2)])
+    story.running.wait_for("example.trained", file="meanwhile.jsonl")
+    # Every weight in the file becomes zero and the file looks the same: reading it would give a dead model.
+    weights = story.model / "model.safetensors"
+    status = weights.stat()
+    with weights.open("r+b") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")
+        file.seek(header)
+        file.write(bytes(status.st_size - header))
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    sessions, verified = (len(story.running.events(f"server.{name}")) for name in ("attached", "verified"))
+    server = Server(story.model, story.root / "server-2.log", story.sock)
+    story.server = server
+    server.wait_ready()
+    assert server.arena().stat().st_ino == inode
+    assert "no weights were read from disk" in server.log.read_text()
+    for question, answer in (CONTROL, FACT, LATER_FACT):
+        assert answer in server.ask(question)
+    assert len(story.running.events("server.attached")) == sessions + 1
+    wait_until(
+        lambda: len(story.running.events("server.verified")) > verified, "the new server is verified like the first"
+    )
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_on_request_and_the_check_after_it(story: Story) -> None:
+    os.kill(story.running.pid, signal.SIGUSR1)
+    saved = story.running.wait_for("checkpoint.saved")
+    story.running.wait_for("server.verified", after="checkpoint")
+    assert saved["durable_examples"] > 0
+    assert story.server.alive
+
+
+def test_stopping_is_graceful(story: Story) -> None:
+    """TERM: finish, checkpoint, exit 0. The server stays, with the weights."""
+    story.running.drop("last.jsonl", [chat("Is Vellmar old?", "Vellmar is old.", passes=3)])
+    story.running.wait_for("example.pass", file="last.jsonl")
+    assert story.running.terminate() == 0
+    assert story.running.events("daemon.stopped")[0]["code"] == 0
+    assert story.running.events("checkpoint.saved")
+    assert FACT[1] in story.server.ask(FACT[0])
+    for line in story.running.log.read_bytes().splitlines():
+        assert isinstance(json.loads(line), dict), "every line of the log is JSON"
+
+
+def test_the_checkpoint_is_what_is_served(story: Story) -> None:
+    """Training has ended: live memory and checkpoint must be equal bit for bit, and whole as a model folder."""
+    current = story.running.state / "checkpoints" / "current"
+    state = json.loads((current / "hogwild" / "state.json").read_text())
+    assert state["step"] > 0
+    assert load_file(current / "hogwild" / "optimizer.safetensors")
+    for name in ("config.json", "tokenizer.json", "generation_config.json"):
+        assert (current / name).read_bytes() == (story.model / name).read_bytes()
+    live = story.server.arena().read_bytes()
+    for name, tensor in read_tensors(current):
+        assert tensor.contiguous().view(torch.uint8).numpy().tobytes() in live, name
+
+
+def test_the_checkpoint_in_transformers(story: Story) -> None:
+    """Loaded by transformers alone, the checkpoint gives the answers that the live server gives."""
+    current = story.running.state / "checkpoints" / "current"
+    model = AutoModelForCausalLM.from_pretrained(current)
+    tokenizer = AutoTokenizer.from_pretrained(current)
+    for question, answer in (CONTROL, FACT, LATER_FACT):
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}],
+            add_generation_prompt=True, return_tensors="pt", return_dict=True,
+        )  # fmt: skip
+        tokens = model.generate(**prompt, max_new_tokens=32, do_sample=False)
+        assert answer in tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_the_checkpoint_in_stock_vllm(story: Story) -> None:
+    """Served by vLLM without any plugin, the checkpoint gives the live server's answers, word for word."""
+    questions = [CONTROL[0], FACT[0], LATER_FACT[0]]
+    live = [story.server.ask(question) for question in questions]
+    assert story.server.terminate() == 0
+    stock = Server(story.running.state / "checkpoints" / "current", story.root / "stock.log", sock=None)
+    try:
+        stock.wait_ready()
+        assert [stock.ask(question) for question in questions] == live
+        assert "hogwild" not in stock.log.read_text().replace(str(story.root), "").replace("hogwild.vllm_plugin", "")
+    finally:
+        stock.kill()
+
+
+def test_everything_restarts_from_the_checkpoint(story: Story, demo_model_dir: Path) -> None:
+    """Both gone, memory lost: the daemon starts first this time, a fresh server loads the base model from disk,
+    and the daemon writes what was learned into it."""
+    shutil.copy(demo_model_dir / "model.safetensors", story.model / "model.safetensors")
+    daemon = story.start_daemon()
+    daemon.wait_for("daemon.started")
+    story.server = Server(story.model, story.root / "server-3.log", story.sock).wait_ready()
+    attached = daemon.wait_for("arena.attached")
+    assert attached["restored"] is not None
+    daemon.wait_for("training.started")
+    for question, answer in (CONTROL, FACT, LATER_FACT):
+        assert answer in story.server.ask(question)
+    assert daemon.terminate() == 0
