@@ -34,8 +34,8 @@ PRETRAINED = RESULTS / "pretrained.pt"
 """The last APOLLO model of table (i), not kept in the repository."""
 SHAPE = Shape()
 STEPS = 400
-FINE_TUNING_STEPS = 200
-THREAD_STEPS = 300
+FINE_TUNING_STEPS = 160
+THREAD_STEPS = 240
 BATCH = 4
 WARMUP = 40
 EVERY = 40
