@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -26,35 +25,16 @@ from torch import Tensor
 import learning_tables
 import learning_threads
 from hogwild_kernels import ApolloConfig, ApolloState, apollo_update
-from learning_model import Linear, Model, Shape, Text, load_text
+from learning_model import Linear, Model, Text, load_text
+from learning_setup import BATCH, EVERY, FINE_TUNING_STEPS, SHAPE, STEPS, schedule, validate
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 PRETRAINED = RESULTS / "pretrained.pt"
 """The last APOLLO model of table (i), not kept in the repository."""
-SHAPE = Shape()
-STEPS = 400
-FINE_TUNING_STEPS = 160
-THREAD_STEPS = 240
-BATCH = 4
-WARMUP = 40
-EVERY = 40
 GRID = (3e-4, 1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1, 2)
 METHODS = {"AdamW": None, "APOLLO r=64": 64, "APOLLO-Mini": 1}
-
-
-def schedule(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up, then a cosine down to a tenth."""
-    if step < WARMUP:
-        return peak * (step + 1) / WARMUP
-    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - WARMUP) / (steps - WARMUP)))
-
-
-@torch.no_grad()
-def validate(model: Model, text: Text) -> float:
-    """Mean nats per byte over the held-out sequences."""
-    return statistics.fmean(float(model(part)) for part in text.valid.split(16))
 
 
 def apollo_hook(states: dict[str, ApolloState], rate: list[float]) -> Any:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from hogwild_kernels import counter
-from learning import SHAPE
 from learning_model import Model, load_text
+from learning_setup import SHAPE
 
 RANKS = (1, 4, 16, 64, 128)
 STEPS = 120

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import learning
 from hogwild_kernels import AdamConfig, AdamState, ApolloConfig, ApolloState, adam_update, apollo_update
 from learning_model import Linear, Model, Text
+from learning_setup import BATCH, EVERY, SHAPE, THREAD_STEPS, schedule, validate
 
 LR = 1e-3
 
@@ -26,22 +26,20 @@ def hogwild(text: Text, threads: int, seed: int) -> dict[str, Any]:
     weight between this thread's forward pass (which read it) and this thread's own update of it.
     """
     torch.manual_seed(seed)
-    shared = Model(learning.SHAPE)
+    shared = Model(SHAPE)
     for linear in shared.linears():
         linear.weight.data = linear.weight.data.bfloat16()
     config = ApolloConfig(rank=64, seed=seed)
     states = {f.name: ApolloState(f.name, tuple(f.weight.shape), config) for f in shared.linears()}
     small = {name: AdamState(name, tuple(p.shape), AdamConfig(seed=seed)) for name, p in shared.rest()}
     generator = torch.Generator().manual_seed(1000 + seed)
-    stream = [
-        text.batch(learning.BATCH, learning.SHAPE.context, generator) for _ in range(learning.THREAD_STEPS)
-    ]
+    stream = [text.batch(BATCH, SHAPE.context, generator) for _ in range(THREAD_STEPS)]
     taken, finished = (
         itertools.count(),
         itertools.count(1),
     )  # next() is atomic: the interpreter lock covers it
     staleness: list[Counter[int]] = [Counter() for _ in range(threads)]
-    curve: list[tuple[int, float]] = [(0, learning.validate(shared, text))]
+    curve: list[tuple[int, float]] = [(0, validate(shared, text))]
     failures: list[BaseException] = []
 
     def trainer(number: int) -> None:
@@ -58,13 +56,13 @@ def hogwild(text: Text, threads: int, seed: int) -> dict[str, Any]:
             linear.tag = lambda state=states[linear.name]: state.step  # type: ignore[misc]
         rest = model.rest()
         while (step := next(taken)) < len(stream):
-            rate[0] = learning.schedule(step, learning.THREAD_STEPS, LR)
+            rate[0] = schedule(step, THREAD_STEPS, LR)
             gradients = torch.autograd.grad(model(stream[step]), [p for _, p in rest])
             for (name, parameter), gradient in zip(rest, gradients, strict=True):
                 adam_update(parameter.data, gradient, small[name], lr=rate[0], seed=number)
             count = next(finished)
-            if count % learning.EVERY == 0:
-                curve.append((count, learning.validate(model, text)))
+            if count % EVERY == 0:
+                curve.append((count, validate(model, text)))
 
     def guarded(number: int) -> None:
         torch.set_num_threads(1)
@@ -87,7 +85,7 @@ def hogwild(text: Text, threads: int, seed: int) -> dict[str, Any]:
     flat = list(total.elements())
     return {
         "curve": curve,
-        "final": learning.validate(shared, text),
+        "final": validate(shared, text),
         "staleness": {
             "mean": statistics.fmean(flat),
             "max": max(flat),
