@@ -5,7 +5,7 @@ SHELL := /bin/bash
 unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 
-.PHONY: setup demo test lint unit lock clean
+.PHONY: setup demo test lint unit gpu-check bench-update bench-serving lock clean
 
 setup:
 	@scripts/setup.sh
@@ -23,6 +23,15 @@ lint: setup
 
 unit: setup   # the tests that need no server
 	$(BIN)/python -m pytest -m "not vllm and not gpu" $(PYTEST_ARGS)
+
+gpu-check:    # on a machine with a CUDA device and torch, triton and numba; vLLM is not needed
+	PYTHONPATH=daemon:kernels python3 -m pytest -m gpu tests/test_kernels_cuda.py
+
+bench-update: setup    # benchmarks/update.py: what one update costs, against the published form, AdamW and the floors
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/update.py
+
+bench-serving: setup   # stock vLLM against hogwild's, side by side
+	$(BIN)/python benchmarks/serving.py
 
 # re-pin requirements.txt from pyproject.toml: names and versions only, whatever index or local folder they came from
 LOCK_ARGS ?= --torch-backend cpu

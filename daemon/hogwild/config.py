@@ -55,7 +55,7 @@ class TrainingConfig(Table):
     """Trainer threads that update the weights at the same time, without locks."""
     intra_op_threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads inside one tensor operation. Several trainer threads beat several intra-op threads."""
-    passes: int = Field(default=6, ge=1)
+    passes: int = Field(default=5, ge=1)
     """Times an example is trained on, unless its line says otherwise. Fixed when the example is accepted."""
     max_tokens: int = Field(default=2048, ge=2)
     """Tokens of the longest example, context included; a longer one is set aside as failed."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hogwild.errors import ProtocolError
+from hogwild.errors import CheckpointError, ProtocolError
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -49,6 +50,16 @@ class Region:
             return self.offset
         last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
         return self.offset + (last + 1) * self.torch_dtype.itemsize
+
+    def fits(self, nbytes: int) -> bool:
+        """Does it lie inside an arena of that size, with no more elements than there is room for?"""
+        numbers = (self.offset, *self.shape, *self.stride)
+        return (
+            min(numbers) >= 0
+            and max(numbers) <= nbytes
+            and self.end <= nbytes
+            and math.prod(self.shape) * self.torch_dtype.itemsize <= nbytes
+        )
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,7 @@ class Layout:
         """
         try:
             layout = cls(
-                nbytes=int(data["nbytes"]),
+                nbytes=_integer(data["nbytes"]),
                 tensors={name: _region(item) for name, item in data["tensors"].items()},
                 frozen={str(name): str(reason) for name, reason in data["frozen"].items()},
                 parameters={name: _region(item) for name, item in data["parameters"].items()},
@@ -123,8 +134,10 @@ class Layout:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ProtocolError(f"the peer sent a malformed layout: {error!r}") from error
+        if layout.nbytes < 1:
+            raise ProtocolError(f"the peer's layout is for an arena of {layout.nbytes} bytes")
         for name, region in (*layout.tensors.items(), *layout.parameters.items()):
-            if not 0 <= region.offset <= region.end <= layout.nbytes or min(region.stride, default=0) < 0:
+            if not region.fits(layout.nbytes):
                 raise ProtocolError(f"the peer's layout puts {name} outside of the arena: {region}")
             if region.offset % region.torch_dtype.itemsize:
                 raise ProtocolError(f"the peer's layout puts {name} at an unaligned offset: {region}")
@@ -133,29 +146,44 @@ class Layout:
 
 def source_from_json(data: Any) -> Source:
     """Raises KeyError, TypeError or ValueError for anything that is not a source."""
-    files = tuple((str(n), int(size), int(mtime), int(inode)) for n, size, mtime, inode in data["files"])
+    files = tuple(
+        (str(name), _integer(size), _integer(mtime), _integer(inode))
+        for name, size, mtime, inode in data["files"]
+    )
     return Source(str(data["path"]), files, str(data["config"]))
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The safetensors files that make up the model in `folder`: those of the index if there is one."""
+    """The safetensors files that make up the model in `folder`: those of the index if there is one.
+
+    Raises:
+        CheckpointError: the index is damaged.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        try:
+            return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{index} cannot be read: {error!r}. Restore or download it again."
+            ) from error
     return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
 def _region(item: Any) -> Region:
     region = Region(
-        int(item["offset"]),
-        tuple(int(size) for size in item["shape"]),
-        tuple(int(step) for step in item["stride"]),
+        _integer(item["offset"]),
+        tuple(_integer(size) for size in item["shape"]),
+        tuple(_integer(step) for step in item["stride"]),
         str(item["dtype"]),
     )
-    if (
-        region.dtype not in _DTYPES
-        or len(region.shape) != len(region.stride)
-        or min(region.shape, default=0) < 0
-    ):
+    if region.dtype not in _DTYPES or len(region.shape) != len(region.stride):
         raise ValueError(f"not a region: {item}")
     return region
+
+
+def _integer(value: Any) -> int:
+    """A whole number as JSON has it: `int` would also take "7", 7.9 and true, and overflow on Infinity."""
+    if type(value) is not int:
+        raise TypeError(f"not a whole number: {value!r:.40}")
+    return value

@@ -41,26 +41,31 @@ class Arena:
         Raises:
             ArenaError: the descriptors or the layout are not what they should be.
         """
-        if len(fds) != 2:
-            for fd in fds:
-                os.close(fd)
-            raise ProtocolError(f"an arena comes with 2 descriptors, the peer sent {len(fds)}")
+        unmapped = list(fds)
+        segments: list[Segment] = []
         try:
+            if len(fds) != 2:
+                raise ProtocolError(f"an arena comes with 2 descriptors, the peer sent {len(fds)}")
             layout = Layout.from_json(message.get("layout"))
-        except ProtocolError:
-            for fd in fds:
+            for nbytes in (layout.nbytes, CONTROL_NBYTES):
+                segments.append(Segment.from_fd(unmapped.pop(0), nbytes))
+            control = ControlPage(segments[1])
+            if control.fingerprint != layout.fingerprint():
+                raise ProtocolError(
+                    "the control page belongs to another layout than the one that came with it"
+                )
+        except BaseException:
+            for fd in unmapped:
                 os.close(fd)
+            for segment in segments:
+                segment.close()
             raise
-        control_fd = fds[1]
-        try:
-            weights = Segment.from_fd(fds[0], layout.nbytes)
-        except Exception:
-            os.close(control_fd)
-            raise
-        control = ControlPage(Segment.from_fd(control_fd, CONTROL_NBYTES))
-        if control.fingerprint != layout.fingerprint():
-            raise ProtocolError("the control page belongs to another layout than the one that came with it")
-        return cls(weights, control, layout)
+        return cls(segments[0], control, layout)
+
+    def close(self) -> None:
+        """Let go of both descriptors. Memory lives on until the last tensor made from it is gone."""
+        self.weights.close()
+        self.control.segment.close()
 
 
 def ask(path: Path, source: Source, server: dict[str, Any]) -> tuple[Arena, socket.socket] | None:
@@ -71,7 +76,8 @@ def ask(path: Path, source: Source, server: dict[str, Any]) -> tuple[Arena, sock
     Returns the arena and the open session, or None when no daemon listens or it holds none.
 
     Raises:
-        ArenaError: a daemon is there but does not answer, so that nobody knows whether it holds trained weights.
+        ArenaError: a daemon is there but cannot be reached or does not answer, so that nobody knows whether it holds
+            trained weights.
         ProtocolError: something else listens there, or a daemon of another version.
     """
     sock = _connect(path, _ASK_TIMEOUT_S)
@@ -128,10 +134,11 @@ class Offer:
             pause.wait(wait_s)
 
     def _offer(self) -> tuple[socket.socket | None, float]:
-        sock = _connect(self._path, timeout_s=None)
-        if sock is None:
-            return None, _RETRY_S
+        sock = None
         try:
+            sock = _connect(self._path, timeout_s=None)
+            if sock is None:
+                return None, _RETRY_S
             reply = _call(
                 sock,
                 {
@@ -148,9 +155,10 @@ class Offer:
                 self._say(
                     f"the hogwild daemon refuses these weights: {reply[0].get('error', 'no reason given')}"
                 )
-        except (OSError, ProtocolError) as error:
+        except (OSError, ArenaError) as error:
             self._say(f"offering the weights to the hogwild daemon failed: {error}")
-        sock.close()
+        if sock is not None:
+            sock.close()
         return None, _RETRY_REFUSED_S
 
     def _say(self, words: str) -> None:
@@ -169,15 +177,25 @@ class Offer:
 
 
 def _connect(path: Path, timeout_s: float | None) -> socket.socket | None:
-    """A connection to the daemon, or None where none listens."""
+    """A connection to the daemon, or None where none listens.
+
+    Raises:
+        ArenaError: something listens there that cannot be reached, or that belongs to somebody else.
+    """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     sock.settimeout(timeout_s)
     try:
         sock.connect(str(path))
         protocol.check_peer(sock)
-    except OSError:
+    except (FileNotFoundError, ConnectionRefusedError):
         sock.close()
         return None
+    except OSError as error:
+        sock.close()
+        raise ArenaError(
+            f"cannot reach the hogwild daemon on {path} as user {os.geteuid()}: {error}. "
+            "Run the daemon and the server as the same user."
+        ) from error
     except ProtocolError:
         sock.close()
         raise

@@ -27,7 +27,8 @@ class Hub:
         path: the socket; its folder is made 0700, the socket 0600.
         on_offer: called with each arena that a server offers, in that session's thread. It verifies; returning
             takes the arena, a HogwildError refuses it and is told to the server.
-        on_session: called with (server, True) when a server's session begins and (server, False) when it ends.
+        on_session: called with (server, True) when a server's session begins and (server, False) when it ends;
+            server is {"url": as announced, or empty, "pid": of the process at the other end}.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Hub:
         """Hang up on everybody and remove the socket. The servers keep the memory and offer it again."""
         self._stopping = True
         self._path.unlink(missing_ok=True)
+        _hang_up(self._listener)  # closing alone does not wake a thread that waits in accept
         self._listener.close()
         for session in list(self._sessions):
             _hang_up(session)
@@ -72,6 +74,8 @@ class Hub:
                     threading.Event().wait(1.0)  # the descriptors come back when a session ends
                 continue
             self._sessions.add(sock)
+            if self._stopping:
+                _hang_up(sock)  # `stop` may have looked at the sessions a moment ago
             threading.Thread(target=self._serve, args=(sock,), name="arena-session", daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
@@ -83,7 +87,7 @@ class Hub:
             if received is None:
                 return
             message, fds = received
-            server = {**_object(message.get("server")), "pid": pid}
+            server = {"url": _url(message.get("server")), "pid": pid}
             reply, reply_fds = self._answer(message, fds)
             protocol.send(sock, reply, reply_fds)
             if reply["status"] in ("held", "attached"):
@@ -123,11 +127,18 @@ class Hub:
             return self._ask(message)
         try:
             offered = Arena.receive(message, fds)
-            with self._taking:
-                self._take(offered)
+            try:
+                with self._taking:
+                    self._take(offered)
+            except BaseException:
+                offered.close()
+                raise
         except HogwildError as error:
             log.error("arena.refused", error=str(error), problems=getattr(error, "problems", []))
             return {"status": "refused", "error": str(error), "problems": getattr(error, "problems", [])}, ()
+        except Exception as error:  # transformers raises what it likes for a folder that it cannot use
+            log.exception("arena.refused", error=str(error), problems=[])
+            return {"status": "refused", "error": f"the daemon failed on it: {error!r}"}, ()
         return {"status": "attached"}, ()
 
     def _ask(self, message: protocol.Message) -> tuple[protocol.Message, tuple[int, ...]]:
@@ -144,8 +155,7 @@ class Hub:
         held = self._held
         if held is not None:
             if offered.control.arena_id == held.control.arena_id:
-                offered.weights.close()
-                offered.control.segment.close()
+                offered.close()
                 return  # the same memory, offered again after a broken connection
             raise ArenaError(
                 f"the daemon holds live weights of {held.layout.source.path} and will not drop them for a new arena "
@@ -157,8 +167,15 @@ class Hub:
 
 
 def _listen(path: Path) -> socket.socket:
-    """Bind the socket, replacing one that nobody listens on any more."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Bind the socket, replacing one that nobody listens on any more.
+
+    Raises:
+        ArenaError: somebody listens there, or it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise _cannot_listen(path, error) from error
     if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             if probe.connect_ex(str(path)) == 0:
@@ -176,8 +193,12 @@ def _listen(path: Path) -> socket.socket:
         listener.listen(16)
     except OSError as error:
         listener.close()
-        raise ArenaError(f"cannot listen on {path} as user {os.geteuid()}: {error}") from error
+        raise _cannot_listen(path, error) from error
     return listener
+
+
+def _cannot_listen(path: Path, error: OSError) -> ArenaError:
+    return ArenaError(f"cannot listen on {path} as user {os.geteuid()}: {error}")
 
 
 def _hang_up(sock: socket.socket) -> None:
@@ -187,5 +208,7 @@ def _hang_up(sock: socket.socket) -> None:
         pass  # it was gone already
 
 
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+def _url(server: Any) -> str:
+    """Where a server says that it answers; nothing else that a peer sends goes into the log as it is."""
+    url = server.get("url") if isinstance(server, dict) else None
+    return url if isinstance(url, str) else ""

@@ -40,12 +40,15 @@ class Segment:
         Raises:
             ArenaError: the kernel refused.
         """
+        fd = -1
         try:
             fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(fd, nbytes)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             return cls(fd, nbytes)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
+            if fd >= 0:
+                os.close(fd)
             raise ArenaError(
                 f"cannot allocate {nbytes / 2**30:.2f} GiB of shared memory: {error}. "
                 "Free memory, or raise the memory limit of this process (ulimit -v, MemoryMax=)."
@@ -66,7 +69,7 @@ class Segment:
                     f"and seals {seals:#x}: refusing to map memory that could shrink under a reader"
                 )
             return cls(fd, nbytes)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # mmap raises ValueError for an empty file
             os.close(fd)
             raise ArenaError(f"cannot map the descriptor that the peer sent: {error}") from error
         except ArenaError:
@@ -86,7 +89,7 @@ class Segment:
         Every call gives a tensor with a version counter of its own, so that autograd in one thread does not see
         the in-place writes of another (which is what HOGWILD! wants).
         """
-        flat = torch.frombuffer(self.mapping, dtype=dtype)
+        flat = torch.frombuffer(self.mapping, dtype=dtype, count=self.nbytes // dtype.itemsize)
         return torch.as_strided(flat, shape, stride, offset // dtype.itemsize)
 
     def inode(self) -> tuple[int, int]:

@@ -49,6 +49,8 @@ def receive(sock: socket.socket, max_fds: int = 0) -> tuple[Message, list[int]] 
     fds: list[int] = []
     try:
         header, fds, flags, _ = socket.recv_fds(sock, _LENGTH.size, max_fds)
+        for fd in fds:
+            os.set_inheritable(fd, False)  # recv_fds of Python 3.11 ignores MSG_CMSG_CLOEXEC
         if not header and not fds:
             return None
         if flags & socket.MSG_CTRUNC:
@@ -61,7 +63,7 @@ def receive(sock: socket.socket, max_fds: int = 0) -> tuple[Message, list[int]] 
             )
         try:
             message = json.loads(_receive_exactly(sock, length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ProtocolError(f"the peer sent something that is not JSON: {error}") from error
         if not isinstance(message, dict):
             raise ProtocolError(f"the peer sent a JSON {type(message).__name__}, not an object")

@@ -43,7 +43,7 @@ def plan(model: torch.nn.Module) -> tuple[dict[str, Region], int]:
     nbytes = 0
     for _, parameter in model.named_parameters():
         storage = parameter.untyped_storage()
-        if parameter.is_floating_point() and storage.nbytes() and storage.data_ptr() not in start:
+        if _moves(parameter) and storage.data_ptr() not in start:
             start[storage.data_ptr()] = nbytes
             nbytes += -(-storage.nbytes() // _ALIGNMENT) * _ALIGNMENT
     regions = {}
@@ -52,6 +52,15 @@ def plan(model: torch.nn.Module) -> tuple[dict[str, Region], int]:
         if address in start:
             regions[slot.name] = Region.of(slot.tensor, address - start[address])
     return regions, -(-max(nbytes, 1) // _PAGE) * _PAGE
+
+
+def _moves(parameter: torch.nn.Parameter) -> bool:
+    """Does this parameter belong into the arena: floating-point numbers that have memory?"""
+    return (
+        parameter.is_floating_point()
+        and parameter.device.type != "meta"
+        and parameter.untyped_storage().nbytes() > 0
+    )
 
 
 def move(model: torch.nn.Module, regions: Mapping[str, Region], segment: Segment) -> None:
@@ -66,15 +75,19 @@ def move(model: torch.nn.Module, regions: Mapping[str, Region], segment: Segment
     problems = [f"{name} is in the arena and not in the model" for name in regions if name not in by_name]
     problems += [
         f"{name} is in the model and not in the arena"
-        for name, _ in model.named_parameters()
-        if name not in regions
+        for name, parameter in model.named_parameters()
+        if name not in regions and _moves(parameter)
     ]
     for name, region in regions.items():
         for tensor in by_name.get(name, []):
             here = Region.of(tensor, tensor.data_ptr() - region.offset)
-            if here != region:
+            if (here.dtype, here.shape) != (region.dtype, region.shape):
                 problems.append(
                     f"{name} is {region.dtype} {region.shape} in the arena, {here.dtype} {here.shape} in the model"
+                )
+            elif here != region:
+                problems.append(
+                    f"{name} has strides {region.stride} in the arena, {here.stride} in the model"
                 )
     if problems:
         raise VerificationError(

@@ -1,0 +1,106 @@
+"""Tiny models with random weights, saved as a user would have them; and child processes to kill."""
+
+import gc
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+WORDS = [f"w{i}" for i in range(60)]
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def llama(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> Path:
+    """Two layers; input and output embeddings tied unless `tie_word_embeddings` says otherwise."""
+    return _save(
+        LlamaForCausalLM, LlamaConfig(**{**SIZES, "tie_word_embeddings": True, **settings}), folder, dtype, seed
+    )
+
+
+def qwen2(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> Path:
+    """As `llama`, with biases on q, k and v."""
+    return _save(
+        Qwen2ForCausalLM, Qwen2Config(**{**SIZES, "tie_word_embeddings": True, **settings}), folder, dtype, seed
+    )
+
+
+def _save(
+    kind: type[PreTrainedModel], config: Any, folder: Path, dtype: torch.dtype, seed: int
+) -> Path:
+    torch.manual_seed(seed)
+    model = kind(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # norms that are all ones and biases that are all zero hide mistakes
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            else:
+                parameter.copy_(torch.randn_like(parameter) * (0.3 if "embed" in name else 0.15))
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def tokenizer(folder: Path) -> None:
+    """A tokenizer of whole words, w0 to w59, beside a model."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate([*special, *WORDS])}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+
+
+class Child:
+    """A forked process that runs `work(pipe, ...)`."""
+
+    def __init__(self, work: Callable[..., None], *arguments: Any) -> None:
+        context = multiprocessing.get_context("fork")
+        self._pipe, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(theirs, *arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def hear(self, what: str) -> Any:
+        """The next message called `what`; others before it are dropped."""
+        while True:
+            assert self._pipe.poll(120), f"the child does not say {what}"
+            name, value = self._pipe.recv()
+            if name == what:
+                return value
+
+    def heard(self) -> list[tuple[str, Any]]:
+        """What the child has said and nobody has listened to."""
+        messages = []
+        while self._pipe.poll(0):
+            messages.append(self._pipe.recv())
+        return messages
+
+    def tell(self, message: Any) -> None:
+        self._pipe.send(message)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        self.process.join()
+
+
+def open_descriptors() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
