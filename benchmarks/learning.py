@@ -138,10 +138,17 @@ def rounding_runs(_: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def thread_runs(_: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    text = load_text("perl-doc", SHAPE.context, 128)
+    text, other = load_text("perl-doc", SHAPE.context, 128), load_text("fortunes", SHAPE.context, 128)
     for seed in SEEDS:
         for threads in (1, 2, 4):
             yield f"{threads}|{seed}", lambda t=threads, s=seed: learning_threads.hogwild(text, t, s)
+    if not PRETRAINED.exists():
+        sys.exit("run `python benchmarks/learning.py scratch` first: fine-tuning starts from its model")
+    model = torch.load(PRETRAINED)
+    for seed in SEEDS:
+        for threads in (1, 2, 4):
+            key = f"{threads}, fine-tuning|{seed}"
+            yield key, lambda t=threads, s=seed: learning_threads.hogwild(other, t, s, model)
 
 
 def main() -> None:

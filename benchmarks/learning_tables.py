@@ -69,8 +69,18 @@ def rounding(runs: Runs, picture: Path) -> None:
 
 
 def threads(runs: Runs, picture: Path) -> None:
+    tuned = {key: run for key, run in runs.items() if "fine-tuning" in key}
+    thread_table("from scratch at lr 1e-3", {k: run for k, run in runs.items() if k not in tuned}, picture)
+    if tuned:
+        picture = picture.with_name("learning-threads-fine-tuning.png")
+        thread_table(
+            "fine-tuning at lr 5e-5", {k.replace(", fine-tuning", ""): r for k, r in tuned.items()}, picture
+        )
+
+
+def thread_table(what: str, runs: Runs, picture: Path) -> None:
     groups = grouped(runs)
-    print("\n(iii) HOGWILD: one stream of examples, bf16 weights, no locks\n")
+    print(f"\n(iii) HOGWILD: one stream of examples, bf16 weights, no locks, {what}\n")
     print("| threads | final loss, mean ± sd over seeds | staleness: mean, max | updates lost | seconds |")
     print("|---|---|---|---|---|")
     for name, found in groups.items():
@@ -81,7 +91,7 @@ def threads(runs: Runs, picture: Path) -> None:
         final = spread([r["final"] for r in found])
         print(f"| {name} | {final} | {mean:.2f}, {worst} | {lost} | {seconds:.0f} |")
     names = {f"{name} thread{'s' * (name != '1')}": found for name, found in groups.items()}
-    plot(names, picture, "examples of 512 bytes", "threads on the same weights")
+    plot(names, picture, "examples of 512 bytes", f"threads on the same weights, {what}")
 
 
 def grouped(runs: Runs) -> dict[str, list[dict[str, Any]]]:
