@@ -2,8 +2,9 @@
 
     python benchmarks/serving.py [--compile] [--rounds 5]
 
-Starts stock `vllm serve` and `hogwild vllm` side by side on the same model, checks that both answer, and then loads
-them in turn, so that whatever else the machine does touches both alike. Prints output tokens per second as a ratio.
+Starts stock `vllm serve` and `hogwild vllm` side by side on the same model, checks that both answer, and
+then loads them in turn, so that whatever else the machine does touches both alike. Prints output tokens per
+second as a ratio.
 """
 
 import argparse
