@@ -16,12 +16,16 @@ _KNOWN = ("0.32",)
 _original = utils.dispatch_cpu_unquantized_gemm
 
 
-_library = torch.library.Library("hogwild", "FRAGMENT")
-_library.define("plain_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_library.impl("plain_linear", plain_linear, "CPU")
+_library = torch.library.Library("hogwild", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch leaves it untyped
+_library.define(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    "plain_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
+)
+_library.impl("plain_linear", plain_linear, "CPU")  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
-@torch.library.register_fake("hogwild::plain_linear", lib=_library)
+@torch.library.register_fake(  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    "hogwild::plain_linear", lib=_library
+)
 def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG001 - as the operator
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
