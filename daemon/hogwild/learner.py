@@ -223,6 +223,7 @@ class Learner:
             thread=index,
             staleness=result.staleness,
             update_norm=round(result.update_norm, 5),
+            updates=result.updates,
             skipped=result.skipped,
             ms=round(result.seconds * 1000),
         )
