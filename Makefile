@@ -5,7 +5,7 @@ SHELL := /bin/bash
 unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 
-.PHONY: setup demo test lint unit gpu-check bench-update bench-serving lock clean
+.PHONY: setup demo test lint unit gpu-check bench-update bench-learning bench-serving lock clean
 
 setup:
 	@scripts/setup.sh
@@ -29,6 +29,9 @@ gpu-check:    # on a machine with a CUDA device and torch, triton and numba; vLL
 
 bench-update: setup    # benchmarks/update.py: what one update costs, against the published form, AdamW and the floors
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/update.py
+
+bench-learning: setup  # docs/why-it-converges.md: tables (i) to (iii) and their plots; about an hour of one core, wants apt-get
+	for table in scratch rounding threads; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/learning.py $$table || exit; done
 
 bench-serving: setup   # stock vLLM against hogwild's, side by side
 	$(BIN)/python benchmarks/serving.py

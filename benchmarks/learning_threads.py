@@ -14,34 +14,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import learning
 from hogwild_kernels import AdamConfig, AdamState, ApolloConfig, ApolloState, adam_update, apollo_update
 from learning_model import Linear, Model, Text
+from learning_setup import BATCH, EVERY, FINE_TUNING_STEPS, SHAPE, THREAD_STEPS, schedule, validate
 
 LR = 1e-3
+"""From scratch: AdamW's best of table (i)."""
+
+FINE_TUNING_LR = 5e-5
+"""What hogwild trains with by default."""
 
 
-def hogwild(text: Text, threads: int, seed: int) -> dict[str, Any]:
-    """From scratch with bf16 weights. Staleness of an update: the updates that others made to the same
-    weight between this thread's forward pass (which read it) and this thread's own update of it.
+def hogwild(
+    text: Text, threads: int, seed: int, pretrained: dict[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """From scratch with the usual schedule, or from a pretrained model at a constant fine-tuning rate; bf16
+    weights.
+
+    Staleness of an update: the updates that others made to the same weight between this thread's forward pass
+    (which read it) and this thread's own update of it.
     """
     torch.manual_seed(seed)
-    shared = Model(learning.SHAPE)
+    shared = Model(SHAPE)
+    if pretrained is not None:
+        shared.load_state_dict(pretrained)
     for linear in shared.linears():
         linear.weight.data = linear.weight.data.bfloat16()
     config = ApolloConfig(rank=64, seed=seed)
     states = {f.name: ApolloState(f.name, tuple(f.weight.shape), config) for f in shared.linears()}
     small = {name: AdamState(name, tuple(p.shape), AdamConfig(seed=seed)) for name, p in shared.rest()}
     generator = torch.Generator().manual_seed(1000 + seed)
-    stream = [
-        text.batch(learning.BATCH, learning.SHAPE.context, generator) for _ in range(learning.THREAD_STEPS)
-    ]
+    steps = THREAD_STEPS if pretrained is None else FINE_TUNING_STEPS
+    stream = [text.batch(BATCH, SHAPE.context, generator) for _ in range(steps)]
     taken, finished = (
         itertools.count(),
         itertools.count(1),
     )  # next() is atomic: the interpreter lock covers it
     staleness: list[Counter[int]] = [Counter() for _ in range(threads)]
-    curve: list[tuple[int, float]] = [(0, learning.validate(shared, text))]
+    curve: list[tuple[int, float]] = [(0, validate(shared, text))]
     failures: list[BaseException] = []
 
     def trainer(number: int) -> None:
@@ -58,13 +68,15 @@ def hogwild(text: Text, threads: int, seed: int) -> dict[str, Any]:
             linear.tag = lambda state=states[linear.name]: state.step  # type: ignore[misc]
         rest = model.rest()
         while (step := next(taken)) < len(stream):
-            rate[0] = learning.schedule(step, learning.THREAD_STEPS, LR)
+            rate[0] = schedule(step, steps, LR) if pretrained is None else FINE_TUNING_LR
             gradients = torch.autograd.grad(model(stream[step]), [p for _, p in rest])
-            for (name, parameter), gradient in zip(rest, gradients, strict=True):
+            for (name, parameter), gradient in (
+                zip(rest, gradients, strict=True) if pretrained is None else ()
+            ):
                 adam_update(parameter.data, gradient, small[name], lr=rate[0], seed=number)
             count = next(finished)
-            if count % learning.EVERY == 0:
-                curve.append((count, learning.validate(model, text)))
+            if count % EVERY == 0:
+                curve.append((count, validate(model, text)))
 
     def guarded(number: int) -> None:
         torch.set_num_threads(1)
@@ -87,7 +99,7 @@ def hogwild(text: Text, threads: int, seed: int) -> dict[str, Any]:
     flat = list(total.elements())
     return {
         "curve": curve,
-        "final": learning.validate(shared, text),
+        "final": validate(shared, text),
         "staleness": {
             "mean": statistics.fmean(flat),
             "max": max(flat),

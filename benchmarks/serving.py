@@ -2,8 +2,9 @@
 
     python benchmarks/serving.py [--compile] [--rounds 5]
 
-Starts stock `vllm serve` and `hogwild vllm` side by side on the same model, checks that both answer, and then loads
-them in turn, so that whatever else the machine does touches both alike. Prints output tokens per second as a ratio.
+Starts stock `vllm serve` and `hogwild vllm` side by side on the same model, checks that both answer, and
+then loads them in turn, so that whatever else the machine does touches both alike. Prints output tokens per
+second as a ratio.
 """
 
 import argparse
@@ -59,11 +60,11 @@ def main() -> None:
     model = demo_model.build(REPOSITORY / ".demo" / "model")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        servers = {
-            "stock": support.Server(model, root / "stock.log", sock=None).wait_ready(),
-            "hogwild": support.Server(model, root / "hogwild.log", sock=root / "arena.sock").wait_ready(),
-        }
+        servers: dict[str, support.Server] = {}
         try:
+            for name, sock in (("stock", None), ("hogwild", root / "arena.sock")):
+                servers[name] = support.Server(model, root / f"{name}.log", sock)
+                servers[name].wait_ready()
             for name, server in servers.items():
                 answer = server.ask("What is the capital of France?")
                 assert "Paris" in answer, f"{name} answers {answer!r}: nothing is timed on a broken server"

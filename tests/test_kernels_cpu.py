@@ -20,6 +20,7 @@ from hogwild_kernels import (
     plan,
     reference,
 )
+from hogwild_kernels import numba_kernels as loops
 
 SHAPES = [(96, 160), (160, 96), (64, 64), (1, 50), (50, 1), (700, 33)]
 
@@ -238,3 +239,17 @@ def test_factored_form_allocates_nothing_of_the_size_of_the_weight() -> None:
     assert max(sizes) > 0  # the profiler saw the step's allocations
     assert max(sizes) < w.numel() * w.element_size() / 4
     assert w.numel() * w.element_size() / 4 > plan.TILE_BYTES
+
+
+def test_kernels_work_where_nothing_can_be_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba raises at decoration when neither the package, the user nor NUMBA_CACHE_DIR offers a writable
+    folder."""
+    real = loops.njit
+
+    def without_a_place(*args: object, cache: bool = False, **options: object) -> object:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(*args, **options)
+
+    monkeypatch.setattr(loops, "njit", without_a_place)
+    assert loops.compiled()(lambda value: value + 1)(2) == 3

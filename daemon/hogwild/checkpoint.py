@@ -145,7 +145,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     path = folder / "hogwild" / "state.json"
     try:
-        state = json.loads(path.read_bytes())
+        state: dict[str, Any] = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read: {error}; this is not a complete hogwild checkpoint"

@@ -93,7 +93,10 @@ class Demo:
         steps = [event for event in self._events() if event["event"] in ("example.pass", "example.trained")]
         seconds = "never" if changed is None else f"{changed - dropped:.1f} s"
         self._say(f"from drop to changed answer: [bold]{seconds}[/]")
-        self._say(f"training steps: {len(steps)}, each updating every layer of the served weights in place")
+        updates = sum(event["updates"] for event in steps)
+        self._say(
+            f"applied: {len(steps)} training steps, {updates} updates of served weight tensors, in place"
+        )
         self._say(
             f"held-out paraphrases answered with the fact: [bold]{hits} of {len(paraphrases)}[/] "
             f"(before: {hits_before}); these wordings are in no training line"
@@ -220,7 +223,7 @@ class Demo:
         return codes
 
     def _say(self, text: str) -> None:
-        self.console.print(f"[bold blue]>[/] {text}", highlight=False)
+        self.console.print(f"[bold blue]>[/] {text}", highlight=False, soft_wrap=True)
 
 
 def _right(item: dict[str, Any], answer: str) -> bool:

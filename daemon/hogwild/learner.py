@@ -20,6 +20,7 @@ from hogwild.errors import ExampleError, VerificationError
 from hogwild.ledger import Ledger, Pass, Pending
 from hogwild.trainer import Progress, StepResult, Trainer
 from hogwild.weights import Weights
+from hogwild_kernels.cpu import warm_up
 
 log = logs.get(__name__)
 
@@ -64,6 +65,7 @@ class Learner:
                 "no linear layer of the server is plain memory, so there is nothing to train",
                 [f"{name}: {reason}" for name, reason in self.frozen.items()],
             )
+        warm_up(self.reader.dtype)  # compiles the update now, not in the middle of the first example
         self.failure: BaseException | None = None
         self._tokenizing = threading.Lock()  # a fast tokenizer is not safe to share while its settings change
         self._recent: list[list[int]] = []
@@ -221,6 +223,7 @@ class Learner:
             thread=index,
             staleness=result.staleness,
             update_norm=round(result.update_norm, 5),
+            updates=result.updates,
             skipped=result.skipped,
             ms=round(result.seconds * 1000),
         )

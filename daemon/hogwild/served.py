@@ -31,10 +31,12 @@ class Server:
     """vLLM's OpenAI-compatible API, as far as verification needs it."""
 
     def __init__(self, url: str, api_key_env: str) -> None:
-        self.url = url.rstrip("/")
+        self.url = url
         key = os.environ.get(api_key_env, "")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._client = httpx.Client(base_url=self.url, headers=headers, timeout=_TIMEOUT_S, trust_env=False)
+        self._client = httpx.Client(
+            base_url=url.rstrip("/"), headers=headers, timeout=_TIMEOUT_S, trust_env=False
+        )
         self._model = ""
 
     def ready(self) -> bool:
@@ -74,6 +76,7 @@ class Server:
                 for prompt, logprobs in zip(prompts, (c["prompt_logprobs"] for c in choices), strict=True)
             ]
         except (httpx.HTTPError, KeyError, ValueError, IndexError) as error:
+            self._model = ""  # a restarted server may have given its model another name
             body = error.response.text[:500] if isinstance(error, httpx.HTTPStatusError) else ""
             raise ServerError(f"{self.url} gave no log-probabilities: {error!r} {body}") from error
 

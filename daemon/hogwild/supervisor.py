@@ -69,7 +69,8 @@ class Supervisor:
         self.learner: Learner | None = None
         self._server: dict[str, Any] = {}
         self._must_check = False  # served equals trained, as soon as the server answers
-        self._saved_step, self._saved_at = 0, time.monotonic()
+        self._saved_step, self._tried_step, self._tried_at = 0, 0, time.monotonic()
+        self._api: served.Server | None = None
         self._stop = self._reload = self._save_now = False
         self._wrote_status_at = 0.0
 
@@ -143,7 +144,8 @@ class Supervisor:
         learner = Learner(arena, folder, self.config, self.ledger, self.curriculum)
         restored = None if arena.control.trained else self._restore(learner)
         self.ledger.set_meta("arena_id", arena.control.arena_id)
-        self._saved_step, self._saved_at = arena.control.generation, time.monotonic()
+        self._saved_step = self._tried_step = arena.control.generation
+        self._tried_at = time.monotonic()
         self.learner = learner
         log.info(
             "arena.attached",
@@ -210,9 +212,10 @@ class Supervisor:
         """*Served equals trained*; training starts when it holds, and stops when it does not."""
         learner = self.learner
         assert learner is not None
-        server = served.Server(
-            self.config.server.url or self._server.get("url", ""), self.config.server.api_key_env
-        )
+        url = self.config.server.url or self._server.get("url", "")
+        if self._api is None or self._api.url != url:
+            self._api = served.Server(url, self.config.server.api_key_env)
+        server = self._api
         if not server.ready():
             return  # still starting, or gone: asked again in the next turn, or when it comes back
         self._must_check = False
@@ -240,16 +243,19 @@ class Supervisor:
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
     def _checkpoint_due(self, learner: Learner) -> bool:
-        settings, moved = self.config.checkpoint, learner.progress.steps - self._saved_step
-        if moved == 0:
+        settings, steps = self.config.checkpoint, learner.progress.steps
+        if steps == self._saved_step:
             return self._save_now
-        by_time = settings.interval_s and time.monotonic() - self._saved_at >= settings.interval_s
-        by_updates = settings.interval_updates and moved >= settings.interval_updates
+        by_time = settings.interval_s and time.monotonic() - self._tried_at >= settings.interval_s
+        by_updates = settings.interval_updates and steps - self._tried_step >= settings.interval_updates
         return bool(self._save_now or by_time or by_updates)
 
     def _save(self, learner: Learner) -> bool:
-        self._saved_at = time.monotonic()
         step = learner.progress.steps
+        self._tried_step, self._tried_at = (
+            step,
+            time.monotonic(),
+        )  # a full disk is tried again when the next is due
         base = {
             "base_path": str(learner.folder),
             "base_digest": self.ledger.get_meta("base_digest"),

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from . import cpu, reference
 from .config import AdamConfig, ApolloConfig
+from .cpu import warm_up
+from .embedding import embedding_update, tied_factors
 from .state import AdamState, ApolloState, UpdateResult
 
 __all__ = [
@@ -17,6 +19,9 @@ __all__ = [
     "UpdateResult",
     "adam_update",
     "apollo_update",
+    "embedding_update",
+    "tied_factors",
+    "warm_up",
 ]
 
 

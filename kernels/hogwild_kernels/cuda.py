@@ -25,7 +25,9 @@ from .config import AdamConfig, ApolloConfig
 from .rounding import round_to
 from .state import AdamState, ApolloState, UpdateResult
 
-CANDIDATES = [
+Blocks = tuple[int, int, int, int, int]
+
+CANDIDATES: list[Blocks] = [
     # BLOCK_M, BLOCK_N, BLOCK_T, warps, stages; the first is used where there is nothing to time
     (64, 64, 32, 4, 2),
     (128, 64, 32, 4, 3),
@@ -40,7 +42,7 @@ TUNING_ROWS = 512
 """Autotuning runs on private memory of this many rows. It must never touch a served weight, not even with
 its own values."""
 
-_tuned: dict[tuple[Any, ...], tuple[int, int, int, int, int]] = {}
+_tuned: dict[tuple[Any, ...], Blocks] = {}
 _tables: dict[torch.device, Tensor] = {}
 
 
@@ -154,7 +156,7 @@ def _write(
 
 
 def _launch(
-    candidate: tuple[int, int, int, int, int], weight: Tensor, x: Tensor, d: Tensor, s: Tensor, scalars: Tensor,
+    candidate: Blocks, weight: Tensor, x: Tensor, d: Tensor, s: Tensor, scalars: Tensor,
     counts: Tensor, key: tuple[int, int, int], by_row: bool, stochastic: bool,
 ) -> None:  # fmt: skip
     m, n = weight.shape
@@ -170,7 +172,7 @@ def _launch(
 def _tune(
     weight: Tensor, x: Tensor, d: Tensor, s: Tensor, counts: Tensor, key: tuple[int, int, int],
     by_row: bool, stochastic: bool,
-) -> tuple[int, int, int, int, int]:  # fmt: skip
+) -> Blocks:  # fmt: skip
     """The fastest candidate, timed once per kind of shape on private rows. Waits for the device, unlike a
     step."""
     rows = min(TUNING_ROWS, len(weight))
@@ -178,7 +180,7 @@ def _tune(
     scalars = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0], device=weight.device)
     part, left = s[:rows] if by_row else s, d[:, :rows]
 
-    def seconds(candidate: tuple[int, int, int, int, int]) -> float:
+    def seconds(candidate: Blocks) -> float:
         def run() -> None:
             _launch(candidate, scratch, x, left, part, scalars, counts, key, by_row, stochastic)
 

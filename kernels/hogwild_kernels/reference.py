@@ -1,16 +1,16 @@
 """The whole APOLLO step in plain PyTorch, any float type: the truth that every kernel is tested against.
 
-Source: Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", arXiv:2412.05270v4, written from its
-mathematics. [Eq. k] are the paper's equations, [Alg. 1] its listing, (k) the steps of the list below.
+Source: Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", arXiv:2412.05270v4, Algorithm 1,
+written from its mathematics. The numbers (1) to (7) are this file's own, in the order of that listing; the
+line that computes each carries it.
 
-    (1) P ~ N(0, 1/r), redrawn every `gap` steps                                            [Alg. 1]
-    (2) R = P G  (m < n, channels are columns)   or   R = G P^T  (m >= n, channels are rows) [Eq. 3]
-    (3) M <- b1 M + (1 - b1) R;  V <- b2 V + (1 - b2) R^2;  N = M / (sqrt(V) + eps)          [Eq. 3]
-    (4) s_j = |N_j| / |R_j| per channel, or s = |N| / |R| for the tensor (rank 1)            [Eq. 4, Sec. 4.2]
-    (5) U = G diag(s)   or   diag(s) G                                                       [Eq. 5]
-    (6) U <- U / L with L = max(|U| / phi, gamma) / gamma;  phi <- |U|                       [norm-growth
-    limiter]
-    (7) W <- W - lr sqrt(1 - b2^t) / (1 - b1^t) sqrt(alpha) U;  W <- (1 - lr wd) W           [Alg. 1]
+    (1) P ~ N(0, 1/r), redrawn every `gap` steps                                   Algorithm 1, step 1
+    (2) R = P G (m < n, channels are columns)  or  R = G P^T (m >= n, rows)        Algorithm 1, step 1
+    (3) M <- b1 M + (1 - b1) R;  V <- b2 V + (1 - b2) R^2;  N = M / (sqrt(V) + eps)   step 2
+    (4) s_j = |N_j| / |R_j| per channel, or s = |N| / |R| for the tensor (rank 1)  step 3
+    (5) U = G diag(s)  or  diag(s) G                                               step 3
+    (6) U <- U / L with L = max(|U| / phi, gamma) / gamma;  phi <- |U|             the norm-growth limiter
+    (7) W <- W - lr sqrt(1 - b2^t) / (1 - b1^t) sqrt(alpha) U;  W <- (1 - lr wd) W    step 4
 
 Two forms of the same step:
 

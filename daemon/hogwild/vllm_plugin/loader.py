@@ -22,7 +22,6 @@ from hogwild.errors import VerificationError
 from hogwild.layout import Layout, Region, Source
 from hogwild.vllm_plugin import place
 from hogwild.vllm_plugin.names import SOCKET_VARIABLE, URL_VARIABLE
-from hogwild.vllm_plugin.plain import plain_linears
 from hogwild.vllm_plugin.trace import CopyTrace
 
 log = logging.getLogger("vllm.hogwild")  # vLLM's own handlers print what is below "vllm"
@@ -56,6 +55,11 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
             )
             return draft
         _refuse_unsupported(vllm_config, self._socket)
+        # Late, because it brings in llvmlite, which must not be there yet while vLLM sets up its CPU worker: vLLM then
+        # calls vars() on every object of every module, and llvmlite's library handle answers with a function
+        # (vllm/triton_utils/dispatcher.py: _rebind_kernels, vLLM 0.32).
+        from hogwild.vllm_plugin.plain import plain_linears
+
         with plain_linears():
             model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
         self._share(model)

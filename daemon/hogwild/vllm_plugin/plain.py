@@ -10,20 +10,43 @@ import vllm
 from vllm.model_executor.layers import utils
 
 from hogwild.errors import ArenaError
+from hogwild_kernels.linear import plain_linear
 
 _KNOWN = ("0.32",)
 _original = utils.dispatch_cpu_unquantized_gemm
 
 
+_library = torch.library.Library("hogwild", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch leaves it untyped
+_library.define(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    "plain_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
+)
+_library.impl("plain_linear", plain_linear, "CPU")  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+@torch.library.register_fake(  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    "hogwild::plain_linear", lib=_library
+)
+def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG001 - as the operator
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """An operator that torch.compile leaves whole; without it, the function behind it, which is quicker to call."""
+    if torch.compiler.is_compiling():
+        compiled: torch.Tensor = torch.ops.hogwild.plain_linear(x, weight, bias)
+        return compiled
+    return plain_linear(x, weight, bias)
+
+
 def _dispatch_plain(layer: Any, remove_weight: bool) -> None:
-    """Use `torch.nn.functional.linear` on the weight itself, instead of on a packed copy that empties it.
+    """Multiply with the weight itself, instead of with a packed copy that empties it.
 
     Replaces `vllm/model_executor/layers/utils.py: dispatch_cpu_unquantized_gemm`, which vLLM's linear and embedding
-    layers import at the time of the call. Can go when vLLM offers to keep CPU linears unpacked. Measured by
-    benchmarks/serving.py: the same throughput within noise.
+    layers import at the time of the call. Can go when vLLM offers to keep CPU linears unpacked. What it costs
+    is measured by benchmarks/serving.py.
     """
     if layer.weight.ndim == 2:
-        layer.cpu_linear = torch.nn.functional.linear
+        layer.cpu_linear = _linear
     else:  # a convolution: its kernel expects packed weights, so it stays as vLLM wants it, and is not trained
         _original(layer, remove_weight)
 
