@@ -71,11 +71,11 @@ def test_later_sources_win(tmp_path, monkeypatch):
     monkeypatch.setenv("HOGWILD_TRAINING__PASSES", "5")
     monkeypatch.setenv("HOGWILD_TRAINING__SEED", "5")
     monkeypatch.setenv("HOGWILD_OPTIMIZER__BETAS", "[0.8, 0.9]")
-    monkeypatch.setenv("HOGWILD_OPTIMIZER__TRAIN_EMBEDDINGS", "true")
+    monkeypatch.setenv("HOGWILD_OPTIMIZER__ROUNDING", "nearest")
     config = load(path, {"training": {"seed": 7, "threads": None}})
     assert (config.training.threads, config.training.passes, config.training.seed) == (3, 5, 7)
     assert config.optimizer.betas == (0.8, 0.9)
-    assert config.optimizer.train_embeddings is True
+    assert config.optimizer.rounding == "nearest"
 
 
 def test_foreign_environment_variables_are_left_alone_but_a_bad_value_is_not(monkeypatch):

@@ -334,6 +334,18 @@ def test_stopping_is_graceful(story: Story) -> None:
         assert isinstance(json.loads(line), dict), "every line of the log is JSON"
 
 
+def test_a_restart_of_the_daemon_alone_goes_on_with_weights_and_moments(story: Story) -> None:
+    """`systemctl restart` of the daemon: the weights stay in memory, the moments come from its last checkpoint."""
+    step = story.running.events("checkpoint.saved")[-1]["step"]
+    daemon = story.start_daemon()
+    attached = daemon.wait_for("arena.attached")
+    assert (attached["step"], attached["restored"]) == (step, None)
+    assert attached["moments"] == 271, "every trained tensor of this model"
+    daemon.wait_for("training.started")
+    assert daemon.terminate() == 0
+    assert not daemon.events("checkpoint.saved"), "nothing has changed since the last one"
+
+
 def test_the_checkpoint_is_what_is_served(story: Story) -> None:
     """Training has ended: live memory and checkpoint must be equal bit for bit, and whole as a model folder."""
     current = story.running.state / "checkpoints" / "current"

@@ -42,6 +42,10 @@ class Optimizer:
         )
         self._states: dict[str, ApolloState | AdamState] = {}
 
+    def __len__(self) -> int:
+        """Weights that have moments."""
+        return len(self._states)
+
     def update_linear(
         self,
         name: str,

@@ -86,8 +86,6 @@ class OptimizerConfig(Table):
     """Largest growth of an update's norm from one step to the next."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     """Rounding of the bf16 write. "nearest" loses 75-99% of the updates at fine-tuning rates."""
-    train_embeddings: bool = False
-    """Train embeddings and a tied output head too. Frozen by default: they touch every token's meaning."""
 
 
 class CheckpointConfig(Table):

@@ -142,7 +142,11 @@ class Supervisor:
         else:
             verify_bits(Weights(arena), folder)
         learner = Learner(arena, folder, self.config, self.ledger, self.curriculum)
-        restored = None if arena.control.trained else self._restore(learner)
+        restored = None
+        if arena.control.trained:
+            self._resume(learner)
+        else:
+            restored = self._restore(learner)
         self.ledger.set_meta("arena_id", arena.control.arena_id)
         self._saved_step = self._tried_step = arena.control.generation
         self._tried_at = time.monotonic()
@@ -157,6 +161,7 @@ class Supervisor:
             inode=arena.weights.inode()[1],
             step=learner.progress.steps,
             restored=restored,
+            moments=len(learner.optimizer),
         )
 
     def _recognise(self, arena: Arena) -> None:
@@ -171,6 +176,15 @@ class Supervisor:
                 f"the server's weights were loaded from {arena.layout.source.path}, "
                 f"`model` is now {self.config.model}: set it back, or restart the server on that model"
             )
+
+    def _resume(self, learner: Learner) -> None:
+        """An arena that outlived the last daemon: its weights are ahead of any checkpoint, its moments are gone.
+
+        The newest checkpoint's moments take their place: exact after a graceful stop, a little old after a crash.
+        """
+        current = self.checkpoints.current()
+        if current is not None:
+            learner.load_optimizer(checkpoint.read_optimizer(current))
 
     def _restore(self, learner: Learner) -> str | None:
         """A fresh arena: bring back the newest checkpoint, and queue again what is in no checkpoint."""
