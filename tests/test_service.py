@@ -68,8 +68,13 @@ class Story:
         assert self.daemon is not None, "the test that starts the daemon has failed"
         return self.daemon
 
-    def start_daemon(self) -> Daemon:
-        self.daemon = Daemon(self.root / "daemon", self.sock, checkpoint__interval_s=0)
+    def start_daemon(self, interval_updates: int = 0) -> Daemon:
+        self.daemon = Daemon(
+            self.root / "daemon",
+            self.sock,
+            checkpoint__interval_s=0,
+            checkpoint__interval_updates=interval_updates,
+        )
         return self.daemon
 
 
@@ -194,7 +199,7 @@ def test_the_daemon_attaches_to_a_running_server_and_verifies_it(
 ) -> None:
     assert CONTROL[1] in probed[CONTROL[0]]
     assert FACT[1] not in probed[FACT[0]]
-    daemon = story.start_daemon()
+    daemon = story.start_daemon(interval_updates=10)
     attached = daemon.wait_for("arena.attached")
     assert attached["tensors"] == len(list(read_tensors(story.model)))
     verified = daemon.wait_for("server.verified", after="attach")
@@ -227,6 +232,14 @@ def test_a_dropped_file_changes_the_answer_of_the_live_server(story: Story) -> N
     assert CONTROL[1] in story.server.ask(CONTROL[0])
     assert not (story.running.spool / "incoming" / "facts.jsonl").exists()
     assert (story.running.spool / "done" / "facts.jsonl").exists()
+
+
+def test_checkpoints_are_periodic_and_each_is_checked(story: Story) -> None:
+    """Training went on meanwhile: the check after a checkpoint allows for weights that move under it."""
+    saved = story.running.wait_for("checkpoint.saved")
+    assert saved["step"] >= 10
+    story.running.wait_for("server.verified", after="checkpoint")
+    assert not story.running.events("guard.tripped")
 
 
 def test_the_daemons_private_memory_is_small_while_training(
