@@ -99,8 +99,6 @@ def test_blocks_that_do_not_divide_the_shape(m: int, n: int, rank: int, tokens: 
 @pytest.mark.parametrize("rank", [1, 64])
 @pytest.mark.parametrize(("m", "n"), [(512, 2048), (2048, 512)])
 def test_step_equals_the_reference_on_a_device(m: int, n: int, rank: int, dtype: torch.dtype) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     compare(m, n, rank, dtype, tokens=48)
 
 

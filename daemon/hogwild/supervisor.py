@@ -237,7 +237,9 @@ class Supervisor:
             agreement = learner.check_served(server)
         except served.ServerError as error:
             log.warning("server.unchecked", after=after, error=str(error))
-            self._must_check = after == "attach"  # nothing is trained before the first check
+            self._must_check = (
+                after == "attach" or not learner.training
+            )  # nothing is trained before a check has passed
             return
         except VerificationError as error:
             learner.pause()

@@ -96,8 +96,11 @@ def _widen_half(value):
     return _bits_float(u32(u32(u32(magnitude << u32(13)) + offset) | sign))
 
 
+COMPILED_ONLY = "a name for Numba to overload by type, just below; there is nothing to call in Python"
+
+
 def _widen(value):
-    raise NotImplementedError
+    raise TypeError(COMPILED_ONLY)
 
 
 @overload(_widen, inline="always")
@@ -112,7 +115,7 @@ def _widen_overload(value):
 
 
 def _narrow(value, random, like):
-    raise NotImplementedError
+    raise TypeError(COMPILED_ONLY)
 
 
 @overload(_narrow, inline="always")
@@ -149,7 +152,7 @@ def _narrow_overload(value, random, like):
 
 
 def _nearest(value, like):
-    raise NotImplementedError
+    raise TypeError(COMPILED_ONLY)
 
 
 @overload(_nearest, inline="always")
