@@ -195,7 +195,8 @@ def test_an_arena_of_another_state_folder_is_refused_and_not_touched(trained, tm
 # --- a server that began with a checkpoint ---------------------------------------------------------------------------
 
 
-def test_a_server_that_began_with_the_newest_checkpoint_is_taken_without_a_write(desk, trained):
+@pytest.mark.usefixtures("trained")
+def test_a_server_that_began_with_the_newest_checkpoint_is_taken_without_a_write(desk):
     current = desk.checkpoints.current()
     arena = desk.filled(current)
     before = bytes(arena.weights.mapping)
@@ -253,7 +254,8 @@ def test_a_ledger_that_is_older_than_the_checkpoint_is_refused(desk):
         desk.take(load_arena(desk.model))
 
 
-def test_a_ledger_without_its_checkpoints_is_refused(desk, trained):
+@pytest.mark.usefixtures("trained")
+def test_a_ledger_without_its_checkpoints_is_refused(desk):
     (desk.state / "checkpoints").rename(desk.root / "away")
     desk.reopen()
     fresh = load_arena(desk.model)
