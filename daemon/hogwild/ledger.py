@@ -250,13 +250,11 @@ class Ledger:
         with self._db.read() as db:
             return int(db.execute("SELECT coalesce(max(pass_id), 0) FROM passes").fetchone()[0])
 
-    def newest_step(self, arena_id: str) -> int:
-        """The newest step recorded of that arena; 0 without one."""
-        with self._db.read() as db:  # passes are many, and those of the newest arena are the last ones
-            rows = db.execute(
-                "SELECT step, arena FROM passes WHERE pass_id > (SELECT coalesce(max(pass_id), 0) FROM passes) - 1000"
-            )
-            return max((step for step, arena in rows if arena == arena_id), default=0)
+    def steps_recorded(self, arena_id: str, after_pass: int) -> int:
+        """How many different steps of that arena have a pass recorded, among passes after number `after_pass`."""
+        with self._db.read() as db:
+            query = "SELECT count(DISTINCT step) FROM passes WHERE pass_id > ? AND arena = ?"
+            return int(db.execute(query, (after_pass, arena_id)).fetchone()[0])
 
     # --- checkpoints -------------------------------------------------------------------------------------
 
