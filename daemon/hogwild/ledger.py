@@ -245,12 +245,35 @@ class Ledger:
                 "UPDATE examples SET state = 'failed', reason = ? WHERE example_id = ?", (reason, example_id)
             )
 
+    def newest_pass(self) -> int:
+        """Number of the newest pass that was ever recorded, undone ones included; 0 without one."""
+        with self._db.read() as db:
+            return int(db.execute("SELECT coalesce(max(pass_id), 0) FROM passes").fetchone()[0])
+
+    def newest_step(self, arena_id: str) -> int:
+        """The newest step recorded of that arena; 0 without one."""
+        with self._db.read() as db:  # passes are many, and those of the newest arena are the last ones
+            rows = db.execute(
+                "SELECT step, arena FROM passes WHERE pass_id > (SELECT coalesce(max(pass_id), 0) FROM passes) - 1000"
+            )
+            return max((step for step, arena in rows if arena == arena_id), default=0)
+
     # --- checkpoints -------------------------------------------------------------------------------------
 
     def begin_checkpoint(self) -> int:
-        """Called *before* the weights are read. Returns the marker: the newest pass surely in them."""
-        with self._db.read() as db:
-            return int(db.execute("SELECT coalesce(max(pass_id), 0) FROM passes").fetchone()[0])
+        """Called *before* the weights are read. Returns the marker: the newest pass surely in them.
+
+        Fsynced, so that no power cut can leave a checkpoint on disk that holds passes the ledger has forgotten (their
+        numbers would be given again, to passes that it does not hold).
+        """
+        with self._db.write(fsync=True) as db:
+            marker = int(db.execute("SELECT coalesce(max(pass_id), 0) FROM passes").fetchone()[0])
+            db.execute(
+                "INSERT INTO meta VALUES ('checkpoint_begun', ?)"
+                " ON CONFLICT DO UPDATE SET value = excluded.value",
+                (str(marker),),
+            )
+        return marker
 
     def complete_checkpoint(self, marker: int, step: int, path: str) -> int:
         """Called when the checkpoint is on disk. Returns how many examples became durable. Fsynced."""
