@@ -86,7 +86,7 @@ def move_if_same(source: Path, target: Path, signature: Signature) -> bool:
 def return_half_moved(incoming: Path) -> list[str]:
     """Brings back to `incoming` what a crash left in `.moving/`; returns the names."""
     moving = incoming.parent / MOVING
-    names = sorted(os.listdir(moving)) if moving.is_dir() else []
+    names = sorted(path.name for path in moving.iterdir()) if moving.is_dir() else []
     for name in names:
         _bring_back(moving / name, incoming / name)
     return names
