@@ -188,7 +188,7 @@ class Learner:
                     train_on=self.config.training.train_on,
                 )
         except ExampleError as error:
-            self.ledger.set_failed(pending.example_id, str(error))
+            self.ledger.set_failed(pending.example_id, error.reason, error.field)
             self.curriculum.done(pending)
             log.warning("example.failed", **_who(pending), reason=error.reason, field=error.field)
             return
