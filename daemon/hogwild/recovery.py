@@ -77,7 +77,7 @@ def _resume(learner: Learner, checkpoints: Checkpoints) -> None:
     """
     current = checkpoints.current()
     if current is not None:
-        learner.load_optimizer(checkpoint.read_optimizer(current))
+        learner.load_moments(current)
 
 
 def _restore(learner: Learner, checkpoints: Checkpoints) -> str | None:

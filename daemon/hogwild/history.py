@@ -1,0 +1,489 @@
+"""Every generation, restorable exactly: compressed differences between saves, with full bases now and then.
+
+`history_nodes` says what lies where and what leads where, `delta` how a tensor is stored, `history_read` how one comes
+back. An entry is written to a folder that no name leads to, fsynced and renamed, after its checkpoint is durable: a
+crash costs at most the entry, which is written at the next chance from the checkpoint folders.
+"""
+
+import base64
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import zstandard
+
+from hogwild import generation as generations
+from hogwild import log as logs
+from hogwild.checkpoint import Checkpoints, folder_bytes, now, remove, side_files
+from hogwild.config import HistoryConfig
+from hogwild.delta import Bytes, encode
+from hogwild.errors import CheckpointError
+from hogwild.files import Sink, copy_file, fsync, hash_file, new_file
+from hogwild.generation import OPTIMIZER, STATE
+from hogwild.history_nodes import (
+    BASE,
+    BLOBS,
+    DELTA,
+    ENTRY,
+    INDEX,
+    LINKED,
+    Broken,
+    Entry,
+    Links,
+    Node,
+    entry_json,
+    load,
+    seal,
+)
+from hogwild.history_read import BrokenLink, Reader, TensorFolder
+from hogwild.layout import weight_files
+from hogwild.tensor_file import parse_header, read_header, write_tensors
+
+log = logs.get(__name__)
+
+_UNFINISHED = ".unfinished-"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A generation that is in history now; bytes on disk, and of the checkpoint folder that it stands for."""
+
+    generation: int
+    nbytes: int
+    full_bytes: int
+    base: bool
+    seconds: float
+
+
+class History:
+    """The generations of one state folder.
+
+    Args:
+        root: its folder.
+        checkpoints: the complete folders, which history reads and can make anew.
+        config: what is kept. `keep = 0`: nothing is recorded.
+    """
+
+    def __init__(self, root: Path, checkpoints: Checkpoints, config: HistoryConfig) -> None:
+        """Make the folder if needed, and clear away what an interrupted write left.
+
+        Raises:
+            CheckpointError: the folder cannot be made or written.
+        """
+        self.root, self.checkpoints, self.config = root, checkpoints, config
+        self.broken: Broken = set()
+        try:
+            (root / BLOBS).mkdir(parents=True, exist_ok=True)
+            for folder in (root, root / BLOBS):
+                for leftover in folder.glob(f"{_UNFINISHED}*"):
+                    remove(leftover)
+        except OSError as error:
+            raise CheckpointError(f"cannot keep history in {root}: {error}") from error
+
+    def nodes(self) -> dict[int, Node]:
+        """Every generation that is known, oldest first."""
+        return load(self.root, self.checkpoints.folders(), self.broken)[0]
+
+    # --- writing ---------------------------------------------------------------------------------------------------
+
+    def record(self) -> list[Recorded]:
+        """Take up every complete checkpoint folder that is not in history yet, oldest first.
+
+        Raises:
+            CheckpointError: one could not be; what is in history stays as it is.
+        """
+        if not self.config.keep:
+            return []
+        done = []
+        for number, folder in self.checkpoints.folders().items():
+            if not (self.root / generations.name(number)).is_dir():
+                done.append(self._record(number, folder))
+        return done
+
+    def _record(self, number: int, folder: Path) -> Recorded:
+        began = time.perf_counter()
+        state = generations.read_state(folder)
+        parent = state["parent"]
+        if parent == 0:
+            self.know_base(Path(state["base_path"]), state.get("base_digest"))
+        every = self.config.base_every
+        wants_base = bool(every) and number % every == 0
+        try:
+            entry = self._put(number, folder, state, parent, wants_base)
+        except BrokenLink as error:
+            self._note(error.part, error)
+            entry = self._put(number, folder, state, None, True)
+        return Recorded(
+            number,
+            folder_bytes(self.root / generations.name(number)),
+            folder_bytes(folder),
+            entry.base,
+            time.perf_counter() - began,
+        )
+
+    def know_base(self, model: Path, digest: str | None) -> None:
+        """Note the model as it came as generation 0, once: its files' hashes and headers, none of its weights.
+
+        Raises:
+            CheckpointError: it cannot be read, or history cannot be written.
+        """
+        if (self.root / generations.name(0)).is_dir():
+            return
+        try:
+            sums = {path.name: hash_file(path) for path in side_files(model)}
+            sums.update({file: hash_file(model / file) for file in weight_files(model)})
+            empty = self.root / f"{_UNFINISHED}empty"
+            remove(empty)
+            sums[str(OPTIMIZER)] = write_tensors(empty, {})
+            header = read_header(empty).raw
+            remove(empty)
+        except OSError as error:
+            raise CheckpointError(f"the model in {model} cannot be read: {error}") from error
+        state = {
+            "generation": 0, "parent": None, "saved_at": now(), "step": 0, "epoch": 0, "ledger_position": 0,
+            "base_path": str(model), "base_digest": digest, "trained": {}, "checksums": sums,
+        }  # fmt: skip
+        self._put(0, model, state, None, False, {str(OPTIMIZER): header})
+
+    def _put(
+        self,
+        number: int,
+        folder: Path,
+        state: Mapping[str, Any],
+        parent: int | None,
+        wants_base: bool,
+        headers: Mapping[str, bytes] = {},  # noqa: B006 - never written to
+    ) -> Entry:
+        """Write the entry of a generation from its complete folder, durably."""
+        unfinished = self.root / f"{_UNFINISHED}{generations.name(number)}"
+        reader = self.reader(parent) if parent is not None else None
+        base = wants_base or (reader is None and number > 0)
+        text = generations.encode_state(state)
+        try:
+            remove(unfinished)
+            unfinished.mkdir(parents=True)
+            new_file(unfinished / "state.json", lambda sink: sink.write(text))
+            writer = _Writer(folder, state, reader, base, zero=number == 0, headers=headers)
+            entry, index = writer.write(unfinished, self.root / BLOBS)
+            new_file(unfinished / INDEX, lambda sink: sink.write(seal(index)))
+            new_file(unfinished / ENTRY, lambda sink: sink.write(entry_json(entry)))
+            fsync(self.root / BLOBS)
+            fsync(unfinished)
+            unfinished.rename(self.root / generations.name(number))
+            fsync(self.root)
+        except OSError as error:
+            remove(unfinished, ignore_errors=True)
+            raise CheckpointError(
+                f"{generations.name(number)} could not be recorded in {self.root}: {error}"
+            ) from error
+        except CheckpointError:
+            remove(unfinished, ignore_errors=True)
+            raise
+        finally:
+            if reader is not None:
+                reader.close()
+        return entry
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+
+    def reader(self, number: int) -> Reader:
+        """Any generation, to read tensor by tensor, along a way that is not known to be broken.
+
+        Raises:
+            CheckpointError: there is none; says what is broken, and which older generation is whole.
+        """
+        while True:
+            nodes, problems = load(self.root, self.checkpoints.folders(), self.broken)
+            path = Links(nodes).path(number)
+            if path is None:
+                raise CheckpointError(self._lost(number, nodes, problems))
+            try:
+                return Reader(nodes, path)
+            except BrokenLink as error:
+                self._note(error.part, error)
+
+    def use(self, number: int, what: Callable[[Reader], T]) -> T:
+        """Call `what` with a reader; once more, with another way, where something turns out to be damaged.
+
+        Raises:
+            CheckpointError: as `reader`.
+        """
+        while True:
+            try:
+                with self.reader(number) as reader:
+                    return what(reader)
+            except BrokenLink as error:
+                self._note(error.part, error)
+
+    def restore(self, number: int) -> Path:
+        """The complete, verified checkpoint folder of a generation; made anew from history where it is needed.
+
+        Raises:
+            CheckpointError: it cannot be restored; says what is broken, and which older generation is whole.
+        """
+        folder = self.checkpoints.folders().get(number)
+        if folder is not None and ("folder", number) not in self.broken:
+            try:
+                generations.verify(folder)
+                return folder
+            except CheckpointError as error:
+                self._note(("folder", number), error)
+        made = self.use(
+            number, lambda reader: self.checkpoints.put(number, lambda to: _fill(to, reader, self.root))
+        )
+        self.broken.discard(("folder", number))
+        return made
+
+    def export(self, number: int, target: Path) -> None:
+        """Write a generation as a plain model folder, bit-identical to what was saved, into `target`.
+
+        Raises:
+            CheckpointError: it cannot be restored, or written.
+        """
+
+        def write(reader: Reader) -> None:
+            for path in target.iterdir():
+                remove(path)
+            (target / "hogwild").mkdir()
+            state = _fill(target, reader, self.root)
+            text = generations.encode_state(state)
+            new_file(target / STATE, lambda sink: sink.write(text))
+            fsync(target / "hogwild")
+            fsync(target)
+
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            self.use(number, write)
+        except OSError as error:
+            raise CheckpointError(f"{target} cannot be written: {error}") from error
+
+    def last_good(self, number: int) -> int | None:
+        """The newest ancestor of a generation (or itself) that can be restored, as far as is known; None: none."""
+        nodes = self.nodes()
+        good = Links(nodes).restorable()
+        at: int | None = number
+        while at is not None and at not in good:
+            older = (known for known in nodes if known < at)
+            at = nodes[at].parent if at in nodes else max(older, default=None)
+        return at
+
+    def _note(self, part: tuple[str, int], error: Exception) -> None:
+        self.broken.add(part)
+        log.error("history.damaged", part=part[0], generation=part[1], error=str(error))
+
+    def _lost(self, number: int, nodes: Mapping[int, Node], problems: Mapping[int, str]) -> str:
+        if number not in nodes and number not in problems:
+            known = ", ".join(map(str, nodes)) or "none"
+            return f"there is no generation {number} in {self.root}; there are: {known}"
+        bad = sorted(f"the {kind} of generation {which}" for kind, which in self.broken)
+        reasons = [*problems.values(), *([f"damaged: {', '.join(bad)}"] if bad else [])]
+        good = self.last_good(number)
+        advice = "no older one can" if good is None else f"the last good one before it is generation {good}"
+        return "\n  - ".join([f"generation {number} cannot be restored; {advice}", *reasons])
+
+    # --- retention -------------------------------------------------------------------------------------------------
+
+    def prune(self) -> list[int]:
+        """Forget the oldest generations beyond `keep`, `max_age_s` and `max_gib`; returns their numbers.
+
+        One whose difference others still need stays until they go.
+        """
+        nodes = self.nodes()
+        current = self.checkpoints.current_generation()
+        entries = [number for number, node in nodes.items() if node.entry and number > 0]
+        limit = int(self.config.max_gib * 2**30)
+        sizes = {number: nodes[number].nbytes for number in entries}
+        total, gone = sum(sizes.values()), []
+        for place, number in enumerate(entries):
+            age = time.time() - _seconds(nodes[number].state["saved_at"])
+            excess = len(entries) - place > self.config.keep
+            old = bool(self.config.max_age_s) and age > self.config.max_age_s
+            if not (excess or old or (limit and total > limit)) or number == current:
+                continue
+            rest = {key: node for key, node in nodes.items() if key != number}
+            newer = {key for key in Links(nodes).restorable() if key > number}
+            if not newer <= Links(rest).restorable():
+                continue
+            self._forget(number)
+            nodes, total = rest, total - sizes[number]
+            gone.append(number)
+        if gone:
+            self._sweep_blobs(nodes)
+        return gone
+
+    def may_go(self, number: int, _folder: Path) -> bool:
+        """Does history hold all that it holds also without this complete checkpoint folder?"""
+        if not self.config.keep:
+            return True
+        nodes = self.nodes()
+        node = nodes.get(number)
+        if node is None:
+            return True  # damaged
+        before = Links(nodes).restorable()
+        node.folder = None
+        return node.entry is not None and before <= Links(nodes).restorable()
+
+    def _forget(self, number: int) -> None:
+        entry = self.root / generations.name(number)
+        away = self.root / f"{_UNFINISHED}old-{entry.name}"
+        try:
+            remove(away)
+            entry.rename(away)
+            fsync(self.root)
+            remove(away)
+        except OSError as error:
+            log.warning("history.unpruned", generation=number, error=str(error))
+
+    def _sweep_blobs(self, nodes: Mapping[int, Node]) -> None:
+        used = {blob for node in nodes.values() if node.entry for blob in node.entry.blobs.values()}
+        for path in (self.root / BLOBS).iterdir():
+            if path.name not in used:
+                path.unlink(missing_ok=True)
+
+
+class _Writer:
+    """Reads a complete folder once and writes what history keeps of it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        state: Mapping[str, Any],
+        parent: Reader | None,
+        base: bool,
+        *,
+        zero: bool,
+        headers: Mapping[str, bytes],
+    ) -> None:
+        self._folder, self._state, self._parent, self._base = folder, state, parent, base
+        self._zero, self._headers = zero, headers
+        self._source = TensorFolder(folder, optimizer=not zero)
+        self._known = (
+            {name: parent.kind(name) for name in parent.names()} if parent is not None else {}
+        )
+
+    def write(self, entry: Path, blobs: Path) -> tuple[Entry, dict[str, Any]]:
+        """Write the frames and the blobs; returns what entry.json and index.json are to say."""
+        tensors: dict[str, dict[str, Any]] = {}
+        headers = dict(self._headers)
+        delta = Sink(entry / DELTA)
+        base = Sink(entry / BASE) if self._base else None
+        try:
+            for file in self._source.files:
+                header = read_header(file)
+                headers[str(file.relative_to(self._folder))] = header.raw
+                moments = file == self._folder / OPTIMIZER
+                for one in header.entries:
+                    tensors[one.name] = self._tensor(one, moments, delta, base)
+            delta.close()
+            if base is not None:
+                base.close()
+        finally:
+            delta.abandon()
+            if base is not None:
+                base.abandon()
+        needs = {name for name, item in tensors.items() if item["coding"] != "full"}
+        linked = {name for name, item in tensors.items() if item["coding"] in LINKED}
+        parent = self._parent
+        said = Entry(
+            delta=parent is not None,
+            both_ways=parent is not None and parent.linked() <= linked,
+            base=self._base,
+            whole=not needs,
+            blobs=self._blobs(blobs, headers),
+        )
+        return said, {"headers": {file: _pack(raw) for file, raw in headers.items()}, "tensors": tensors}
+
+    def _tensor(self, one: Any, moments: bool, delta: Sink, base: Sink | None) -> dict[str, Any]:
+        new = self._source.read(one.name)
+        after = hashlib.sha256(new).hexdigest()
+        itemsize = one.torch_dtype.itemsize
+        item: dict[str, Any] = {
+            "dtype": one.dtype, "shape": one.shape, "nbytes": one.nbytes, "itemsize": itemsize,
+            "before": None, "after": after,
+        }  # fmt: skip
+        if self._zero:
+            return {**item, "coding": "none"}
+        linked = not moments and self._known.get(one.name) == (one.dtype, one.shape)
+        if moments or (self._parent is not None and not linked):
+            return {**item, "coding": "full", "delta": _frames(delta, new, None, itemsize)}
+        if base is not None:
+            item["base"] = _frames(base, new, None, itemsize)
+        if self._parent is None:
+            return {**item, "coding": "none"}
+        old = self._parent.read(one.name)
+        item["before"] = hashlib.sha256(old).hexdigest()
+        if item["before"] == after:
+            return {**item, "coding": "same"}
+        return {**item, "coding": "xor", "delta": _frames(delta, new, old, itemsize)}
+
+    def _blobs(self, blobs: Path, headers: Mapping[str, bytes]) -> dict[str, str]:
+        """Files without tensors: name -> hash, each stored once under its hash."""
+        found = {file: sha for file, sha in self._state["checksums"].items() if file not in headers}
+        for file, sha in found.items():
+            if not (blobs / sha).exists():
+                fresh = blobs / f"{_UNFINISHED}{sha}"
+                remove(fresh)
+                if copy_file(self._folder / file, fresh) != sha:
+                    raise CheckpointError(f"{self._folder / file} is not what was saved")
+                fresh.rename(blobs / sha)
+        return found
+
+
+def _frames(sink: Sink, new: Bytes, old: Bytes | None, itemsize: int) -> list[Any]:
+    """[offset, lengths]"""
+    offset = sink.nbytes
+    return [offset, encode(sink, new, old, itemsize)]
+
+
+def _fill(target: Path, reader: Reader, root: Path) -> dict[str, Any]:
+    """Write every file of a generation but its state.json into `target`; returns its state.
+
+    Raises:
+        BrokenLink: what was written is not what was saved.
+    """
+    node = reader.node
+    wanted: dict[str, str] = node.state["checksums"]
+    headers = {file: _unpack(text) for file, text in node.index.get("headers", {}).items()}
+    for file, expected in wanted.items():
+        path = target / file
+        made = node.number == 0 and file == str(OPTIMIZER)  # the model as it came has none
+        if node.folder is not None and not made and (node.folder / file).exists():
+            if copy_file(node.folder / file, path) != expected:
+                raise BrokenLink("folder", node, f"{file} is not what was saved")
+        elif file in headers:
+            raw = headers[file]
+            entries = parse_header(raw, path).entries
+
+            def write(sink: Sink, raw: bytes = raw, entries: Any = entries) -> None:
+                sink.write(raw)
+                for one in entries:
+                    sink.write(memoryview(reader.read(one.name)))
+
+            if new_file(path, write) != expected:
+                raise BrokenLink("delta", node, f"{file} is not what was saved")
+        else:
+            blob = root / BLOBS / expected
+            try:
+                right = copy_file(blob, path) == expected
+            except FileNotFoundError:
+                right = False
+            if not right:
+                raise BrokenLink("delta", node, f"{blob} ({file}) is missing or damaged")
+    return node.state
+
+
+def _pack(raw: bytes) -> str:
+    return base64.b64encode(zstandard.compress(raw, 3)).decode()
+
+
+def _unpack(text: str) -> bytes:
+    return zstandard.decompress(base64.b64decode(text))
+
+
+def _seconds(saved_at: str) -> float:
+    return datetime.strptime(saved_at, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
