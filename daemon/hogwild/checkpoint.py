@@ -92,7 +92,13 @@ class Checkpoints:
             CheckpointError: it could not be written (disk full, permissions); the previous one stays current.
         """
         number = self._next_generation()
-        full = {"generation": number, "parent": self.current_generation() or 0, "saved_at": now(), **state}
+        full = {
+            "generation": number,
+            "parent": self.current_generation() or 0,
+            "epoch": 0,
+            "saved_at": now(),
+            **state,
+        }
 
         def fill(folder: Path) -> dict[str, Any]:
             sums = copy_beside(base, folder)

@@ -26,7 +26,7 @@ LEVEL = 3
 _SMALL = 4096  # bytes of a tensor that is not worth taking apart
 
 
-class Damaged(CheckpointError):
+class DamagedError(CheckpointError):
     """Stored bytes are not what was written."""
 
 
@@ -46,7 +46,7 @@ def encode(
         if old is not None:
             piece = np.bitwise_xor(piece, old[first : first + PIECE], out=buffer[: len(piece)])
         for plane in range(planes):
-            frame = compress(np.ascontiguousarray(piece[plane::planes]))
+            frame = compress(np.ascontiguousarray(piece[plane::planes]).data)
             sink.write(frame)
             lengths.append(len(frame))
     return lengths
@@ -62,12 +62,12 @@ def decode_into(
     """Read back what `encode` wrote.
 
     Raises:
-        Damaged: it is not whole; `target` is worthless then.
+        DamagedError: it is not whole; `target` is worthless then.
     """
     planes = 1 if len(target) < _SMALL else itemsize
     pieces = range(0, len(target), PIECE)
     if len(lengths) != len(pieces) * planes:
-        raise Damaged(f"{len(lengths)} frames for {len(target)} bytes")
+        raise DamagedError(f"{len(lengths)} frames for {len(target)} bytes")
     decompress = zstandard.ZstdDecompressor().decompress
     frames = iter(lengths)
     for first in pieces:
@@ -78,11 +78,11 @@ def decode_into(
             offset += length
             part = piece[plane::planes]
             try:
-                plain = np.frombuffer(decompress(data, max_output_size=len(part)), np.uint8)
+                plain = np.frombuffer(decompress(data.data, max_output_size=len(part)), np.uint8)
             except zstandard.ZstdError as error:
-                raise Damaged(str(error)) from error
+                raise DamagedError(str(error)) from error
             if len(plain) != len(part):
-                raise Damaged(f"a frame holds {len(plain)} bytes in place of {len(part)}")
+                raise DamagedError(f"a frame holds {len(plain)} bytes in place of {len(part)}")
             np.bitwise_xor(part, plain, out=part)
 
 
@@ -90,14 +90,14 @@ def read_exactly(fd: int, length: int, offset: int) -> Bytes:
     """`length` bytes of a file from `offset`.
 
     Raises:
-        Damaged: the file ends before.
+        DamagedError: the file ends before.
         OSError: it cannot be read.
     """
     data = np.empty(length, np.uint8)
-    view, at = memoryview(data), offset
+    view, at = data.data, offset
     while view:
         count = os.preadv(fd, [view], at)
         if not count:
-            raise Damaged(f"the file ends at byte {at}")
+            raise DamagedError(f"the file ends at byte {at}")
         view, at = view[count:], at + count
     return data

@@ -5,8 +5,7 @@ back. An entry is written to a folder that no name leads to, fsynced and renamed
 crash costs at most the entry, which is written at the next chance from the checkpoint folders.
 """
 
-import base64
-import hashlib
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,23 +13,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import zstandard
-
 from hogwild import generation as generations
 from hogwild import log as logs
 from hogwild.checkpoint import Checkpoints, folder_bytes, now, remove, side_files
 from hogwild.config import HistoryConfig
-from hogwild.delta import Bytes, encode
 from hogwild.errors import CheckpointError
-from hogwild.files import Sink, copy_file, fsync, hash_file, new_file
+from hogwild.files import fsync, hash_file, new_file
 from hogwild.generation import OPTIMIZER, STATE
 from hogwild.history_nodes import (
-    BASE,
     BLOBS,
-    DELTA,
     ENTRY,
     INDEX,
-    LINKED,
     Broken,
     Entry,
     Links,
@@ -39,9 +32,10 @@ from hogwild.history_nodes import (
     load,
     seal,
 )
-from hogwild.history_read import BrokenLink, Reader, TensorFolder
+from hogwild.history_read import BrokenLinkError, Reader
+from hogwild.history_write import Writer, fill
 from hogwild.layout import weight_files
-from hogwild.tensor_file import parse_header, read_header, write_tensors
+from hogwild.tensor_file import read_header, write_tensors
 
 log = logs.get(__name__)
 
@@ -77,6 +71,7 @@ class History:
         """
         self.root, self.checkpoints, self.config = root, checkpoints, config
         self.broken: Broken = set()
+        self.interrupt = threading.Event()
         try:
             (root / BLOBS).mkdir(parents=True, exist_ok=True)
             for folder in (root, root / BLOBS):
@@ -115,7 +110,7 @@ class History:
         wants_base = bool(every) and number % every == 0
         try:
             entry = self._put(number, folder, state, parent, wants_base)
-        except BrokenLink as error:
+        except BrokenLinkError as error:
             self._note(error.part, error)
             entry = self._put(number, folder, state, None, True)
         return Recorded(
@@ -157,7 +152,7 @@ class History:
         state: Mapping[str, Any],
         parent: int | None,
         wants_base: bool,
-        headers: Mapping[str, bytes] = {},  # noqa: B006 - never written to
+        headers: Mapping[str, bytes] = {},
     ) -> Entry:
         """Write the entry of a generation from its complete folder, durably."""
         unfinished = self.root / f"{_UNFINISHED}{generations.name(number)}"
@@ -168,7 +163,7 @@ class History:
             remove(unfinished)
             unfinished.mkdir(parents=True)
             new_file(unfinished / "state.json", lambda sink: sink.write(text))
-            writer = _Writer(folder, state, reader, base, zero=number == 0, headers=headers)
+            writer = Writer(folder, state, reader, base, self.interrupt, zero=number == 0, headers=headers)
             entry, index = writer.write(unfinished, self.root / BLOBS)
             new_file(unfinished / INDEX, lambda sink: sink.write(seal(index)))
             new_file(unfinished / ENTRY, lambda sink: sink.write(entry_json(entry)))
@@ -204,7 +199,7 @@ class History:
                 raise CheckpointError(self._lost(number, nodes, problems))
             try:
                 return Reader(nodes, path)
-            except BrokenLink as error:
+            except BrokenLinkError as error:
                 self._note(error.part, error)
 
     def use(self, number: int, what: Callable[[Reader], T]) -> T:
@@ -217,7 +212,7 @@ class History:
             try:
                 with self.reader(number) as reader:
                     return what(reader)
-            except BrokenLink as error:
+            except BrokenLinkError as error:
                 self._note(error.part, error)
 
     def restore(self, number: int) -> Path:
@@ -234,7 +229,7 @@ class History:
             except CheckpointError as error:
                 self._note(("folder", number), error)
         made = self.use(
-            number, lambda reader: self.checkpoints.put(number, lambda to: _fill(to, reader, self.root))
+            number, lambda reader: self.checkpoints.put(number, lambda to: fill(to, reader, self.root))
         )
         self.broken.discard(("folder", number))
         return made
@@ -250,7 +245,7 @@ class History:
             for path in target.iterdir():
                 remove(path)
             (target / "hogwild").mkdir()
-            state = _fill(target, reader, self.root)
+            state = fill(target, reader, self.root)
             text = generations.encode_state(state)
             new_file(target / STATE, lambda sink: sink.write(text))
             fsync(target / "hogwild")
@@ -261,6 +256,12 @@ class History:
             self.use(number, write)
         except OSError as error:
             raise CheckpointError(f"{target} cannot be written: {error}") from error
+
+    def known(self, number: int) -> bool:
+        """Has there been such a generation, as far as can be told: whole, damaged, or between those that are there?"""
+        nodes, problems = load(self.root, self.checkpoints.folders(), self.broken)
+        seen = {*nodes, *problems, *(number for _, number in self.broken)}
+        return number in seen
 
     def last_good(self, number: int) -> int | None:
         """The newest ancestor of a generation (or itself) that can be restored, as far as is known; None: none."""
@@ -344,145 +345,6 @@ class History:
         for path in (self.root / BLOBS).iterdir():
             if path.name not in used:
                 path.unlink(missing_ok=True)
-
-
-class _Writer:
-    """Reads a complete folder once and writes what history keeps of it."""
-
-    def __init__(
-        self,
-        folder: Path,
-        state: Mapping[str, Any],
-        parent: Reader | None,
-        base: bool,
-        *,
-        zero: bool,
-        headers: Mapping[str, bytes],
-    ) -> None:
-        self._folder, self._state, self._parent, self._base = folder, state, parent, base
-        self._zero, self._headers = zero, headers
-        self._source = TensorFolder(folder, optimizer=not zero)
-        self._known = (
-            {name: parent.kind(name) for name in parent.names()} if parent is not None else {}
-        )
-
-    def write(self, entry: Path, blobs: Path) -> tuple[Entry, dict[str, Any]]:
-        """Write the frames and the blobs; returns what entry.json and index.json are to say."""
-        tensors: dict[str, dict[str, Any]] = {}
-        headers = dict(self._headers)
-        delta = Sink(entry / DELTA)
-        base = Sink(entry / BASE) if self._base else None
-        try:
-            for file in self._source.files:
-                header = read_header(file)
-                headers[str(file.relative_to(self._folder))] = header.raw
-                moments = file == self._folder / OPTIMIZER
-                for one in header.entries:
-                    tensors[one.name] = self._tensor(one, moments, delta, base)
-            delta.close()
-            if base is not None:
-                base.close()
-        finally:
-            delta.abandon()
-            if base is not None:
-                base.abandon()
-        needs = {name for name, item in tensors.items() if item["coding"] != "full"}
-        linked = {name for name, item in tensors.items() if item["coding"] in LINKED}
-        parent = self._parent
-        said = Entry(
-            delta=parent is not None,
-            both_ways=parent is not None and parent.linked() <= linked,
-            base=self._base,
-            whole=not needs,
-            blobs=self._blobs(blobs, headers),
-        )
-        return said, {"headers": {file: _pack(raw) for file, raw in headers.items()}, "tensors": tensors}
-
-    def _tensor(self, one: Any, moments: bool, delta: Sink, base: Sink | None) -> dict[str, Any]:
-        new = self._source.read(one.name)
-        after = hashlib.sha256(new).hexdigest()
-        itemsize = one.torch_dtype.itemsize
-        item: dict[str, Any] = {
-            "dtype": one.dtype, "shape": one.shape, "nbytes": one.nbytes, "itemsize": itemsize,
-            "before": None, "after": after,
-        }  # fmt: skip
-        if self._zero:
-            return {**item, "coding": "none"}
-        linked = not moments and self._known.get(one.name) == (one.dtype, one.shape)
-        if moments or (self._parent is not None and not linked):
-            return {**item, "coding": "full", "delta": _frames(delta, new, None, itemsize)}
-        if base is not None:
-            item["base"] = _frames(base, new, None, itemsize)
-        if self._parent is None:
-            return {**item, "coding": "none"}
-        old = self._parent.read(one.name)
-        item["before"] = hashlib.sha256(old).hexdigest()
-        if item["before"] == after:
-            return {**item, "coding": "same"}
-        return {**item, "coding": "xor", "delta": _frames(delta, new, old, itemsize)}
-
-    def _blobs(self, blobs: Path, headers: Mapping[str, bytes]) -> dict[str, str]:
-        """Files without tensors: name -> hash, each stored once under its hash."""
-        found = {file: sha for file, sha in self._state["checksums"].items() if file not in headers}
-        for file, sha in found.items():
-            if not (blobs / sha).exists():
-                fresh = blobs / f"{_UNFINISHED}{sha}"
-                remove(fresh)
-                if copy_file(self._folder / file, fresh) != sha:
-                    raise CheckpointError(f"{self._folder / file} is not what was saved")
-                fresh.rename(blobs / sha)
-        return found
-
-
-def _frames(sink: Sink, new: Bytes, old: Bytes | None, itemsize: int) -> list[Any]:
-    """[offset, lengths]"""
-    offset = sink.nbytes
-    return [offset, encode(sink, new, old, itemsize)]
-
-
-def _fill(target: Path, reader: Reader, root: Path) -> dict[str, Any]:
-    """Write every file of a generation but its state.json into `target`; returns its state.
-
-    Raises:
-        BrokenLink: what was written is not what was saved.
-    """
-    node = reader.node
-    wanted: dict[str, str] = node.state["checksums"]
-    headers = {file: _unpack(text) for file, text in node.index.get("headers", {}).items()}
-    for file, expected in wanted.items():
-        path = target / file
-        made = node.number == 0 and file == str(OPTIMIZER)  # the model as it came has none
-        if node.folder is not None and not made and (node.folder / file).exists():
-            if copy_file(node.folder / file, path) != expected:
-                raise BrokenLink("folder", node, f"{file} is not what was saved")
-        elif file in headers:
-            raw = headers[file]
-            entries = parse_header(raw, path).entries
-
-            def write(sink: Sink, raw: bytes = raw, entries: Any = entries) -> None:
-                sink.write(raw)
-                for one in entries:
-                    sink.write(memoryview(reader.read(one.name)))
-
-            if new_file(path, write) != expected:
-                raise BrokenLink("delta", node, f"{file} is not what was saved")
-        else:
-            blob = root / BLOBS / expected
-            try:
-                right = copy_file(blob, path) == expected
-            except FileNotFoundError:
-                right = False
-            if not right:
-                raise BrokenLink("delta", node, f"{blob} ({file}) is missing or damaged")
-    return node.state
-
-
-def _pack(raw: bytes) -> str:
-    return base64.b64encode(zstandard.compress(raw, 3)).decode()
-
-
-def _unpack(text: str) -> bytes:
-    return zstandard.decompress(base64.b64decode(text))
 
 
 def _seconds(saved_at: str) -> float:

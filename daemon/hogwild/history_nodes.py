@@ -165,10 +165,11 @@ class Links:
         self._nodes = nodes
         self._ways: dict[int, list[int]] = {number: [] for number in nodes}  # whose bits help to get its own
         for number, node in nodes.items():
-            if node.parent in nodes and node.entry is not None and node.entry.delta:
-                self._ways[number].append(int(node.parent))
+            parent = node.parent
+            if parent is not None and parent in nodes and node.entry is not None and node.entry.delta:
+                self._ways[number].append(parent)
                 if node.entry.both_ways:
-                    self._ways[int(node.parent)].append(number)
+                    self._ways[parent].append(number)
 
     def path(self, target: int) -> list[int] | None:
         """The shortest way from a generation to a whole copy, both included; None: it cannot be restored."""

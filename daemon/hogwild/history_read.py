@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from hogwild.delta import Bytes, Damaged, decode_into, read_exactly
+from hogwild.delta import Bytes, DamagedError, decode_into, read_exactly
 from hogwild.errors import CheckpointError
 from hogwild.generation import OPTIMIZER, name
 from hogwild.history_nodes import BASE, DELTA, INDEX, Node
@@ -17,7 +17,7 @@ from hogwild.layout import weight_files
 from hogwild.tensor_file import Entry, read_header
 
 
-class BrokenLink(CheckpointError):
+class BrokenLinkError(CheckpointError):
     """A part of history that cannot be used, by name.
 
     Attributes:
@@ -49,7 +49,7 @@ class TensorFolder:
                 self.entries[entry.name] = (file, entry)
 
     def read(self, tensor: str) -> Bytes:
-        """Raises KeyError, OSError, Damaged."""
+        """Raises KeyError, OSError, DamagedError."""
         file, entry = self.entries[tensor]
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -66,7 +66,7 @@ class Reader:
     """
 
     def __init__(self, nodes: dict[int, Node], path: list[int]) -> None:
-        """Raises BrokenLink."""
+        """Raises BrokenLinkError."""
         self._nodes = [nodes[number] for number in path]
         self.node = self._nodes[0]
         self._open = ExitStack()
@@ -76,13 +76,13 @@ class Reader:
             try:
                 _ = node.index
             except CheckpointError as error:
-                raise BrokenLink("index", node, error) from error
+                raise BrokenLinkError("index", node, error) from error
         last = self._nodes[-1]
         if last.folder is not None:
             try:
                 self._folder = TensorFolder(last.folder, optimizer=last.number > 0)
             except (CheckpointError, OSError) as error:
-                raise BrokenLink("folder", last, error) from error
+                raise BrokenLinkError("folder", last, error) from error
 
     def __enter__(self) -> Self:
         return self
@@ -116,12 +116,12 @@ class Reader:
         """Its bytes, checked against the hash that was taken when it was saved.
 
         Raises:
-            BrokenLink: something on the way is damaged.
+            BrokenLinkError: something on the way is damaged.
         """
         item = self.node.tensors.get(tensor)
         source, data = self._combine(tensor, item)
-        if item is not None and hashlib.sha256(data).hexdigest() != item["after"]:
-            raise BrokenLink(*source, f"{tensor} is not what was saved")
+        if item is not None and hashlib.sha256(data.data).hexdigest() != item["after"]:
+            raise BrokenLinkError(*source, f"{tensor} is not what was saved")
         return data
 
     def _combine(self, tensor: str, item: dict[str, Any] | None) -> tuple[tuple[str, Node], Bytes]:
@@ -132,12 +132,12 @@ class Reader:
             if last and self._folder is not None:
                 try:
                     data = self._folder.read(tensor)
-                except (KeyError, OSError, Damaged) as error:
-                    raise BrokenLink("folder", node, error) from error
+                except (KeyError, OSError, DamagedError) as error:
+                    raise BrokenLinkError("folder", node, error) from error
                 if total is None:
                     return ("folder", node), data
                 if len(total) != len(data):
-                    raise BrokenLink("folder", node, f"{tensor} is of another size")
+                    raise BrokenLinkError("folder", node, f"{tensor} is of another size")
                 return ("folder", node), np.bitwise_xor(total, data, out=total)
             assert item is not None, "a generation without an index is read from its own folder"
             if total is None:
@@ -165,5 +165,5 @@ class Reader:
                 self._fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 self._open.callback(os.close, self._fds[path])
             decode_into(total, self._fds[path], offset, lengths, itemsize)
-        except (OSError, Damaged) as error:
-            raise BrokenLink(kind, node, error) from error
+        except (OSError, DamagedError) as error:
+            raise BrokenLinkError(kind, node, error) from error

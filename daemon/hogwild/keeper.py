@@ -16,6 +16,7 @@ from hogwild.checkpoint import Checkpoints
 from hogwild.config import CheckpointConfig, Config
 from hogwild.errors import CheckpointError
 from hogwild.history import History
+from hogwild.history_write import PutOffError
 from hogwild.learner import Learner, Saved
 
 log = logs.get(__name__)
@@ -37,7 +38,6 @@ class Keeper:
         self.configure(config)
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_give_way)
         self._saving: Future[Saved] | None = None
-        self._tidying: Future[None] | None = None
 
     def configure(self, config: Config) -> None:
         """Take over settings, also while a save is under way."""
@@ -57,6 +57,14 @@ class Keeper:
         assert self._saving is None
         self._saving = self._thread.submit(learner.save, self.checkpoints, about)
 
+    def save(self, learner: Learner, about: Mapping[str, Any]) -> Saved | CheckpointError:
+        """Write a checkpoint in the calling thread, at its priority; nothing else may be under way but tidying."""
+        self.settle()
+        try:
+            return learner.save(self.checkpoints, about)
+        except CheckpointError as error:
+            return error
+
     def saved(self, *, wait: bool = False) -> Saved | CheckpointError | None:
         """What became of the checkpoint that was begun, once; None while it is under way, or if there is none.
 
@@ -70,8 +78,12 @@ class Keeper:
             saved = future.result()
         except CheckpointError as error:
             return error
-        self._tidying = self._thread.submit(self.tidy)
+        self.start_tidying()
         return saved
+
+    def start_tidying(self) -> None:
+        """Bring history up to date in the background."""
+        self._thread.submit(self.tidy)
 
     def tidy(self) -> None:
         """Bring history up to date, and let go of what is too old. Failures are logged: nothing depends on them."""
@@ -85,6 +97,8 @@ class Keeper:
                     base=recorded.base,
                     ms=round(recorded.seconds * 1000),
                 )
+        except PutOffError:
+            return  # it is done at the next chance
         except CheckpointError as error:
             log.error("history.failed", error=str(error))
         folders = self.checkpoints.prune(self.history.may_go)
@@ -93,11 +107,16 @@ class Keeper:
             log.info("checkpoint.pruned", folders=folders, forgotten=forgotten)
 
     def settle(self) -> None:
-        """Wait until the thread has nothing to do."""
-        self._thread.submit(lambda: None).result()
+        """Wait until the thread has nothing to do. Tidying is put off, a checkpoint is finished."""
+        self.history.interrupt.set()
+        try:
+            self._thread.submit(lambda: None).result()
+        finally:
+            self.history.interrupt.clear()
 
     def close(self) -> None:
-        """Finish what is under way."""
+        """Put off what can wait, and end the thread."""
+        self.history.interrupt.set()
         self._thread.shutdown(wait=True)
 
     def restore_current(self) -> Path | None:
@@ -133,5 +152,3 @@ def _give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICE)
     except OSError as error:
         log.warning("checkpoint.priority", error=str(error))
-
-

@@ -101,14 +101,14 @@ class Learner:
         Raises:
             CheckpointError: it is damaged or does not fit; nothing has been written to the arena.
         """
-        state = generation.verify(folder)
+        state = generation.read_state(folder)
         self.weights.check(folder)
         self.load_moments(folder)  # and this, before the arena is marked, not only before it is written
-        self.arena.control.mark_trained()
         self.progress.new_epoch()
-        self.weights.write(folder)
-        self.progress.resume(state["step"], state["epoch"])
-        self.arena.control.generation = state["generation"]
+        with self.arena.control.rewriting():
+            self.weights.write(folder)
+            self.progress.resume(state["step"], state["epoch"])
+            self.arena.control.generation = state["generation"]
         return state
 
     def load_moments(self, folder: Path) -> None:
@@ -205,8 +205,10 @@ class Learner:
                 **about,
             },
         )
-        durable = self.ledger.complete_checkpoint(marker, step=step, path=str(path))
         number = generation.number(path) or 0
+        durable = self.ledger.complete_checkpoint(
+            marker, step=step, path=str(path), generation=number, parent=generation.read_state(path)["parent"]
+        )
         self.arena.control.generation = number
         log.info(
             "checkpoint.saved",
@@ -245,7 +247,7 @@ class Learner:
                     train_on=self.config.training.train_on,
                 )
         except ExampleError as error:
-            self.ledger.set_failed(pending.example_id, str(error))
+            self.ledger.set_failed(pending.example_id, error.reason, error.field)
             self.curriculum.done(pending)
             log.warning("example.failed", **_who(pending), reason=error.reason, field=error.field)
             return

@@ -94,7 +94,9 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
 
     Every element is copied once, as one aligned load: it is a value that the element had while the file was written.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # keeps everything aligned
+    names = sorted(
+        tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)
+    )  # keeps everything aligned
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
@@ -123,4 +125,4 @@ def _pieces(tensor: torch.Tensor, buffer: torch.Tensor) -> Iterator[memoryview]:
         part = flat[first : first + room.numel()]
         copy = room[: part.numel()]
         copy.copy_(part)
-        yield memoryview(copy.numpy()).cast("B")
+        yield copy.numpy().data.cast("B")
