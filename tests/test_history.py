@@ -1,29 +1,20 @@
 """History on a real disk: every generation comes back bit for bit, and damage is found, named and walked around."""
 
-import json
-import os
 import random
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from hogwild import delta, generation
+from hogwild import generation
 from hogwild.checkpoint import Checkpoints
 from hogwild.config import HistoryConfig
-from hogwild.errors import CheckpointError
-from hogwild.files import PIECE, Sink
 from hogwild.history import History
-from hogwild.history_nodes import BASE, BLOBS, DELTA, ENTRY, INDEX
 from hogwild.weights import Weights, load_arena
 from support import digest
-from tiny import Child, llama, tokenizer
+from tiny import llama, tokenizer
 
 
 class World:
@@ -97,7 +88,9 @@ class World:
 
 def files(folder: Path) -> dict[str, str]:
     """Every file and its hash."""
-    return {str(path.relative_to(folder)): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 def flip(path: Path, seed: int = 0) -> None:

@@ -48,16 +48,21 @@ class Checkpoints:
         max_bytes: the oldest go until all fit; 0: no limit. The current one always stays.
     """
 
-    def __init__(self, root: Path, keep: int, *, max_age_s: float = 0.0, max_bytes: int = 0) -> None:
-        """Make the folder if needed, and clear away what an interrupted write left.
+    def __init__(
+        self, root: Path, keep: int, *, max_age_s: float = 0.0, max_bytes: int = 0, readonly: bool = False
+    ) -> None:
+        """Make the folder if needed, and clear away what an interrupted write left; with `readonly`, do neither.
 
         Raises:
             CheckpointError: the folder cannot be made or written.
         """
         self.keep, self.max_age_s, self.max_bytes = keep, max_age_s, max_bytes
+        self.root = root.resolve()  # as `current` resolves to: the two are compared
+        if readonly:
+            return
         try:
             root.mkdir(parents=True, exist_ok=True)
-            self.root = root.resolve()  # as `current` resolves to: the two are compared
+            self.root = root.resolve()
             for leftover in self.root.glob(f"{_UNFINISHED}*"):
                 remove(leftover)
         except OSError as error:

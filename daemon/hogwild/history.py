@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from hogwild import generation as generations
 from hogwild import log as logs
 from hogwild.checkpoint import Checkpoints, folder_bytes, now, remove, side_files
-from hogwild.config import HistoryConfig
+from hogwild.config import Config, HistoryConfig
 from hogwild.errors import CheckpointError
 from hogwild.files import fsync, hash_file, new_file
 from hogwild.generation import OPTIMIZER, STATE
@@ -63,8 +63,10 @@ class History:
         config: what is kept. `keep = 0`: nothing is recorded.
     """
 
-    def __init__(self, root: Path, checkpoints: Checkpoints, config: HistoryConfig) -> None:
-        """Make the folder if needed, and clear away what an interrupted write left.
+    def __init__(
+        self, root: Path, checkpoints: Checkpoints, config: HistoryConfig, *, readonly: bool = False
+    ) -> None:
+        """Make the folder if needed, and clear away what an interrupted write left; with `readonly`, do neither.
 
         Raises:
             CheckpointError: the folder cannot be made or written.
@@ -72,6 +74,8 @@ class History:
         self.root, self.checkpoints, self.config = root, checkpoints, config
         self.broken: Broken = set()
         self.interrupt = threading.Event()
+        if readonly:
+            return
         try:
             (root / BLOBS).mkdir(parents=True, exist_ok=True)
             for folder in (root, root / BLOBS):
@@ -79,6 +83,13 @@ class History:
                     remove(leftover)
         except OSError as error:
             raise CheckpointError(f"cannot keep history in {root}: {error}") from error
+
+    @classmethod
+    def reading(cls, config: Config) -> "History":
+        """To look at while a daemon may be at work: changes nothing."""
+        root = config.state_dir
+        checkpoints = Checkpoints(root / "checkpoints", config.checkpoint.keep, readonly=True)
+        return cls(root / "history", checkpoints, config.history, readonly=True)
 
     def nodes(self) -> dict[int, Node]:
         """Every generation that is known, oldest first."""
@@ -111,7 +122,7 @@ class History:
         try:
             entry = self._put(number, folder, state, parent, wants_base)
         except BrokenLinkError as error:
-            self._note(error.part, error)
+            self.note(error.part, error)
             entry = self._put(number, folder, state, None, True)
         return Recorded(
             number,
@@ -200,7 +211,7 @@ class History:
             try:
                 return Reader(nodes, path)
             except BrokenLinkError as error:
-                self._note(error.part, error)
+                self.note(error.part, error)
 
     def use(self, number: int, what: Callable[[Reader], T]) -> T:
         """Call `what` with a reader; once more, with another way, where something turns out to be damaged.
@@ -213,7 +224,7 @@ class History:
                 with self.reader(number) as reader:
                     return what(reader)
             except BrokenLinkError as error:
-                self._note(error.part, error)
+                self.note(error.part, error)
 
     def restore(self, number: int) -> Path:
         """The complete, verified checkpoint folder of a generation; made anew from history where it is needed.
@@ -227,7 +238,7 @@ class History:
                 generations.verify(folder)
                 return folder
             except CheckpointError as error:
-                self._note(("folder", number), error)
+                self.note(("folder", number), error)
         made = self.use(
             number, lambda reader: self.checkpoints.put(number, lambda to: fill(to, reader, self.root))
         )
@@ -273,7 +284,8 @@ class History:
             at = nodes[at].parent if at in nodes else max(older, default=None)
         return at
 
-    def _note(self, part: tuple[str, int], error: Exception) -> None:
+    def note(self, part: tuple[str, int], error: Exception) -> None:
+        """Something is damaged: say so, and use it no more."""
         self.broken.add(part)
         log.error("history.damaged", part=part[0], generation=part[1], error=str(error))
 

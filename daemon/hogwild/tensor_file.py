@@ -21,7 +21,7 @@ _DTYPES = {
     torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16",
     torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL",
 }  # fmt: skip
-_TORCH = {name: dtype for dtype, name in _DTYPES.items()}
+TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -37,7 +37,7 @@ class Entry:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return _TORCH[self.dtype]
+        return TORCH_DTYPES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def parse_header(raw: bytes, path: Path) -> Header:
             if name != "__metadata__":
                 first, last = item["data_offsets"]
                 shape = tuple(int(size) for size in item["shape"])
-                if last - first != math.prod(shape) * _TORCH[item["dtype"]].itemsize:
+                if last - first != math.prod(shape) * TORCH_DTYPES[item["dtype"]].itemsize:
                     raise ValueError(f"{name} has {last - first} bytes")
                 entries.append(Entry(name, item["dtype"], shape, 8 + length + first, last - first))
         entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
