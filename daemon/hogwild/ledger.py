@@ -365,15 +365,36 @@ class Ledger:
                 (example_id,),
             )
 
+    def newest_pass(self) -> int:
+        """Number of the newest pass that was ever recorded, undone ones included; 0 without one."""
+        with self._db.read() as db:
+            return int(db.execute("SELECT coalesce(max(pass_id), 0) FROM passes").fetchone()[0])
+
+    def steps_recorded(self, arena_id: str, after_pass: int) -> int:
+        """How many different steps of that arena have a pass recorded, among passes after number `after_pass`."""
+        with self._db.read() as db:
+            query = "SELECT count(DISTINCT step) FROM passes WHERE pass_id > ? AND arena = ?"
+            return int(db.execute(query, (after_pass, arena_id)).fetchone()[0])
+
     # --- checkpoints -------------------------------------------------------------------------------------
 
     def begin_checkpoint(self) -> int:
-        """Called *before* the weights are read. Returns the marker: the newest pass surely in them."""
-        with self._db.read() as db:
+        """Called *before* the weights are read. Returns the marker: the newest pass surely in them.
+
+        Fsynced, so that no power cut can leave a checkpoint on disk that holds passes the ledger has forgotten (their
+        numbers would be given again, to passes that it does not hold).
+        """
+        with self._db.write(fsync=True) as db:
             row = db.execute(
                 "SELECT pass_id FROM passes WHERE NOT undone ORDER BY pass_id DESC LIMIT 1"
             ).fetchone()
-        return int(row[0]) if row else 0
+            marker = int(row[0]) if row else 0
+            db.execute(
+                "INSERT INTO meta VALUES ('checkpoint_begun', ?)"
+                " ON CONFLICT DO UPDATE SET value = excluded.value",
+                (str(marker),),
+            )
+        return marker
 
     def complete_checkpoint(
         self, marker: int, step: int, path: str, *, generation: int | None = None, parent: int | None = None

@@ -3,6 +3,7 @@
     incoming/  *.jsonl, *.jsonl.gz, *.jsonl.zst; dotfiles and everything else are left alone
     done/      accepted files, as they were dropped
     failed/    files without one good line, and <name>.errors.jsonl for every file with something that cannot train
+    .moving/   files on their way from incoming/ to one of the two
 
 A file is ours once it is in the ledger (fsynced); only then does it move. A crash between the two leaves a
 file in incoming/ that the ledger knows, which the next scan finishes. Scans are the truth; file events, which
@@ -20,7 +21,7 @@ from hogwild.errors import SpoolError
 from hogwild.ledger import Ledger
 from hogwild.ledger_records import FileRecord
 from hogwild.lines import SUFFIXES
-from hogwild.spool_files import Signature, printable, user, write_errors_file
+from hogwild.spool_files import MOVING, Signature, printable, return_half_moved, user, write_errors_file
 from hogwild.spool_grown import Growth
 from hogwild.spool_take import Intake, Scan
 from hogwild.spool_watch import Watch
@@ -74,8 +75,11 @@ class Spool:
         Raises:
             SpoolError: a folder cannot be made or written, naming it and the user, or is not the one it was.
         """
-        spool_identity.verify(self.incoming, [self.done, self.failed], self._ledger)
+        others = [self.done, self.failed, self.incoming.parent / MOVING]
+        spool_identity.verify(self.incoming, others, self._ledger)
         if not self._recovered:
+            if names := return_half_moved(self.incoming):
+                logger.warning("spool.returned", files=names, reason="a crash came while they were moved")
             self._intake.recover()
             self._growth.recover()
             self._recovered = True
