@@ -59,7 +59,7 @@ REPAIRED = {
     ),
     "an example that has had enough passes is trained": (
         "UPDATE examples SET state = 'trained', reason = NULL"
-        f" WHERE state = 'accepted' AND {_ENOUGH} RETURNING example_id"
+        " WHERE state = 'accepted' AND passes_done >= passes RETURNING example_id"
     ),
     "a durable example is in the newest checkpoint": (
         "UPDATE examples SET state = 'trained', reason = 'checked on start: it is in no checkpoint'"
