@@ -5,7 +5,7 @@ SHELL := /bin/bash
 unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 
-.PHONY: setup demo test lint unit gpu-check bench-update bench-learning bench-serving lock clean
+.PHONY: setup demo test lint unit gpu-check bench-update bench-learning bench-serving storms lock clean
 
 setup:
 	@scripts/setup.sh
@@ -35,6 +35,9 @@ bench-learning: setup  # docs/why-it-converges.md: tables (i) to (iii) and their
 
 bench-serving: setup   # stock vLLM against hogwild's, side by side
 	$(BIN)/python benchmarks/serving.py
+
+storms: setup          # tests/storms.py: 20,000 files under load, with and without events; 100,000 files; 1,000,000 lines
+	for how in "" --silent "--kind python --files 5000" --large; do OMP_NUM_THREADS=1 $(BIN)/python tests/storms.py $$how || exit; done
 
 # re-pin requirements.txt from pyproject.toml: names and versions only, whatever index or local folder they came from
 LOCK_ARGS ?= --torch-backend cpu

@@ -589,3 +589,105 @@ def test_a_ledger_of_the_first_schema_goes_on_as_if_nothing_had_happened(path):
         assert ledger.roll_back(2, retrain=False) == Reset(2, 0, examples_undone=2)
         assert ledger.roll_back(5, retrain=False) == Reset(0, 0, passes_redone=1)
         assert states(path)[:3] == [(1, "durable", 1), (2, "durable", 2), (3, "undone", 0)]
+
+
+# --- checked on start ---
+
+
+def tamper(path, statement: str) -> None:
+    with sqlite3.connect(path) as shell:
+        shell.execute(statement)
+
+
+@pytest.fixture
+def used(path):
+    """a is durable, b trained, c half done, d new, e failed, f undone; closed."""
+    with Ledger(path) as ledger:
+        drop(ledger, *[good(text, i) for i, text in enumerate("abcdef", 1)], passes=2)
+        for example_id in (1, 1):
+            one_pass(ledger, example_id)
+        marker = checkpoint(ledger, 1)
+        one_pass(ledger, 6)
+        ledger.roll_back(marker, retrain=False)
+        for example_id in (2, 2, 3):
+            one_pass(ledger, example_id)
+        ledger.set_failed(5, "too long")
+    return [
+        (1, "durable", 2),
+        (2, "trained", 2),
+        (3, "accepted", 1),
+        (4, "accepted", 0),
+        (5, "failed", 0),
+        (6, "undone", 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE examples SET passes_done = 9 WHERE example_id = 3",
+        "UPDATE examples SET passes_done = 0, last_pass = 0 WHERE example_id = 1",
+        "UPDATE examples SET last_pass = 1 WHERE example_id = 2",
+        "UPDATE examples SET state = 'durable' WHERE example_id = 2",
+        "UPDATE examples SET state = 'trained' WHERE example_id = 4",
+        "UPDATE examples SET state = 'accepted' WHERE example_id = 2",
+        "UPDATE examples SET state = 'trained' WHERE example_id = 1",
+        "UPDATE files SET state = 'rejected'",
+    ],
+)
+def test_what_follows_from_passes_and_checkpoints_is_repaired_and_said(path, used, capsys, statement):
+    assert states(path) == used
+    Ledger(path).close()
+    assert "ledger.repaired" not in capsys.readouterr().out
+    tamper(path, statement)
+    with Ledger(path) as ledger:
+        assert states(path) == used
+        assert [file.state for file in ledger.files()] == ["accepted"]
+    assert "ledger.repaired" in capsys.readouterr().out
+    Ledger(path).close()
+    assert "ledger.repaired" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("used")
+@pytest.mark.parametrize(
+    ("statement", "says"),
+    [
+        ("DELETE FROM lines WHERE example_id = 3", "examples have lost their text (3)"),
+        (
+            "UPDATE files SET state = 'staging'",
+            "examples are visible of a file that was not read to its end (1, 2,",
+        ),
+        ("DELETE FROM files", "examples belong to no file (1, 2, 3, 4, 5, ...)"),
+        ("DELETE FROM passes", "checkpoints hold passes that the ledger has never seen (1)"),
+        ("INSERT INTO passes VALUES (99, 77, '', 1, 1, 1, 1, 1, 'a', 0)", "passes belong to no example (99)"),
+    ],
+)
+def test_what_cannot_be_repaired_is_refused_in_one_message_and_left_as_it_is(path, statement, says):
+    tamper(path, statement)
+    before = states(path)
+    for _ in range(2):
+        refuse(path, "is damaged: .*restore ledger.sqlite from a copy")
+        with pytest.raises(LedgerError) as caught:
+            Ledger(path)
+        assert says in str(caught.value)
+    assert states(path) == before
+
+
+def test_a_damaged_file_is_noticed_after_a_crash(path, used):
+    with sqlite3.connect(path) as shell:
+        page = shell.execute("PRAGMA page_size").fetchone()[0]
+        root = shell.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'examples_by_file'").fetchone()[
+            0
+        ]
+        shell.execute("UPDATE meta SET value = '0' WHERE key = 'clean_shutdown'")  # as a crash leaves it
+    with path.open("r+b") as file:
+        file.seek((root - 1) * page)
+        kept = file.read(page)
+        file.seek((root - 1) * page + 8)
+        file.write(b"\xff" * 64)
+    refuse(path, "damaged")
+    with path.open("r+b") as file:
+        file.seek((root - 1) * page)
+        file.write(kept)
+    Ledger(path).close()
+    assert states(path) == used

@@ -16,7 +16,7 @@ from hogwild.spool import Spool
 NOBODY = 65534
 
 
-def unprivileged(work: Callable[[], object]) -> str:
+def unprivileged(work: Callable[[], object], uid: int = NOBODY) -> str:
     """Runs `work` in a forked child without root's rights and returns what it returned or raised, as text."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -25,7 +25,7 @@ def unprivileged(work: Callable[[], object]) -> str:
             if os.getuid() == 0:
                 os.setgroups([])
                 os.setgid(NOBODY)
-                os.setuid(NOBODY)
+                os.setuid(uid)
             said = f"{work()}"
         except HogwildError as error:
             said = str(error)

@@ -383,18 +383,6 @@ def test_without_any_events_rescans_find_everything(start, ledger, monkeypatch):
     until(lambda: ledger.counts().files == 20)
 
 
-def test_a_replaced_incoming_folder_and_a_vanished_spool_are_healed(start, ledger):
-    spool = start(rescan_interval_s=0.1)
-    spool.incoming.rename(spool.incoming.with_name("old"))
-    until(spool.incoming.exists)
-    (spool.incoming / "a.jsonl").write_text(LINE)
-    until(lambda: ledger.counts().files == 1)
-    spool.incoming.parent.rename(spool.incoming.parent.with_name("gone"))
-    until(spool.failed.exists)
-    (spool.incoming / "b.jsonl").write_text('{"text": "b"}\n')
-    until(lambda: ledger.counts().files == 2)
-
-
 def test_trainers_are_told_after_the_examples_are_in(tmp_path, ledger):
     told = []
     config = SpoolConfig(dir=tmp_path / "spool", settle_s=0)

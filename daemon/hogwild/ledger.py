@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from sqlite3 import Connection
 
+from hogwild import ledger_check
 from hogwild.errors import AlreadyAccepted, LedgerError
 from hogwild.ledger_db import Database
 from hogwild.ledger_records import (
@@ -61,8 +62,15 @@ class Ledger:
     def __init__(self, path: Path, *, readonly: bool = False) -> None:
         self.path = path
         self._db = Database(path, readonly=readonly)
+        self._readonly = readonly
         if not readonly:
-            recover(self._db)
+            try:
+                ledger_check.check_file(self._db)
+                recover(self._db)
+                ledger_check.repair(self._db)
+            except BaseException:
+                self._db.close()
+                raise
 
     def __enter__(self) -> "Ledger":
         return self
@@ -71,6 +79,11 @@ class Ledger:
         self.close()
 
     def close(self) -> None:
+        if not self._readonly and self._db.is_open:
+            try:
+                ledger_check.note_clean(self._db)
+            except LedgerError:
+                pass  # the next start reads the whole file
         self._db.close()
 
     # --- files -------------------------------------------------------------------------------------------

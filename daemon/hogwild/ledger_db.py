@@ -52,6 +52,11 @@ class Database:
             self.close()
             raise
 
+    @property
+    def is_open(self) -> bool:
+        with self._lock:
+            return self._db is not None
+
     def close(self) -> None:
         with self._lock:
             if self._db is not None:

@@ -100,7 +100,8 @@ class Spool:
                 try:
                     self.prepare()
                     self._watch.ensure()
-                    if self.scan_once(stop).waiting or self._growth.check(self._passes):
+                    waiting = bool(self.scan_once(stop).waiting)
+                    if self._growth.check(self._passes) or waiting:
                         pause = min(pause, max(self._config.settle_s / 2, 0.02))
                     self._write_errors()
                     if self._said.pop("", None):

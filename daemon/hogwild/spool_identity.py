@@ -14,7 +14,7 @@ ledger remembers it:
 import json
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from hogwild import log
@@ -28,7 +28,7 @@ _META = "spool"
 logger = log.get(__name__)
 
 
-def verify(incoming: Path, others: Iterable[Path], ledger: Ledger) -> None:
+def verify(incoming: Path, others: Sequence[Path], ledger: Ledger) -> None:
     """Makes sure that the spool's folders are there and that incoming/ is what it was.
 
     Raises:
@@ -54,6 +54,11 @@ def verify(incoming: Path, others: Iterable[Path], ledger: Ledger) -> None:
             )
         logger.warning("spool.recreated", folder=str(incoming), reason="it was removed or replaced")
     make_folders([incoming, *others])
+    for other in others:
+        if _device(other) != _device(incoming):
+            raise SpoolError(
+                f"{other}: is on another file system than {incoming}: files cannot be moved there"
+            )
     if known is None or mark is None:
         identity = known["id"] if known is not None else mark or uuid.uuid4().hex
         if mark is None:

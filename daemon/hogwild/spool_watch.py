@@ -56,7 +56,7 @@ class Watch:
         """Watches the folder that is at the path now; says what it heals. Call it before a scan.
 
         Raises:
-            OSError: there is no such folder.
+            OSError: there is no such folder, or it cannot be read.
         """
         stat = self._folder.stat()
         identity = (stat.st_dev, stat.st_ino)
@@ -70,6 +70,8 @@ class Watch:
             _call("inotify_add_watch", self._inotify, os.fsencode(self._folder), mask)
         except OSError as error:  # out of watches or instances, or a file system without events
             self.close()
+            if error.errno in (errno.EACCES, errno.ENOENT, errno.ENOTDIR):
+                raise OSError(error.errno, error.strerror, str(self._folder)) from error
             if not self._unwatched:
                 hint = {
                     errno.ENOSPC: "raise fs.inotify.max_user_watches",

@@ -62,7 +62,8 @@ def _constant(name: str) -> NoReturn:
 def _float(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise ExampleError(f"{digits} is larger than any number that can be stored")
+        shown = digits if len(digits) <= 40 else f"{digits[:40]}..."
+        raise ExampleError(f"{shown} is larger than any number that can be stored")
     return value
 
 
