@@ -32,8 +32,8 @@ import httpx
 import torch
 from safetensors.torch import load_file
 
+from hogwild import generation
 from hogwild.arena.control import ControlPage
-from hogwild.checkpoint import read_state
 from hogwild.errors import HogwildError
 from hogwild.ledger import Ledger
 from hogwild.vllm_plugin import launch, page
@@ -334,14 +334,14 @@ class Chaos:
 
     def _current_generation(self) -> int:
         current = self.state / "checkpoints" / "current"
-        return generation_of(read_state(current.resolve())) if current.exists() else 0
+        return int(generation.read_state(current.resolve())["generation"]) if current.exists() else 0
 
     def _check_checkpoint(self, folder: Path) -> None:
         """Complete: a state, every tensor of the model, the optimizer's, the tokenizer."""
         if not os.path.lexists(folder):
             return
         try:
-            state = read_state(folder.resolve())
+            generation.verify(folder.resolve())
             tensors = dict(read_tensors(folder.resolve()))
             load_file(folder / "hogwild" / "optimizer.safetensors")
             base = {name: tensor.shape for name, tensor in read_tensors(self.model)}
@@ -352,9 +352,6 @@ class Chaos:
             for file in ("config.json", "tokenizer.json"):
                 if (folder / file).read_bytes() != (self.model / file).read_bytes():
                     self._violation(f"{folder}: {file} differs")
-            verify = getattr(__import__("hogwild.generation", fromlist=["verify"]), "verify", None)
-            if verify is not None and "checksums" in state:
-                verify(folder.resolve())
         except (OSError, HogwildError, ValueError) as error:
             self._violation(f"{folder}: {error!r}")
 
@@ -497,10 +494,6 @@ class Chaos:
             ("violations", str(len(self.tally.violations))),
         ]  # fmt: skip
         return "\n".join(f"  {name:58} {value}" for name, value in rows)
-
-
-def generation_of(state: dict[str, Any]) -> int:
-    return int(state.get("generation", state["step"]))
 
 
 def arena_bytes(pid: int) -> bytes:

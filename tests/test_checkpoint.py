@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hogwild import generation
 from hogwild.arena.client import Arena
-from hogwild.checkpoint import Checkpoints, read_optimizer, read_state
+from hogwild.checkpoint import Checkpoints, folder_bytes, read_optimizer, read_state
 from hogwild.errors import CheckpointError
 from hogwild.weights import Weights, load_arena, read_tensors
 from test_permissions import unprivileged
@@ -48,12 +49,16 @@ def optimizer(step: int) -> dict[str, torch.Tensor]:
 
 
 def save(checkpoints: Checkpoints, weights: Weights, base: Path, step: int) -> Path:
-    return checkpoints.save(weights, base, optimizer(step), {"step": step, "ledger_position": step * 10})
+    """Save, and let go of what is too old."""
+    state = {"step": step, "epoch": step + 1, "ledger_position": step * 10}
+    saved = checkpoints.save(weights, base, optimizer(step), state)
+    checkpoints.prune()
+    return saved
 
 
 def assert_complete(folder: Path, base: Path) -> int:
     """The checkpoint has every file of the model, whole, and of one step; returns the step."""
-    step = int(read_state(folder)["step"])
+    step = int(generation.verify(folder)["step"])
     assert float(read_optimizer(folder)[f"{UP}/exp_avg"][0, 0]) == step
     names = {name for name, _ in read_tensors(base)}
     assert {name for name, _ in read_tensors(folder)} == names
@@ -67,7 +72,7 @@ def test_a_checkpoint_is_a_model_that_transformers_loads_and_equals_the_arena(tm
     for name in weights.names:
         weights.view(name).add_(0.25)
     saved = save(Checkpoints(tmp_path / "c", keep=3), weights, base, 7)
-    assert saved == tmp_path / "c" / "step-00000007"
+    assert saved == tmp_path / "c" / "generation-00000001"
     assert (tmp_path / "c" / "current").resolve() == saved
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "c" / "current")
     parameters = dict(model.named_parameters())
@@ -79,7 +84,15 @@ def test_a_checkpoint_is_a_model_that_transformers_loads_and_equals_the_arena(tm
         AutoTokenizer.from_pretrained(saved)("w3 w4")["input_ids"]
         == AutoTokenizer.from_pretrained(base)("w3 w4")["input_ids"]
     )
-    assert read_state(saved) == {"step": 7, "ledger_position": 70}
+    state = read_state(saved)
+    assert {key: state[key] for key in ("generation", "parent", "step", "epoch", "ledger_position")} == {
+        "generation": 1, "parent": 0, "step": 7, "epoch": 8, "ledger_position": 70,
+    }  # fmt: skip
+    assert set(state["checksums"]) == {
+        str(path.relative_to(saved))
+        for path in saved.rglob("*")
+        if path.is_file() and path.name != "state.json"
+    }
     for name, tensor in read_optimizer(saved).items():
         assert torch.equal(tensor, optimizer(7)[name])
     assert_complete(saved, base)
@@ -172,7 +185,7 @@ def test_every_element_is_a_value_that_it_had_while_another_thread_writes(tmp_pa
 
 
 def kept(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir() if path.name != "current")
+    return sorted(path.name for path in root.iterdir() if path.name not in ("current", "last-generation"))
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -180,8 +193,8 @@ def test_the_newest_are_kept(tmp_path, weights, base, keep):
     checkpoints = Checkpoints(tmp_path / "c", keep)
     for step in range(1, 6):
         save(checkpoints, weights, base, step)
-    assert kept(tmp_path / "c") == [f"step-0000000{step}" for step in range(6 - keep, 6)]
-    assert checkpoints.current() == tmp_path / "c" / "step-00000005"
+    assert kept(tmp_path / "c") == [f"generation-0000000{number}" for number in range(6 - keep, 6)]
+    assert checkpoints.current() == tmp_path / "c" / "generation-00000005"
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -198,24 +211,44 @@ def test_the_current_one_is_never_pruned_also_under_a_linked_folder(tmp_path, we
     assert len(kept(tmp_path / "private" / "c")) == keep
 
 
-def test_the_same_step_again_replaces_the_checkpoint_of_that_step(tmp_path, weights, base):
+def test_a_save_without_training_in_between_is_a_generation_of_its_own(tmp_path, weights, base):
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
-    save(checkpoints, weights, base, 1)
     for value in (1.0, 2.0, 3.0):
         weights.view(UP).fill_(value)
         saved = save(checkpoints, weights, base, 4)
         assert checkpoints.current() == saved
         assert bool((load_file(saved / "model.safetensors")[UP] == value).all())
-    assert len(kept(tmp_path / "c")) == 2
-    assert kept(tmp_path / "c")[0] == "step-00000001"
+    assert kept(tmp_path / "c") == ["generation-00000002", "generation-00000003"]
+    assert [read_state(folder)["parent"] for folder in checkpoints.folders().values()] == [1, 2]
 
 
-def test_a_lower_step_after_a_restore_is_current_nevertheless(tmp_path, weights, base):
-    checkpoints = Checkpoints(tmp_path / "c", keep=2)
-    for step in (10, 20, 5):
+def test_a_number_is_never_used_again_and_the_parent_is_what_was_current(tmp_path, weights, base):
+    checkpoints = Checkpoints(tmp_path / "c", keep=9)
+    for step in (10, 20, 30):
         save(checkpoints, weights, base, step)
-    assert checkpoints.current() == tmp_path / "c" / "step-00000005"
-    assert kept(tmp_path / "c") == ["step-00000005", "step-00000020"]
+    checkpoints.point_current_at(1)
+    shutil.rmtree(tmp_path / "c" / "generation-00000003")
+    saved = save(Checkpoints(tmp_path / "c", keep=9), weights, base, 11)
+    assert saved.name == "generation-00000004"
+    assert read_state(saved)["parent"] == 1
+
+
+def test_age_and_space_let_old_ones_go_but_never_the_current_one(tmp_path, weights, base):
+    checkpoints = Checkpoints(tmp_path / "c", keep=9)
+    for step in range(1, 5):
+        saved = save(checkpoints, weights, base, step)
+    nbytes = folder_bytes(saved)
+    checkpoints.max_bytes = 3 * nbytes + nbytes // 2
+    assert checkpoints.prune() == [1]
+    os.utime(tmp_path / "c" / "generation-00000002", (1, 1))
+    checkpoints.max_age_s = 3600.0
+    assert checkpoints.prune() == [2]
+    os.utime(saved, (1, 1))
+    checkpoints.max_bytes = 1
+    assert checkpoints.prune(lambda _number, _folder: False) == [], "what nothing else holds stays"
+    assert checkpoints.prune() == [3]
+    assert checkpoints.current() == saved
+    assert_complete(saved, base)
 
 
 def test_no_checkpoint_yet(tmp_path):
@@ -234,7 +267,7 @@ def saving_forever(pipe: Any, root: Path, base: Path, steps: list[int]) -> None:
             save(checkpoints, weights, base, step)
 
 
-@pytest.mark.parametrize("steps", [[1, 2, 3, 4, 5], [7]], ids=["ascending", "the same step"])
+@pytest.mark.parametrize("steps", [[1, 2, 3, 4, 5], [7]], ids=["ascending", "nothing was trained"])
 def test_current_is_whole_wherever_the_writer_is_killed(tmp_path, base, steps):
     """SIGKILL at 15 random moments of a loop of saves; whatever a moment leaves, `current` can be loaded."""
     root = tmp_path / "c"
@@ -246,10 +279,14 @@ def test_current_is_whole_wherever_the_writer_is_killed(tmp_path, base, steps):
         time.sleep(chance.random() * 0.06)
         child.kill()
         assert assert_complete((root / "current").resolve(strict=True), base) in steps
-        for path in root.glob("step-*"):
+        for path in root.glob("generation-*"):
             assert_complete(path, base)
         checkpoints = Checkpoints(root, keep=2)
-        assert not [path for path in root.iterdir() if not path.name.startswith(("step-", "current"))]
+        assert not [
+            path
+            for path in root.iterdir()
+            if not path.name.startswith(("generation-", "current", "last-generation"))
+        ]
         assert checkpoints.current() is not None
 
 
@@ -271,7 +308,7 @@ def killed_at(pipe: Any, root: Path, base: Path, step: int, fatal: int) -> None:
     pipe.send(("survived", calls))
 
 
-@pytest.mark.parametrize("step", [1, 2], ids=["the same step", "the next step"])
+@pytest.mark.parametrize("step", [1, 2], ids=["nothing was trained", "the next step"])
 def test_current_is_whole_after_a_kill_at_each_change_of_a_name(tmp_path, base, step):
     """The moments that a random kill seldom meets."""
     first = tmp_path / "first"
@@ -284,11 +321,11 @@ def test_current_is_whole_after_a_kill_at_each_change_of_a_name(tmp_path, base, 
         child.process.join()
         current = (root / "current").resolve(strict=True)
         assert assert_complete(current, base) in (1, step), fatal
-        for path in root.glob("step-*"):
+        for path in root.glob("generation-*"):
             assert_complete(path, base)
         assert Checkpoints(root, keep=1).current() == current
         if child.process.exitcode == 0:
-            assert fatal > 5, "the sweep met the calls it is about"
+            assert fatal > 6, "the sweep met the calls it is about"
             assert kept(root) == [current.name]
             return
     raise AssertionError("the save never came to its end")
@@ -297,12 +334,12 @@ def test_current_is_whole_after_a_kill_at_each_change_of_a_name(tmp_path, base, 
 def test_leftovers_of_an_interrupted_write_are_cleared(tmp_path, weights, base):
     root = tmp_path / "c"
     saved = save(Checkpoints(root, keep=3), weights, base, 1)
-    shutil.copytree(saved, root / ".unfinished-step-00000002")
-    (root / ".unfinished-current").symlink_to("step-00000009")
+    shutil.copytree(saved, root / ".unfinished-generation-00000002")
+    (root / ".unfinished-current").symlink_to("generation-00000009")
     (root / ".unfinished-file").write_text("x")
     (root / "notes.txt").write_text("the operator's own")
     assert Checkpoints(root, keep=3).current() == saved
-    assert kept(root) == ["notes.txt", "step-00000001"]
+    assert kept(root) == ["generation-00000001", "notes.txt"]
 
 
 # --- failures ------------------------------------------------------------------------------------------------------
@@ -330,12 +367,12 @@ def test_a_full_disk_keeps_the_previous_checkpoint_and_says_so(tmp_path, weights
         checkpoints = Checkpoints(root, keep=3)
         saved = save(checkpoints, weights, base, 1)
         for _ in range(2):
-            with pytest.raises(CheckpointError, match=str(root / "step-00000002")) as caught:
+            with pytest.raises(CheckpointError, match=str(root / "generation-00000002")) as caught:
                 save(checkpoints, weights, base, 2)
             assert "No space left" in str(caught.value)
             assert checkpoints.current() == saved
             assert_complete(saved, base)
-            assert kept(root) == ["step-00000001"], "what was half-written does not keep the disk full"
+            assert kept(root) == ["generation-00000001"], "what was half-written does not keep the disk full"
 
 
 def test_a_file_size_limit_keeps_the_previous_checkpoint(tmp_path, base):
@@ -353,9 +390,9 @@ def test_a_file_size_limit_keeps_the_previous_checkpoint(tmp_path, base):
             pipe.send(("said", str(error)))
 
     said = Child(limited).hear("said")
-    assert str(root / "step-00000002") in said
+    assert str(root / "generation-00000002") in said
     assert "File too large" in said
-    assert kept(root) == ["step-00000001"]
+    assert kept(root) == ["generation-00000001"]
     assert_complete(saved, base)
 
 
@@ -370,7 +407,7 @@ def test_a_folder_that_may_not_be_written_is_named_with_the_user():
         root.chmod(0o555)
         try:
             said = unprivileged(lambda: save(Checkpoints(root, keep=3), Weights(load_arena(base)), base, 2))
-            assert f"{root / 'step-00000002'} could not be written" in said
+            assert f"{root / 'generation-00000002'} could not be written" in said
             assert "Permission denied" in said
             assert "user " in said
             said = unprivileged(lambda: Checkpoints(root / "deeper", keep=3))
@@ -382,9 +419,11 @@ def test_a_folder_that_may_not_be_written_is_named_with_the_user():
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [(None, "No such file"), ("", "cannot be read"), ("{", "cannot be read"), ("[]", "no step"), ("{}", "no step"),
-     ('{"step": "7"}', "no step"), ('{"step": true}', "no step"), ('{"step": -1}', "no step"),
-     ('{"step": 7}', "no ledger_position"), ("\xff", "cannot be read")],
+    [(None, "No such file"), ("", "cannot be read"), ("{", "cannot be read"), ("[]", "no generation"),
+     ('{"generation": "7"}', "no generation"), ('{"generation": true}', "no generation"),
+     ('{"generation": -1}', "no generation"), ('{"generation": 7}', "no step"),
+     ('{"generation": 1, "step": 7, "epoch": 1, "ledger_position": 3}', "its checksum does not fit"),
+     ("\xff", "cannot be read")],
 )  # fmt: skip
 def test_a_damaged_state_is_named(tmp_path, text, reason):
     (tmp_path / "hogwild").mkdir()
@@ -405,3 +444,22 @@ def test_a_damaged_optimizer_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=str(path)):
         read_optimizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "hogwild/optimizer.safetensors", "config.json", "hogwild/state.json"]
+)
+@pytest.mark.parametrize("damage", ["a bit", "its end", "all of it"])
+def test_damage_is_recognised_and_named(tmp_path, weights, base, file, damage):
+    saved = save(Checkpoints(tmp_path / "c", keep=1), weights, base, 1)
+    path = saved / file
+    data = bytearray(path.read_bytes())
+    if damage == "all of it":
+        path.unlink()
+    elif damage == "its end":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=str(path)):
+        generation.verify(saved)

@@ -82,7 +82,7 @@ class Optimizer:
         }
 
     def load(self, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Take over saved state; `shapes` has every trainable weight's. State of other weights is left out.
+        """Replace all state by saved state; `shapes` has every trainable weight's. That of other weights is left out.
 
         Raises:
             CheckpointError: it was saved with other settings, naming every weight; nothing has been taken over.
@@ -112,4 +112,4 @@ class Optimizer:
                 f"optimizer.rank than {self.config.rank}? Set it back, or move the checkpoint away"
             )
             raise CheckpointError("\n  - ".join([f"{heading}:", *problems]))
-        self._states.update(states)
+        self._states = states

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from hogwild import __version__, state_lock
+from hogwild import __version__, cli_history, state_lock
 from hogwild import config as configuration
+from hogwild.cli_history import ConfigOption, JsonOption
 from hogwild.errors import HogwildError, UsageError
 
 app = typer.Typer(
@@ -20,12 +21,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", envvar="HOGWILD_CONFIG", help="TOML file; see config/hogwild.toml."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
@@ -93,20 +88,6 @@ def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
             typer.echo(f"{key:>14}  {value}")
 
 
-@app.command()
-def checkpoint(config: ConfigOption = None) -> None:
-    """Ask the running daemon to write a checkpoint now."""
-    import signal
-
-    settings = configuration.load(config)
-    pid = _daemon(settings.state_dir)
-    try:
-        os.kill(pid, signal.SIGUSR1)
-    except OSError as error:
-        raise HogwildError(f"the daemon, process {pid}, cannot be asked: {error}") from error
-    typer.echo(f"asked process {pid}; watch for checkpoint.saved in its log")
-
-
 def _daemon(state_dir: Path) -> int:
     """Process id of the daemon that works in `state_dir`."""
     pid = state_lock.holder(state_dir)
@@ -162,6 +143,9 @@ def demo(
     if model is not None and not (model / "config.json").is_file():
         raise UsageError(f"--model {model}: no config.json there; give the folder of a Hugging Face model")
     raise typer.Exit(Demo(folder.resolve(), model.resolve() if model else None, Console()).run())
+
+
+cli_history.register(app)
 
 
 @app.command()

@@ -94,7 +94,22 @@ class CheckpointConfig(Table):
     interval_updates: int = Field(default=0, ge=0)
     """Training steps between checkpoints; 0: not by steps."""
     keep: int = Field(default=3, ge=1)
-    """Complete checkpoints kept on disk."""
+    """Complete checkpoint folders kept on disk; older generations are in history."""
+    max_age_s: NotNegative = 0.0
+    """Seconds after which a complete folder goes, but never the current one; 0: no limit."""
+    max_gib: NotNegative = 0.0
+    """GiB that complete folders may take together; the oldest go, never the current one; 0: no limit."""
+
+
+class HistoryConfig(Table):
+    keep: int = Field(default=100, ge=0)
+    """Generations that can be rolled back to; 0: no history, only the complete folders."""
+    base_every: int = Field(default=32, ge=0)
+    """Every so many generations weights are stored on their own, too; 0: never. Restoring walks half as far at most."""
+    max_age_s: NotNegative = 0.0
+    """Seconds after which a generation is forgotten; 0: no limit."""
+    max_gib: NotNegative = 50.0
+    """GiB that history may take; the oldest generations are forgotten; 0: no limit."""
 
 
 class ServerConfig(Table):
@@ -125,6 +140,7 @@ class Config(Table):
     training: TrainingConfig = TrainingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    history: HistoryConfig = HistoryConfig()
     server: ServerConfig = ServerConfig()
     log: LogConfig = LogConfig()
 

@@ -3,13 +3,14 @@
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from hogwild import checkpoint, examples, served, skeleton
+from hogwild import checkpoint, examples, generation, served, skeleton
 from hogwild import log as logs
 from hogwild.apollo import Optimizer
 from hogwild.arena.client import Arena
@@ -26,6 +27,15 @@ log = logs.get(__name__)
 
 _IDLE_S = 0.5  # how long a trainer waits for an example before it looks at its stop flag again
 _RECENT = 4  # trained examples among the probes of `served equals trained`
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is on disk."""
+
+    generation: int
+    step: int
+    path: Path
 
 
 class Learner:
@@ -83,22 +93,59 @@ class Learner:
         """Are the trainer threads allowed to take examples?"""
         return self._may_train.is_set()
 
-    def restore(self, folder: Path) -> int:
-        """Write a checkpoint's weights and optimizer state into the arena; return its step.
+    def restore(self, folder: Path) -> dict[str, Any]:
+        """Write a checkpoint's weights and optimizer state into the arena, in place; return its state.
+
+        No trainer may be at work.
 
         Raises:
             CheckpointError: it is damaged or does not fit; nothing has been written to the arena.
         """
-        state = checkpoint.read_state(folder)
-        self.load_optimizer(checkpoint.read_optimizer(folder))
-        self.weights.check(folder)  # before the arena is marked, not only before it is written
+        state = generation.read_state(folder)
+        self.weights.check(folder)
+        self.load_moments(folder)  # and this, before the arena is marked, not only before it is written
+        self.claim(state["step"])  # before: a crash while the arena is written must find it ours
+        self.progress.new_epoch()
         with self.arena.control.rewriting():
             self.weights.write(folder)
-            self.progress.resume(state["step"])
-            self.arena.control.generation = state["step"]
-        return int(state["step"])
+            self.progress.resume(state["step"], state["epoch"])
+            self.arena.control.generation = state["generation"]
+        return state
 
-    def load_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def claim(self, step: int = 0) -> None:
+        """Note in the ledger that the arena is ours, and from which step on the ledger tells how it was trained.
+
+        No trainer may be at work.
+
+        Args:
+            step: that the counter is about to be set to, if it is behind that.
+        """
+        self.ledger.set_meta("arena_steps", str(max(self.arena.control.steps, step)))
+        self.ledger.set_meta("arena_pass", str(self.ledger.newest_pass()))
+        self.ledger.set_meta("arena_threads", str(self.config.training.threads))
+        self.ledger.set_meta("arena_id", self.arena.control.arena_id)
+
+    def load_moments(self, folder: Path) -> None:
+        """Take the optimizer state of a checkpoint; or start a new one where seed or gap have changed.
+
+        Moments live in a random projection that follows from these two: in another one they mean nothing.
+
+        Raises:
+            CheckpointError: it is damaged, or was saved with another rank.
+        """
+        saved = generation.read_state(folder).get("config", {})
+        changed = {
+            f"{table}.{key}": f"{saved[table][key]} -> {now}"
+            for table, key, now in (
+                ("training", "seed", self.config.training.seed),
+                ("optimizer", "gap", self.config.optimizer.gap),
+            )
+            if saved.get(table, {}).get(key, now) != now
+        }
+        tensors = checkpoint.read_optimizer(folder)
+        if changed:
+            log.warning("optimizer.reset", changed=changed, checkpoint=str(folder))
+            tensors = {}
         shapes = {name: tuple(region.shape) for name, region in self.arena.layout.tensors.items()}
         self.optimizer.load(tensors, shapes)
 
@@ -139,28 +186,54 @@ class Learner:
             thread.join(max(deadline - time.monotonic(), 0.1))
         return not any(thread.is_alive() for thread in self._threads)
 
-    def save(self, checkpoints: checkpoint.Checkpoints, base: Mapping[str, Any]) -> Path:
-        """Write a checkpoint under running trainers, and tell the ledger what is durable now."""
+    def quiet(self, timeout_s: float) -> bool:
+        """After `pause`: wait until no example is being trained. False if one still is in the end."""
+        deadline = time.monotonic() + timeout_s
+        while self.curriculum.in_flight:
+            if self.failure is not None or time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
+    def save(self, checkpoints: checkpoint.Checkpoints, about: Mapping[str, Any]) -> Saved:
+        """Write a checkpoint under running trainers, and tell the ledger what is durable now.
+
+        Raises:
+            CheckpointError: it could not be written; the one before stays current.
+        """
         began = time.perf_counter()
         marker = self.ledger.begin_checkpoint()
-        step = self.progress.steps
+        step, epoch = self.progress.steps, self.progress.epoch
+        before = checkpoints.current()
+        since = generation.read_state(before)["ledger_position"] if before is not None else 0
         path = checkpoints.save(
             self.weights,
             self.folder,
             self.optimizer.tensors(),
-            {"step": step, "ledger_position": marker, "arena": self.arena.control.arena_id, **base},
+            {
+                "step": step,
+                "epoch": epoch,
+                "ledger_position": marker,
+                "trained": self.ledger.trained_between(since, marker),
+                "arena": self.arena.control.arena_id,
+                **about,
+            },
         )
-        durable = self.ledger.complete_checkpoint(marker, step=step, path=str(path))
-        self.arena.control.generation = step
+        number = generation.number(path) or 0
+        durable = self.ledger.complete_checkpoint(
+            marker, step=step, path=str(path), generation=number, parent=generation.read_state(path)["parent"]
+        )
+        self.arena.control.generation = number
         log.info(
             "checkpoint.saved",
             path=str(path),
+            generation=number,
             step=step,
             durable_examples=durable,
             mib=round(self.weights.nbytes / 2**20, 1),
             ms=round((time.perf_counter() - began) * 1000),
         )
-        return path
+        return Saved(number, step, path)
 
     def _run(self, index: int) -> None:
         trainer = self.trainers[index]

@@ -9,6 +9,7 @@
     trained by us, as far as the ledger knows    kept as it is: it is newer than any checkpoint
     trained by us, further than the ledger knows not trusted: written anew from the newest checkpoint
     left in the middle of a restore              the same
+    trained by us, and a rollback is not over    the same
     trained by another state folder              refused
     of another model than we have learned        refused
 
@@ -19,7 +20,7 @@ docs/crashes.md says what each message means.
 from dataclasses import dataclass
 from pathlib import Path
 
-from hogwild import checkpoint
+from hogwild import checkpoint, rollback
 from hogwild import log as logs
 from hogwild.arena.client import Arena
 from hogwild.checkpoint import Checkpoints
@@ -65,6 +66,8 @@ def take(
         _recognise(arena, config, ledger)
         repeated = _ahead(arena, ledger)
         doubt = _doubt(arena, repeated, ledger)
+        if doubt is None and (intent := rollback.pending(ledger)) is not None:
+            doubt = f"generation {intent.generation} was rolled back to, and these weights may be of another"
         keep = doubt is None
         if doubt is not None:
             log.warning("arena.stale", arena=arena.control.arena_id, reason=doubt, step=arena.control.steps)
@@ -78,9 +81,9 @@ def take(
         _resume(learner, current)
     else:
         _belongs_to_this_model(learner)
-        _claim(arena, config, ledger, current)  # first: a crash while it is written must find it ours
         _restore(learner, current, write)
-    _claim(arena, config, ledger, None)
+    learner.claim()
+    rollback.arena_written(ledger)
     return Taken(learner, str(current) if current is not None and not keep else None, repeated)
 
 
@@ -192,22 +195,13 @@ def _belongs_to_this_model(learner: Learner) -> None:
 # --- what is done with it --------------------------------------------------------------------------------------------
 
 
-def _claim(arena: Arena, config: Config, ledger: Ledger, current: Path | None) -> None:
-    """Note whose arena this is, and from which step on the ledger tells what it was trained with."""
-    step = checkpoint.read_state(current)["step"] if current is not None else 0
-    ledger.set_meta("arena_steps", str(max(arena.control.steps, step)))
-    ledger.set_meta("arena_pass", str(ledger.newest_pass()))
-    ledger.set_meta("arena_threads", str(config.training.threads))
-    ledger.set_meta("arena_id", arena.control.arena_id)
-
-
 def _resume(learner: Learner, current: Path | None) -> None:
     """An arena that outlived the last daemon: its weights are ahead of any checkpoint, its moments are gone.
 
     The newest checkpoint's moments take their place: exact after a graceful stop, a little old after a crash.
     """
     if current is not None:
-        learner.load_optimizer(checkpoint.read_optimizer(current))
+        learner.load_moments(current)
 
 
 def _restore(learner: Learner, current: Path | None, write: bool) -> None:
@@ -216,21 +210,29 @@ def _restore(learner: Learner, current: Path | None, write: bool) -> None:
     Args:
         write: False: its weights are in the arena already.
     """
-    ledger, control = learner.ledger, learner.arena.control
+    ledger, control, position = learner.ledger, learner.arena.control, 0
     if current is not None:
         state = checkpoint.read_state(current)
         if state["ledger_position"] > ledger.durable_marker():  # killed between the two
-            ledger.complete_checkpoint(state["ledger_position"], state["step"], str(current))
+            ledger.complete_checkpoint(
+                state["ledger_position"],
+                state["step"],
+                str(current),
+                generation=state["generation"],
+                parent=state["parent"],
+            )
+        position = state["ledger_position"]
         if write:
             learner.restore(current)
         else:
-            learner.load_optimizer(checkpoint.read_optimizer(current))
-            learner.progress.resume(state["step"])
+            learner.load_moments(current)
+            learner.progress.resume(state["step"], state["epoch"])
     elif control.trained or control.restoring:  # an arena that nothing but the model itself can mend
+        learner.claim()
         with control.rewriting():
             learner.weights.write(learner.folder)
             control.generation = 0
-    undone = ledger.reset_to_durable(None if current is not None else 0)
+    undone = ledger.reset_to_durable(position)
     if undone.passes_undone:
         log.warning(
             "ledger.requeued",

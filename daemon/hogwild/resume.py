@@ -8,8 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from hogwild import checkpoint
-from hogwild.checkpoint import CURRENT
+from hogwild.checkpoint import CURRENT, LAST
 from hogwild.errors import CheckpointError
 from hogwild.layout import Source, source_from_json
 from hogwild.weights import digest
@@ -47,7 +46,7 @@ def newest_checkpoint(root: Path) -> Path | None:
             return folder
     except OSError as error:
         raise CheckpointError(f"{root} cannot be read by user {os.geteuid()}: {error}") from error
-    others = [name for name in names if name != CURRENT and not name.startswith(".")]
+    others = [name for name in names if name not in (CURRENT, LAST) and not name.startswith(".")]
     raise CheckpointError(
         f"{link} leads to {folder}, which is not there. Bring that folder back, or point `current` at another "
         f"checkpoint (there are: {', '.join(others) or 'none'})."
@@ -70,12 +69,10 @@ def choose(state_dir: Path, source: Source) -> Start | None:
     folder = newest_checkpoint(root)
     if folder is None:
         return None
-    state = checkpoint.read_state(folder)
-    if not _same_model(state, source):
+    if not _same_model(generation.read_state(folder), source):
         return None
-    return Start(
-        folder, int(state.get("generation", state["step"])), int(state.get("epoch", 0)), state["step"]
-    )
+    state = generation.verify(folder)
+    return Start(folder, state["generation"], state["epoch"], state["step"])
 
 
 def _same_model(state: dict[str, object], source: Source) -> bool:

@@ -10,26 +10,29 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from hogwild import __version__, leftovers, recovery, served, state_lock
+from hogwild import __version__, generation, leftovers, recovery, rollback, served, state_lock
 from hogwild import config as configuration
 from hogwild import log as logs
 from hogwild.arena.client import Arena
 from hogwild.arena.hub import Hub
-from hogwild.checkpoint import Checkpoints
+from hogwild.commands import Command, Commands
 from hogwild.config import Config
 from hogwild.curriculum import Curriculum
 from hogwild.errors import CheckpointError, ConfigError, HogwildError, VerificationError
-from hogwild.learner import Learner
+from hogwild.keeper import Keeper
+from hogwild.learner import Learner, Saved
 from hogwild.ledger import Ledger
 from hogwild.spool import Spool
 
 log = logs.get(__name__)
 
 _TURN_S = 0.1
+_VERSIONS = ("torch", "transformers", "safetensors")
 _BEAT_S = 1.0
 _STATUS_S = 5.0  # counting a million examples takes 0.4 s
 _STATUS_RETRY_S = 60.0
@@ -58,7 +61,8 @@ class Supervisor:
         self._lock_file = state_lock.take(config.state_dir)
         leftovers.sweep(config.state_dir, config.spool.dir)
         self.ledger = Ledger(config.state_dir / "ledger.sqlite")
-        self.checkpoints = Checkpoints(config.state_dir / "checkpoints", config.checkpoint.keep)
+        self.keeper = Keeper(config)
+        rollback.finish_on_disk(self.ledger, self.keeper)
         self.curriculum = Curriculum(self.ledger)
         self.spool = Spool(
             config.spool,
@@ -66,11 +70,15 @@ class Supervisor:
             passes=config.training.passes,
             on_accepted=lambda _file: self.curriculum.wake(),
         )
-        self.hub = Hub(config.socket, self._on_offer, self._on_session)
+        self.commands = Commands()
+        self.hub = Hub(config.socket, self._on_offer, self._on_session, self.commands.ask)
         self.learner: Learner | None = None
         self._server: dict[str, Any] = {}
         self._must_check = False  # served equals trained, as soon as the server answers
         self._saved_step, self._tried_step, self._tried_at = 0, 0, time.monotonic()
+        self._asked: list[Command] = []  # for a checkpoint that is not begun yet
+        self._saving: list[Command] = []  # for the one that is being written
+        self._changing = threading.Lock()  # one at a time: an arena is taken, a generation is rolled back to
         self._api: served.Server | None = None
         self._stop = self._reload = self._save_now = False
         self._wrote_status_at = 0.0
@@ -91,6 +99,7 @@ class Supervisor:
             queued=self.ledger.counts().pending,
         )
         self.hub.start()
+        self.keeper.start_tidying()  # what the last daemon had no time for
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         spooling = threading.Event()
         spool_thread = threading.Thread(target=self.spool.run, args=(spooling,), name="spool", daemon=True)
@@ -109,7 +118,7 @@ class Supervisor:
         return max(code, self._shut_down(save=code == 0))
 
     def turn(self) -> None:
-        """One round: what signals asked for, verification that is due, checkpoints that are due.
+        """One round: what signals and commands asked for, verification that is due, checkpoints that are due.
 
         Raises:
             HogwildError: the service cannot go on.
@@ -117,6 +126,8 @@ class Supervisor:
         if self._reload:
             self._reload = False
             self._reread()
+        while (command := self.commands.next()) is not None:
+            self._obey(command)
         learner = self.learner
         if learner is None:
             return
@@ -124,9 +135,10 @@ class Supervisor:
             raise HogwildError(f"a trainer thread died ({learner.failure!r}): its layer may be half-written")
         if self._must_check:
             self._check(after="attach")
-        if self._checkpoint_due(learner):
-            self._save_now = False
-            self._save(learner)
+        if (saved := self.keeper.saved()) is not None and self._after_save(saved) and not self._stop:
+            self._check(after="checkpoint")
+        if not self.keeper.saving and self._checkpoint_due(learner):
+            self._begin_save(learner)
         self._write_status(learner)
 
     # --- the server's side ---------------------------------------------------------------------------------------
@@ -137,11 +149,13 @@ class Supervisor:
         Raises:
             HogwildError: it is refused; nothing has been written to it.
         """
-        taken = recovery.take(arena, self.config, self.ledger, self.checkpoints, self.curriculum)
-        learner = taken.learner
-        self._saved_step = self._tried_step = arena.control.generation
-        self._tried_at = time.monotonic()
-        self.learner = learner
+        with self._changing:
+            current = self.keeper.restore_current()  # mended, where it is damaged
+            taken = recovery.take(arena, self.config, self.ledger, self.keeper.checkpoints, self.curriculum)
+            learner = taken.learner
+            self._saved_step = generation.read_state(current)["step"] if current is not None else 0
+            self._tried_step, self._tried_at = self._saved_step, time.monotonic()
+            self.learner = learner
         log.info(
             "arena.attached",
             arena=arena.control.arena_id,
@@ -200,36 +214,94 @@ class Supervisor:
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
+    def _obey(self, command: Command) -> None:
+        """Do what a person asked for, or see that it is done.
+
+        Raises:
+            HogwildError: it failed half-way, and the service cannot go on.
+        """
+        if command.name == "checkpoint":
+            if self.learner is None:
+                command.refuse("no server has brought its weights yet: there is nothing to save")
+            else:
+                self._asked.append(command)
+        elif command.name == "rollback":
+            self._roll_back(command)
+        else:
+            command.refuse(f"this daemon ({__version__}) knows no command {command.name!r}")
+
+    def _roll_back(self, command: Command) -> None:
+        number, retrain = command.arguments.get("generation"), command.arguments.get("retrain")
+        if type(number) is not int or number < 0 or type(retrain) is not bool:
+            command.refuse(f"not a generation: {command.arguments!r:.100}")
+            return
+        if (saved := self.keeper.saved(wait=True)) is not None:
+            self._after_save(saved)
+        try:
+            with self._changing:
+                done = rollback.roll_back(
+                    number, retrain=retrain, ledger=self.ledger, keeper=self.keeper, learner=self.learner
+                )
+        except HogwildError as error:
+            log.error("rollback.failed", generation=number, error=str(error))
+            command.refuse(str(error))
+            if rollback.pending(self.ledger) is not None:
+                raise  # the weights may be half-written: the next start finishes it
+            return
+        if self.learner is not None:
+            self._saved_step = self._tried_step = self.learner.progress.steps
+        self.keeper.start_tidying()
+        command.done(**done)
+
     def _checkpoint_due(self, learner: Learner) -> bool:
         settings, steps = self.config.checkpoint, learner.progress.steps
+        if self._save_now or self._asked:
+            return True
         if steps == self._saved_step:
-            return self._save_now
+            return False
         by_time = settings.interval_s and time.monotonic() - self._tried_at >= settings.interval_s
         by_updates = settings.interval_updates and steps - self._tried_step >= settings.interval_updates
-        return bool(self._save_now or by_time or by_updates)
+        return bool(by_time or by_updates)
 
-    def _save(self, learner: Learner) -> bool:
-        step = learner.progress.steps
+    def _begin_save(self, learner: Learner) -> None:
+        self._save_now = False
+        self._saving, self._asked = self._asked, []
+        current = self.keeper.checkpoints.current()
+        if learner.progress.steps == self._saved_step and current is not None:
+            self._answer(current, learner.progress.steps, unchanged=True)
+            log.info("checkpoint.unchanged", path=str(current), step=self._saved_step)
+            return
         self._tried_step, self._tried_at = (
-            step,
+            learner.progress.steps,
             time.monotonic(),
-        )  # a full disk is tried again when the next is due
-        base = {
+        )  # a full disk: when the next is due
+        self.keeper.start_saving(learner, self._about(learner))
+
+    def _after_save(self, saved: Saved | CheckpointError) -> bool:
+        if isinstance(saved, CheckpointError):
+            log.error("checkpoint.failed", step=self._tried_step, error=str(saved))
+            for command in self._saving:
+                command.refuse(str(saved))
+            self._saving = []
+            return False
+        self._saved_step = saved.step
+        self._answer(saved.path, saved.step, unchanged=False)
+        return True
+
+    def _answer(self, path: Path, step: int, unchanged: bool) -> None:
+        for command in self._saving:
+            command.done(generation=generation.number(path), step=step, path=str(path), unchanged=unchanged)
+        self._saving = []
+
+    def _about(self, learner: Learner) -> dict[str, Any]:
+        """What state.json says besides."""
+        return {
             "base_path": str(learner.folder),
             "base_digest": self.ledger.get_meta("base_digest"),
             "source": asdict(learner.arena.layout.source),
-            "version": __version__,
             "config": self.config.model_dump(mode="json"),
+            "versions": {"hogwild": __version__, **{name: metadata.version(name) for name in _VERSIONS}},
         }
-        try:
-            learner.save(self.checkpoints, base)
-        except CheckpointError as error:
-            log.error("checkpoint.failed", step=step, error=str(error))
-            return False
-        self._saved_step = step
-        if not self._stop:
-            self._check(after="checkpoint")
-        return True
 
     def _shut_down(self, save: bool) -> int:
         """Finish the examples under way, checkpoint, let go. The server keeps the memory."""
@@ -241,8 +313,15 @@ class Supervisor:
                     "daemon.failed", error=f"a trainer thread did not end within {_STOP_TIMEOUT_S:.0f} s"
                 )
                 code = 1
+            if (saved := self.keeper.saved(wait=True)) is not None:
+                self._after_save(saved)
             if save and learner.failure is None and learner.progress.steps != self._saved_step:
-                code = max(code, 0 if self._save(learner) else 1)
+                saved = self.keeper.save(learner, self._about(learner))
+                code = max(code, 0 if self._after_save(saved) else 1)
+        self.keeper.close()
+        for command in (*self._asked, *self._saving):
+            command.refuse("the daemon is stopping")
+        self.commands.close()
         self.hub.stop()
         self.ledger.close()
         log.info("daemon.stopped", code=code, seconds=round(time.monotonic() - began, 1))
@@ -270,14 +349,14 @@ class Supervisor:
         except ConfigError as error:
             log.error("config.rejected", error=str(error))
             return
-        live = {"checkpoint": fresh.checkpoint, "log": fresh.log}
+        live = {"checkpoint": fresh.checkpoint, "history": fresh.history, "log": fresh.log}
         restart = [
             name
             for name in type(fresh).model_fields
             if name not in live and getattr(fresh, name) != getattr(self.config, name)
         ]
         self.config = self.config.model_copy(update=live)
-        self.checkpoints.keep = fresh.checkpoint.keep
+        self.keeper.configure(self.config)
         logs.configure(fresh.log.level, fresh.log.format)
         log.info("config.reloaded", live=sorted(live), needs_restart=restart)
 
@@ -294,6 +373,7 @@ class Supervisor:
             "training": learner.training,
             "server": self._server,
             "saved_step": self._saved_step,
+            "generation": learner.arena.control.generation,
             **asdict(self.ledger.counts()),
         }
         path = self.config.state_dir / "status.json"

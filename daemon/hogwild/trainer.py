@@ -32,17 +32,29 @@ class Progress:
         self._lock = threading.Lock()  # around a counter, not around weights
         self.steps = control.steps
 
-    def resume(self, steps: int) -> None:
-        """Go on counting from a checkpoint's step."""
+    def resume(self, steps: int, epoch: int) -> None:
+        """Other weights are in place, of a checkpoint with this step and epoch: both counters only grow."""
         with self._lock:
             self.steps = self._control.steps = max(self.steps, steps)
+            self._control.epoch = max(self._control.epoch, epoch) + 1
+
+    def new_epoch(self) -> None:
+        """The weights are about to be replaced: answers from now on are of neither the old nor the new ones."""
+        with self._lock:
+            self._control.epoch += 1
+
+    @property
+    def epoch(self) -> int:
+        """The weight epoch as it is now."""
+        return self._control.epoch
 
     def advance(self) -> int:
         """Count one finished step and return its number, from 1."""
         with self._lock:
             self.steps += 1
             self._control.steps = self.steps
-            self._control.epoch = -(-self.steps // self._updates_per_epoch)
+            if (self.steps - 1) % self._updates_per_epoch == 0:
+                self._control.epoch += 1
             return self.steps
 
 

@@ -68,7 +68,7 @@ class ControlPage:
 
     @property
     def epoch(self) -> int:
-        """Weight epoch: grows whenever the weights have moved enough for answers to differ."""
+        """Weight epoch: grows whenever the weights have moved enough for answers to differ, and never shrinks."""
         return self._word(_EPOCH)
 
     @epoch.setter
@@ -101,7 +101,7 @@ class ControlPage:
 
     @property
     def generation(self) -> int:
-        """The newest generation that these weights descend from; 0 is the model as it came."""
+        """Number of the checkpoint that these weights descend from; 0 is the model as it came."""
         return self._word(_GENERATION)
 
     @generation.setter

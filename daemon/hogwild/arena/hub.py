@@ -29,6 +29,8 @@ class Hub:
             takes the arena, a HogwildError refuses it and is told to the server.
         on_session: called with (server, True) when a server's session begins and (server, False) when it ends;
             server is {"url": as announced, or empty, "pid": of the process at the other end}.
+        on_command: called with the name and arguments of what a person asks for, in that session's thread; returns
+            the answer.
     """
 
     def __init__(
@@ -36,8 +38,10 @@ class Hub:
         path: Path,
         on_offer: Callable[[Arena], None],
         on_session: Callable[[dict[str, Any], bool], None],
+        on_command: Callable[[str, dict[str, Any]], dict[str, Any]],
     ) -> None:
         self._path, self._on_offer, self._on_session = path, on_offer, on_session
+        self._on_command = on_command
         self._held: Arena | None = None
         self._taking = threading.Lock()  # one arena is verified at a time
         self._sessions: set[socket.socket] = set()
@@ -113,18 +117,18 @@ class Hub:
 
     def _answer(self, message: protocol.Message, fds: list[int]) -> tuple[protocol.Message, tuple[int, ...]]:
         version, op = message.get("version"), message.get("op")
-        if version != protocol.VERSION or op not in ("ask", "offer"):
+        if version != protocol.VERSION or op not in ("ask", "offer", "command"):
             for fd in fds:
                 os.close(fd)
             return {
                 "status": "refused",
-                "error": f"this daemon speaks version {protocol.VERSION} of the arena protocol, the server sent "
+                "error": f"this daemon speaks version {protocol.VERSION} of the arena protocol, the peer sent "
                 f"{op!r} in version {version!r}: install the same hogwild for both",
             }, ()
-        if op == "ask":
+        if op != "offer":
             for fd in fds:
                 os.close(fd)
-            return self._ask(message)
+            return self._ask(message) if op == "ask" else (self._command(message), ())
         try:
             offered = Arena.receive(message, fds)
             try:
@@ -140,6 +144,12 @@ class Hub:
             log.exception("arena.refused", error=str(error), problems=[])
             return {"status": "refused", "error": f"the daemon failed on it: {error!r}"}, ()
         return {"status": "attached"}, ()
+
+    def _command(self, message: protocol.Message) -> protocol.Message:
+        name, arguments = message.get("name"), message.get("arguments")
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            raise ProtocolError(f"a command without name or arguments: {message!r:.200}")
+        return self._on_command(name, arguments)
 
     def _ask(self, message: protocol.Message) -> tuple[protocol.Message, tuple[int, ...]]:
         try:

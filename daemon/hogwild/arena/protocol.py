@@ -6,6 +6,7 @@ descriptors travel with the length. Never pickle.
 
     server  ask    {op, version, source, server}                     -> held {layout} + 2 descriptors | empty
     server  offer  {op, version, layout, server} + 2 descriptors -> attached | refused {problems}
+    person  command  {op, version, name, arguments}                -> done {...} | refused {error}
 
 The two descriptors are the weights and the control page, in that order.
 """

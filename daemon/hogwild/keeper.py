@@ -1,0 +1,154 @@
+"""Checkpoints and history together, on one thread of low priority: training and serving go first.
+
+A save is durable before anything is compressed: first the checkpoint, then its entry in history, then what is too old
+goes.
+"""
+
+import os
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from hogwild import log as logs
+from hogwild.checkpoint import Checkpoints
+from hogwild.config import CheckpointConfig, Config
+from hogwild.errors import CheckpointError
+from hogwild.history import History
+from hogwild.history_write import PutOffError
+from hogwild.learner import Learner, Saved
+
+log = logs.get(__name__)
+
+_NICE = 10  # weight 110 against 1024 of a trainer thread that wants the same core
+
+
+class Keeper:
+    """What is kept of the model on disk.
+
+    Raises:
+        CheckpointError: the folders cannot be made or written.
+    """
+
+    def __init__(self, config: Config) -> None:
+        root = config.state_dir
+        self.checkpoints = Checkpoints(root / "checkpoints", config.checkpoint.keep)
+        self.history = History(root / "history", self.checkpoints, config.history)
+        self.configure(config)
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_give_way)
+        self._saving: Future[Saved] | None = None
+
+    def configure(self, config: Config) -> None:
+        """Take over settings, also while a save is under way."""
+        settings: CheckpointConfig = config.checkpoint
+        self.checkpoints.keep = settings.keep
+        self.checkpoints.max_age_s = settings.max_age_s
+        self.checkpoints.max_bytes = int(settings.max_gib * 2**30)
+        self.history.config = config.history
+
+    @property
+    def saving(self) -> bool:
+        """Is a checkpoint being written?"""
+        return self._saving is not None
+
+    def start_saving(self, learner: Learner, about: Mapping[str, Any]) -> None:
+        """Begin a checkpoint; `saved` will tell what became of it."""
+        assert self._saving is None
+        self._saving = self._thread.submit(learner.save, self.checkpoints, about)
+
+    def save(self, learner: Learner, about: Mapping[str, Any]) -> Saved | CheckpointError:
+        """Write a checkpoint in the calling thread, at its priority; nothing else may be under way but tidying."""
+        self.settle()
+        try:
+            return learner.save(self.checkpoints, about)
+        except CheckpointError as error:
+            return error
+
+    def saved(self, *, wait: bool = False) -> Saved | CheckpointError | None:
+        """What became of the checkpoint that was begun, once; None while it is under way, or if there is none.
+
+        Raises:
+            HogwildError: something else failed, such as the ledger.
+        """
+        if self._saving is None or not (wait or self._saving.done()):
+            return None
+        future, self._saving = self._saving, None
+        try:
+            saved = future.result()
+        except CheckpointError as error:
+            return error
+        self.start_tidying()
+        return saved
+
+    def start_tidying(self) -> None:
+        """Bring history up to date in the background."""
+        self._thread.submit(self.tidy)
+
+    def tidy(self) -> None:
+        """Bring history up to date, and let go of what is too old. Failures are logged: nothing depends on them."""
+        try:
+            for recorded in self.history.record():
+                log.info(
+                    "history.recorded",
+                    generation=recorded.generation,
+                    mib=round(recorded.nbytes / 2**20, 1),
+                    of_mib=round(recorded.full_bytes / 2**20, 1),
+                    base=recorded.base,
+                    ms=round(recorded.seconds * 1000),
+                )
+        except PutOffError:
+            return  # it is done at the next chance
+        except CheckpointError as error:
+            log.error("history.failed", error=str(error))
+        folders = self.checkpoints.prune(self.history.may_go)
+        forgotten = self.history.prune()
+        if folders or forgotten:
+            log.info("checkpoint.pruned", folders=folders, forgotten=forgotten)
+
+    def settle(self) -> None:
+        """Wait until the thread has nothing to do. Tidying is put off, a checkpoint is finished."""
+        self.history.interrupt.set()
+        try:
+            self._thread.submit(lambda: None).result()
+        finally:
+            self.history.interrupt.clear()
+
+    def close(self) -> None:
+        """Put off what can wait, and end the thread."""
+        self.history.interrupt.set()
+        self._thread.shutdown(wait=True)
+
+    def restore_current(self) -> Path | None:
+        """The newest checkpoint, verified. One that is damaged is made anew from history; where that is impossible,
+        the last good generation before it takes its place.
+
+        Raises:
+            CheckpointError: it is damaged and no generation but the model as it came is whole.
+        """
+        number = self.checkpoints.current_generation()
+        if number is None:
+            return None
+        asked = number
+        while True:
+            try:
+                folder = self.history.restore(number)
+                break
+            except CheckpointError as error:
+                good = self.history.last_good(number)
+                if not good:  # None, or generation 0: all that was learned would be gone
+                    raise
+                log.error("history.fell_back", generation=number, to=good, error=str(error))
+                number = good
+        if number != asked:
+            self.checkpoints.point_current_at(number)
+        return folder
+
+
+def _give_way() -> None:
+    """Lower this thread's priority. Linux has one for each thread; what cannot be lowered stays as it is."""
+    try:
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICE)
+    except OSError as error:
+        log.warning("checkpoint.priority", error=str(error))

@@ -1,0 +1,229 @@
+"""Rollback of live weights on a tiny model: exact, booked in the ledger, and finished wherever it is killed."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hogwild import generation, rollback
+from hogwild.arena.client import Arena
+from hogwild.errors import CheckpointError
+from studio import Studio, model
+from tiny import Child
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    model(tmp_path / "model")
+    return tmp_path
+
+
+def story(studio: Studio) -> dict[int, dict[str, bytes]]:
+    """Three files, a generation after each; what every generation was, and 0."""
+    versions = {0: {name: bits for name, bits in studio.bits().items()}}
+    for number, name in enumerate(("a", "b", "c"), 1):
+        studio.drop(name, 4)
+        studio.train()
+        assert studio.save() == number
+        versions[number] = studio.bits()
+    assert len({json.dumps(sorted((k, hash(v)) for k, v in bits.items())) for bits in versions.values()}) == 4
+    return versions
+
+
+def test_weights_and_moments_are_those_that_were_saved_bit_for_bit(root):
+    studio = Studio(root)
+    versions = story(studio)
+    control = studio.arena.control
+    studio.drop("unsaved", 2)
+    studio.train()
+    for target in (2, 3, 1, 0, 3):
+        steps, epoch = control.steps, control.epoch
+        done = studio.roll_back(target)
+        assert studio.bits() == versions[target]
+        assert (done["generation"], done["live"]) == (target, True)
+        assert control.generation == target == studio.keeper.checkpoints.current_generation()
+        assert control.steps == steps, "steps never go backwards"
+        assert control.epoch >= epoch + 2, "answers from before, from the middle and from after differ by it"
+        assert rollback.pending(studio.ledger) is None
+    studio.close()
+
+
+def test_the_ledger_says_what_the_weights_hold(root):
+    studio = Studio(root)
+    story(studio)
+    studio.drop("unsaved", 2)
+    studio.train()
+    assert studio.states() == {"pending": 0, "trained": 2, "durable": 12, "failed": 0, "undone": 0}
+    done = studio.roll_back(1)
+    assert studio.states() == {"pending": 0, "trained": 0, "durable": 4, "failed": 0, "undone": 10}
+    assert (done["passes_undone"], done["examples_undone"], done["examples_reopened"]) == (20, 10, 0)
+    assert studio.ledger.is_idle(), "what was undone stays out"
+    studio.drop("later", 1)
+    studio.train()
+    assert studio.states()["undone"] == 10
+    assert studio.save() == 4
+    state = generation.read_state(studio.keeper.checkpoints.folders()[4])
+    assert state["parent"] == 1
+    # And back to what was left: the rollback itself is undone.
+    done = studio.roll_back(3)
+    assert studio.states() == {"pending": 0, "trained": 0, "durable": 12, "failed": 0, "undone": 3}
+    studio.close()
+
+
+def test_with_retrain_what_was_undone_is_trained_again(root):
+    studio = Studio(root)
+    story(studio)
+    done = studio.roll_back(1, retrain=True)
+    assert done["examples_reopened"] == 8
+    assert studio.states() == {"pending": 8, "trained": 0, "durable": 4, "failed": 0, "undone": 0}
+    studio.train()
+    assert studio.states()["trained"] == 8
+    studio.close()
+
+
+def test_training_goes_on_by_itself_if_it_was_going_on(root):
+    studio = Studio(root)
+    story(studio)
+    studio.learner.start()
+    studio.roll_back(2)
+    assert studio.learner.training
+    studio.learner.pause()
+    studio.roll_back(1)
+    assert not studio.learner.training
+    studio.close()
+
+
+def test_a_generation_that_does_not_exist_changes_nothing(root):
+    studio = Studio(root)
+    versions = story(studio)
+    with pytest.raises(CheckpointError, match=r"there is no generation 9 .* there are: 0, 1, 2, 3"):
+        studio.roll_back(9)
+    assert studio.bits() == versions[3]
+    assert rollback.pending(studio.ledger) is None
+    studio.close()
+
+
+def test_a_damaged_generation_falls_back_to_the_last_good_one_by_name(root, capsys):
+    studio = Studio(root, checkpoint__keep=1)
+    versions = story(studio)
+    path = root / "state" / "history" / "generation-00000002" / "delta.bin"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    done = studio.roll_back(2)
+    assert (done["asked"], done["generation"]) == (2, 1)
+    assert studio.bits() == versions[1]
+    said = capsys.readouterr().out
+    assert "history.damaged" in said
+    assert "history.fell_back" in said
+    assert str(path) in said
+    studio.close()
+
+
+def test_without_an_arena_the_next_one_is_written(root):
+    """The server is away, or nobody has started: the disk changes now, the weights when they come."""
+    studio = Studio(root)
+    versions = story(studio)
+    arena = studio.close()
+    for offered in (arena, None):  # one that outlived the daemon with the newest weights; a fresh one
+        studio = Studio(root, arena=arena)
+        arena = studio.close()
+        ledger, keeper = _offline(root)
+        done = rollback.roll_back(1, retrain=False, ledger=ledger, keeper=keeper, learner=None)
+        assert not done["live"]
+        ledger.close()
+        keeper.close()
+        studio = Studio(root, arena=offered)
+        assert studio.bits() == versions[1]
+        assert studio.states()["undone"] == 8
+        assert rollback.pending(studio.ledger) is None
+        studio.roll_back(3)
+        arena = studio.close()
+
+
+def _offline(root: Path) -> tuple[Any, Any]:
+    from hogwild import config as configuration
+    from hogwild.keeper import Keeper
+    from hogwild.ledger import Ledger
+
+    config = configuration.load(None, {"state_dir": str(root / "state")})
+    return Ledger(root / "state" / "ledger.sqlite"), Keeper(config)
+
+
+# --- killed in the middle --------------------------------------------------------------------------------------------
+
+_WATCHED = tuple(
+    f"hogwild/{name}.py"
+    for name in ("rollback", "learner", "ledger", "checkpoint", "weights", "trainer", "apollo", "files", "history",
+                 "arena/control")
+)  # fmt: skip
+
+
+def die_at(fatal: int) -> list[int]:
+    """SIGKILL to this process just before the `fatal`-th call of a function that a rollback is made of."""
+    calls = [0]
+
+    def watch(frame: Any, event: str, _argument: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.endswith(_WATCHED):
+            calls[0] += 1
+            if calls[0] == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(watch)
+    return calls
+
+
+def rolling_back(pipe: Any, root: Path, arena: Arena, fatal: int) -> None:
+    studio = Studio(root, arena=arena)
+    calls = die_at(fatal)
+    studio.roll_back(1)
+    sys.setprofile(None)
+    pipe.send(("survived", calls[0]))
+    os._exit(0)
+
+
+@pytest.mark.timeout(1200)
+def test_killed_anywhere_it_is_either_not_begun_or_finished_at_the_next_start(root):
+    """Real SIGKILLs, spread over all calls that a rollback makes; the weights lie in memory that outlives the process.
+
+    Afterwards weights, moments, ledger and `current` are all of generation 1, or all as they were.
+    """
+    studio = Studio(root, checkpoint__keep=1)
+    versions = story(studio)
+    arena = studio.close()
+    newest = bytes(arena.weights.mapping)
+    control = bytes(arena.control.segment.mapping)
+    first = root / "first"
+    shutil.copytree(root / "state", first, symlinks=True)
+
+    def attempt(fatal: int) -> tuple[bool, int]:
+        shutil.rmtree(root / "state")
+        shutil.copytree(first, root / "state", symlinks=True)
+        arena.weights.mapping[:] = newest
+        arena.control.segment.mapping[:] = control
+        child = Child(rolling_back, root, arena, fatal)
+        child.process.join()
+        calls = child.hear("survived") if child.process.exitcode == 0 else 0
+        assert calls or child.process.exitcode == -signal.SIGKILL
+        after = Studio(root, arena=arena)
+        done = after.keeper.checkpoints.current_generation() == 1
+        assert after.bits() == versions[1 if done else 3], f"killed at call {fatal}"
+        assert after.states()["undone"] == (8 if done else 0)
+        assert after.states()["durable"] == (4 if done else 12)
+        assert rollback.pending(after.ledger) is None
+        for folder in after.keeper.checkpoints.folders().values():
+            generation.verify(folder)
+        after.close()
+        return done, calls
+
+    done, total = attempt(10**9)
+    assert done
+    outcomes = [attempt(total * part // 24 + 1)[0] for part in range(24)]
+    assert not outcomes[0]
+    assert outcomes == sorted(outcomes), "not begun first, finished from some moment on"
+    assert 2 <= sum(outcomes) <= 22, "the kills fell on both sides of the intent"
