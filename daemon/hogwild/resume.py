@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from hogwild import generation
 from hogwild.checkpoint import CURRENT, LAST
 from hogwild.errors import CheckpointError
 from hogwild.layout import Source, source_from_json
