@@ -90,16 +90,16 @@ class Drops(threading.Thread):
         super().__init__(name="drops", daemon=True)
         self._incoming, self._random, self._pause_s = spool / "incoming", random.Random(seed), pause_s
         self._outside = spool.parent / "outside"
-        self._stop = threading.Event()
+        self._over = threading.Event()
         self.examples: dict[str, str] = {}  # id -> file
         self.files: dict[str, bytes] = {}
         self.duplicates: set[str] = set()  # files with the content of another
 
     def run(self) -> None:
-        self._outside.mkdir()
+        self._outside.mkdir(parents=True, exist_ok=True)
         self._incoming.mkdir(parents=True, exist_ok=True)
         number = 0
-        while not self._stop.wait(self._random.uniform(0.3, 1.7) * self._pause_s):
+        while not self._over.wait(self._random.uniform(0.3, 1.7) * self._pause_s):
             number += 1
             name = f"drop-{number:05d}.jsonl"
             if self.files and self._random.random() < 0.05:
@@ -111,7 +111,7 @@ class Drops(threading.Thread):
             self._put(name, data)
 
     def stop(self) -> None:
-        self._stop.set()
+        self._over.set()
         self.join()
 
     def _content(self, name: str) -> bytes:
@@ -497,7 +497,7 @@ class Chaos:
         return self.tally
 
     def end(self) -> None:
-        self.drops._stop.set()
+        self.drops._over.set()
         for process in (self.daemon, self.server):
             if process is not None:
                 process.kill()
