@@ -12,12 +12,15 @@ to trace a child.
 """
 
 import argparse
+import contextlib
 import gzip
 import hashlib
+import importlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -162,7 +165,7 @@ class OnArena:
             (self.root / "known.json").write_text(json.dumps(known))
             studio.close()
 
-        in_child(work)
+        preload(work)
 
     def keep_arena(self) -> None:
         self._as_prepared = bytes(self.arena.weights.mapping), bytes(self.arena.control.segment.mapping)
@@ -306,6 +309,25 @@ def in_child(work: Callable[[], None]) -> None:
     assert status == 0, "the child failed"
 
 
+def preload(work: Callable[[], None]) -> None:
+    """Import here, once, what `work` makes a child import: each child would otherwise do it again."""
+    reader, writer = socket.socketpair()
+
+    def tell() -> None:
+        work()
+        writer.sendall("\n".join(sys.modules).encode())
+        writer.close()
+
+    with reader, writer:
+        in_child(tell)
+        writer.close()
+        with reader.makefile() as names:
+            for name in names.read().split():
+                if name not in sys.modules and not name.startswith("__"):
+                    with contextlib.suppress(Exception):
+                        importlib.import_module(name)
+
+
 def quiet() -> None:
     """No log on stdout: its writes would be among those that fail."""
     log.configure("error", "json")
@@ -351,7 +373,7 @@ class Sweep:
         return told, self._check(told), trace
 
     def _act(self, injection: Injection | None) -> tuple[list[str], str]:
-        ours, theirs = socket_pair()
+        ours, theirs = socket.socketpair()  # not a pipe: write(2) is among the calls that fail
         child = os.fork()
         if child == 0:
             ours.close()
@@ -413,13 +435,6 @@ class Sweep:
         in_child(work)
         found: list[str] = json.loads(report.read_text())
         return found
-
-
-def socket_pair() -> Any:
-    """A pipe whose traffic is not write(2), which is among the calls that fail."""
-    import socket
-
-    return socket.socketpair()
 
 
 SCENARIOS: tuple[type, ...] = (Accept, Save, Rollback)
