@@ -177,7 +177,8 @@ class Cuts:
             os._exit(0)
         theirs.close()
         with ours, ours.makefile() as said:
-            assert said.readline() == "ready\n", "the daemon does not start"
+            if said.readline() != "ready\n":
+                self.problems.append(f"{self.disk.kind}, before cut {number}: the daemon does not start")
             wanted = self._random.randint(2, 9)
             for _ in range(wanted):
                 self._note(said.readline())
@@ -210,6 +211,8 @@ def run(kind: str, cuts: int, seed: int) -> Cuts:
         world.prepare()
         for number in range(cuts):
             world.cut(number)
+            if world.problems:
+                break
     finally:
         world.disk.unmount()
         shutil.rmtree(folder)
