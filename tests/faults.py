@@ -39,12 +39,14 @@ from hogwild.config import SpoolConfig
 from hogwild.errors import CheckpointError, HogwildError, LedgerError
 from hogwild.ledger import Ledger
 from hogwild.spool import Spool
+from hogwild.spool_identity import MARK
 from hogwild.weights import Weights, load_arena
 from studio import Studio, model
 
 CALLS = (
     "write", "pwrite64", "fsync", "fdatasync", "rename", "unlink", "unlinkat", "rmdir", "symlink", "mkdir", "ftruncate",
 )  # fmt: skip
+RARE = 25
 FAULTS = ("SIGKILL", "EIO", "ENOSPC")
 
 Tell = Callable[[str], None]
@@ -125,7 +127,11 @@ class Accept:
                     yield f"the ledger is damaged: {damage}"
                 if wrong := db.execute("SELECT * FROM files WHERE state = 'staging' OR NOT moved").fetchall():
                     yield f"unfinished files: {wrong}"
-        left = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        left = sorted(
+            str(path.relative_to(folder))
+            for path in folder.rglob("*")
+            if path.is_file() and path.name != MARK
+        )
         done = [f"done/{name}" for name in DROPS if name not in ("bad.jsonl", "again.jsonl")]
         again = [name for name in left if name.startswith("done/again")]
         errors = ["failed/bad.jsonl.errors.jsonl", "failed/mixed.jsonl.errors.jsonl"]
@@ -437,11 +443,23 @@ class Sweep:
         return found
 
 
+def possible() -> str:
+    """Why faults cannot be injected here; "" if they can."""
+    if shutil.which("strace") is None:
+        return "needs strace (apt-get install strace)"
+    done = subprocess.run(["strace", "-qq", "-e", "trace=none", "true"], capture_output=True, check=False)
+    return "" if done.returncode == 0 else f"strace may not trace: {done.stderr.decode()[-200:]}"
+
+
 SCENARIOS: tuple[type, ...] = (Accept, Save, Rollback)
 
 
 def sweep(name: str, stride: int, say: Callable[[str], None] = print) -> tuple[int, list[str]]:
-    """Sweep one scenario, at every `stride`-th call site; returns how many faults, and what was wrong after them."""
+    """Sweep one scenario; returns how many faults there were, and what was wrong after them.
+
+    Args:
+        stride: every so many-th call site of the frequent calls (writes), eight times as many of the rare ones.
+    """
     torch.set_num_threads(1)
     base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
     root = Path(tempfile.mkdtemp(prefix="hogwild-faults-", dir=base))
@@ -451,13 +469,13 @@ def sweep(name: str, stride: int, say: Callable[[str], None] = print) -> tuple[i
         one = Sweep(root, chosen(root))
         counts = one.counts()
         say(f"{name}: {', '.join(f'{count} {call}' for call, count in counts.items())}")
-        number = 0
+        seen = {False: 0, True: 0}
         for fault in FAULTS:
             for call, count in counts.items():
-                injected = 0
+                rare, injected = count <= RARE, 0
                 for when in range(1, count + 1):
-                    number += 1
-                    if number % stride:
+                    seen[rare] += 1
+                    if seen[rare] % (max(stride // 8, 1) if rare else stride):
                         continue
                     injection = Injection(call, fault, when)
                     _, wrong, trace = one.run(injection)
