@@ -5,7 +5,7 @@ SHELL := /bin/bash
 unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 
-.PHONY: setup demo test lint unit gpu-check bench-update bench-learning bench-serving storms lock clean
+.PHONY: setup demo test lint unit gpu-check chaos faults storms bench-update bench-learning bench-serving lock clean
 
 setup:
 	@scripts/setup.sh
@@ -23,6 +23,13 @@ lint: setup
 
 unit: setup   # the tests that need no server
 	$(BIN)/python -m pytest -m "not vllm and not gpu" $(PYTEST_ARGS)
+
+chaos: setup  # about 15 minutes: SIGKILL of daemon, server or both, 220 times, under a stream of drops; all accounted for
+	$(BIN)/python tests/chaos.py $(CHAOS_ARGS)
+
+faults: setup # SIGKILL, EIO, ENOSPC at every write, fsync, rename and unlink; power cuts. Root, strace, xfsprogs; an hour
+	$(BIN)/python tests/faults.py $(FAULTS_ARGS)
+	$(BIN)/python tests/powercut.py
 
 gpu-check:    # on a machine with a CUDA device and torch, triton and numba; vLLM is not needed
 	PYTHONPATH=daemon:kernels python3 -m pytest -m gpu tests/test_kernels_cuda.py

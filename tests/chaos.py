@@ -32,9 +32,11 @@ import httpx
 import torch
 from safetensors.torch import load_file
 
+from hogwild import commands, generation
 from hogwild.arena.control import ControlPage
-from hogwild.checkpoint import read_state
+from hogwild.config import Config
 from hogwild.errors import HogwildError
+from hogwild.history import History
 from hogwild.ledger import Ledger
 from hogwild.vllm_plugin import launch, page
 from hogwild.vllm_plugin.names import PAGE_VARIABLE
@@ -54,6 +56,7 @@ SETTINGS = {
     "HOGWILD_CHECKPOINT__INTERVAL_S": "0", "HOGWILD_CHECKPOINT__INTERVAL_UPDATES": "6",
     "HOGWILD_CHECKPOINT__KEEP": "3", "HOGWILD_SPOOL__SETTLE_S": "0.2", "HOGWILD_SPOOL__RESCAN_INTERVAL_S": "0.5",
 }  # fmt: skip
+AIMS = ("any", "starting", "starting", "training", "saving", "rolling back")
 PATIENCE_S = 300.0  # nothing here is about how long something takes
 
 
@@ -73,6 +76,8 @@ class Tally:
     moments: Counter[str] = field(default_factory=Counter)  # the last thing that a killed daemon had logged
     server_starts: list[str] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
+    generations: int = 0
+    rollbacks: Counter[str] = field(default_factory=Counter)
     restores: int = 0
     requeued: int = 0
     repeated: int = 0
@@ -85,16 +90,16 @@ class Drops(threading.Thread):
         super().__init__(name="drops", daemon=True)
         self._incoming, self._random, self._pause_s = spool / "incoming", random.Random(seed), pause_s
         self._outside = spool.parent / "outside"
-        self._stop = threading.Event()
+        self._over = threading.Event()
         self.examples: dict[str, str] = {}  # id -> file
         self.files: dict[str, bytes] = {}
         self.duplicates: set[str] = set()  # files with the content of another
 
     def run(self) -> None:
-        self._outside.mkdir()
+        self._outside.mkdir(parents=True, exist_ok=True)
         self._incoming.mkdir(parents=True, exist_ok=True)
         number = 0
-        while not self._stop.wait(self._random.uniform(0.3, 1.7) * self._pause_s):
+        while not self._over.wait(self._random.uniform(0.3, 1.7) * self._pause_s):
             number += 1
             name = f"drop-{number:05d}.jsonl"
             if self.files and self._random.random() < 0.05:
@@ -106,7 +111,7 @@ class Drops(threading.Thread):
             self._put(name, data)
 
     def stop(self) -> None:
-        self._stop.set()
+        self._over.set()
         self.join()
 
     def _content(self, name: str) -> bytes:
@@ -159,7 +164,7 @@ class Chaos:
         self._log = root / "daemon.log"
         self._log_from = 0
         self._arenas: dict[str, Arena] = {}
-        self._newest = 0  # generation that a complete checkpoint had when the server was started
+        self._least = 0  # generation that a server must be of, if it has come up since it was last set
         self._greeted = False
         self.drops = Drops(self.state / "spool", seed + 1, pause_s=0.8)
 
@@ -182,7 +187,7 @@ class Chaos:
             self.root / "arena.sock", self.state, arguments, self._base, base_weights=False
         )
         os.environ[PAGE_VARIABLE] = env[PAGE_VARIABLE]
-        self._newest, self._greeted = self._current_generation(), False
+        self._least, self._greeted = self._current_generation(), False
         self.server = self._servers.start(["vllm", *command], env, self.root / "server.log")
 
     def events(self) -> list[dict[str, Any]]:
@@ -215,8 +220,8 @@ class Chaos:
         self._greeted = True
         said = headers.get("x-hogwild-generation", "nothing")
         self.tally.server_starts.append(said)
-        if not said.isdigit() or int(said) < self._newest:
-            self._violation(f"a server came up with generation {said}, {self._newest} was complete before")
+        if not said.isdigit() or int(said) < self._least:
+            self._violation(f"a server came up with generation {said}, {self._least} was complete before")
 
     def wait_for(self, *names: str, timeout_s: float) -> bool:
         """Until the daemon logs one of these; False if it does not in that time."""
@@ -240,7 +245,7 @@ class Chaos:
         """Kill `victims` ("daemon", "server", "both") and start them again.
 
         Args:
-            aim: "any" moment, or while the daemon is "starting", "training" or "saving".
+            aim: "any" moment, or while the daemon is "starting", "training", "saving" or "rolling back".
         """
         self._wait_until(aim)
         self.look()
@@ -273,11 +278,24 @@ class Chaos:
             ):
                 time.sleep(0.001)
             wait_s = self._random.uniform(0, 0.05)
+        elif aim == "rolling back" and self.wait_for("arena.attached", timeout_s=5):
+            threading.Thread(target=self._ask_to_roll_back, daemon=True).start()
+            wait_s = self._random.uniform(0, 0.4)
         deadline = time.monotonic() + wait_s
         while (left := deadline - time.monotonic()) > 0:
             self.look()
             self._must_run()
             time.sleep(min(left, 0.1))
+
+    def _ask_to_roll_back(self) -> None:
+        """To one of the last generations, with what is undone trained again."""
+        target = max(self._current_generation() - self._random.randint(1, 4), 0)
+        self._least = min(self._least, target)
+        try:
+            commands.send(self.root / "arena.sock", "rollback", generation=target, retrain=True)
+            self.tally.rollbacks["done"] += 1
+        except HogwildError as error:
+            self.tally.rollbacks["refused" if "no generation" in str(error) else "interrupted"] += 1
 
     def _after_daemon(self, *, killed: bool) -> None:
         """The daemon is dead: what does it leave?"""
@@ -334,14 +352,14 @@ class Chaos:
 
     def _current_generation(self) -> int:
         current = self.state / "checkpoints" / "current"
-        return generation_of(read_state(current.resolve())) if current.exists() else 0
+        return int(generation.read_state(current.resolve())["generation"]) if current.exists() else 0
 
     def _check_checkpoint(self, folder: Path) -> None:
         """Complete: a state, every tensor of the model, the optimizer's, the tokenizer."""
         if not os.path.lexists(folder):
             return
         try:
-            state = read_state(folder.resolve())
+            generation.verify(folder.resolve())
             tensors = dict(read_tensors(folder.resolve()))
             load_file(folder / "hogwild" / "optimizer.safetensors")
             base = {name: tensor.shape for name, tensor in read_tensors(self.model)}
@@ -352,9 +370,6 @@ class Chaos:
             for file in ("config.json", "tokenizer.json"):
                 if (folder / file).read_bytes() != (self.model / file).read_bytes():
                     self._violation(f"{folder}: {file} differs")
-            verify = getattr(__import__("hogwild.generation", fromlist=["verify"]), "verify", None)
-            if verify is not None and "checksums" in state:
-                verify(folder.resolve())
         except (OSError, HogwildError, ValueError) as error:
             self._violation(f"{folder}: {error!r}")
 
@@ -386,7 +401,20 @@ class Chaos:
                 self._violation(f"left behind: {folder}")
             elif folder.is_dir():
                 self._check_checkpoint(folder)
+        self._check_history()
         self._compare_live_weights(server)
+
+    def _check_history(self) -> None:
+        """Every generation comes back, with the checksums that it was saved with."""
+        history = History.reading(Config(state_dir=self.state, socket=self.root / "arena.sock"))
+        self.tally.generations = len(history.nodes())
+        for number in history.nodes():
+            target = self.root / "exported"
+            try:
+                history.export(number, target)
+            except (OSError, HogwildError) as error:
+                self._violation(f"generation {number} does not come back: {error}")
+            shutil.rmtree(target, ignore_errors=True)
 
     def _all_trained(self) -> bool:
         if any((self.state / "spool" / "incoming").glob("*.jsonl")):
@@ -459,7 +487,7 @@ class Chaos:
             while sum(self.tally.kills.values()) < kills and time.monotonic() - began < seconds:
                 dice = self._random.random()
                 victims = "both" if dice < server_share / 2 else "server" if dice < server_share else "daemon"
-                self.kill(victims, self._random.choice(("any", "starting", "starting", "training", "saving")))
+                self.kill(victims, self._random.choice(AIMS))
             if sum(self.tally.kills.values()) < kills:
                 self._violation(f"only {sum(self.tally.kills.values())} of {kills} kills in {seconds:.0f} s")
             self.finish()
@@ -469,7 +497,7 @@ class Chaos:
         return self.tally
 
     def end(self) -> None:
-        self.drops._stop.set()
+        self.drops._over.set()
         for process in (self.daemon, self.server):
             if process is not None:
                 process.kill()
@@ -489,7 +517,8 @@ class Chaos:
             ("files dropped", f"{len(self.drops.files)}, {len(self.drops.duplicates)} of them twice the same content"),
             ("examples dropped", str(len(self.drops.examples))),
             ("arenas, checkpoints restored", f"{len(self._arenas)}, {self.tally.restores}"),
-            ("checkpoints completed", str(checkpoints)),
+            ("checkpoints completed", f"{checkpoints}; {self.tally.generations} generations come back from history"),
+            ("rollbacks under way when the daemon was killed", str(dict(self.tally.rollbacks))),
             ("passes recorded, undone with lost weights", f"{passes}, {undone}"),
             ("steps in the weights that no pass records (trained twice)",
              f"{sum(arena.unrecorded for arena in self._arenas.values())}"
@@ -497,10 +526,6 @@ class Chaos:
             ("violations", str(len(self.tally.violations))),
         ]  # fmt: skip
         return "\n".join(f"  {name:58} {value}" for name, value in rows)
-
-
-def generation_of(state: dict[str, Any]) -> int:
-    return int(state.get("generation", state["step"]))
 
 
 def arena_bytes(pid: int) -> bytes:

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import faults
+import powercut
 from hogwild import demo_model
 from world import World
 
@@ -26,9 +29,28 @@ def world(tmp_path: Path) -> Iterator[World]:
     world.end()
 
 
+LEFT_OUT = pytest.StashKey[list[str]]()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked gpu are for `make gpu-check`, on a machine with a device: left out, not skipped, elsewhere."""
-    if not torch.cuda.is_available():
-        gpu = [item for item in items if "gpu" in item.keywords]
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if "gpu" not in item.keywords]
+    """Tests that this machine cannot run are left out, not skipped, and named in the summary."""
+    wanted = {mark for mark in ("gpu", "strace", "powercut") if any(mark in item.keywords for item in items)}
+    reasons = {mark: why for mark in sorted(wanted) if (why := _impossible(mark))}
+    left_out = [item for item in items if reasons.keys() & set(item.keywords)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+    config.stash[LEFT_OUT] = [f"left out: tests marked {mark}: {why}" for mark, why in reasons.items()]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for line in config.stash.get(LEFT_OUT, []):
+        terminalreporter.write_line(line)
+
+
+def _impossible(mark: str) -> str:
+    """Why tests with this mark cannot run here; "" if they can."""
+    if mark == "gpu":
+        return "" if torch.cuda.is_available() else "no CUDA device (`make gpu-check`)"
+    if mark == "strace":
+        return faults.possible()
+    return powercut.possible()

@@ -85,7 +85,7 @@ class Desk:
         source = Source.of(self.model, weight_files(self.model))
         layout = replace(arena.layout, source=source, checkpoint=str(folder))
         control = ControlPage.create(layout.fingerprint())
-        control.generation = control.steps = 2
+        control.generation, control.steps = 1, 2
         return Arena(arena.weights, control, layout)
 
 
@@ -270,7 +270,7 @@ def test_a_current_that_leads_nowhere_is_refused_with_what_there_is(desk, traine
     current.rename(desk.root / "away")
     with pytest.raises(CheckpointError, match=f"leads to {current}, which is not there") as caught:
         desk.take(load_arena(desk.model))
-    assert "step-00000002" in str(caught.value)
+    assert "generation-00000001" in str(caught.value)
 
 
 def test_a_checkpoint_whose_last_commit_is_missing_counts(desk, trained):
@@ -297,7 +297,7 @@ def choose(desk: Desk, model: Path | None = None) -> resume.Start | None:
 def test_a_server_begins_with_the_newest_checkpoint_of_its_model(desk, tmp_path):
     assert resume.choose(tmp_path / "no state", Source.of(desk.model, weight_files(desk.model))) is None
     start = choose(desk)
-    assert start == resume.Start(desk.checkpoints.current(), 2, 0, 2)
+    assert start == resume.Start(desk.checkpoints.current(), 1, 0, 2)
 
 
 @pytest.mark.usefixtures("trained")
@@ -314,12 +314,16 @@ def test_a_state_folder_without_a_checkpoint_means_the_model_as_it_came(desk):
     assert choose(desk) is None
 
 
-@pytest.mark.parametrize("damage", ["state.json", "current"])
+@pytest.mark.parametrize("damage", ["state.json", "weights", "current"])
 @pytest.mark.usefixtures("trained")
 def test_a_checkpoint_that_cannot_be_used_is_an_error_not_the_model_as_it_came(desk, damage):
     current = desk.checkpoints.current()
     if damage == "current":
         current.rename(desk.root / "away")
+    elif damage == "weights":
+        data = bytearray((current / "model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (current / "model.safetensors").write_bytes(data)
     else:
         (current / "hogwild" / "state.json").write_bytes(b"{")
     with pytest.raises(CheckpointError, match=str(current)):
@@ -366,7 +370,11 @@ def test_a_socket_that_may_not_be_connected_to_is_not_taken_for_a_stale_one(plac
         other.bind(str(path))
         other.listen()
         path.chmod(0 if os.geteuid() else 0o600)
-        said = unprivileged(lambda: Hub(path, lambda _arena: None, lambda _server, _begins: None))
+        said = unprivileged(
+            lambda: Hub(
+                path, lambda _arena: None, lambda _server, _begins: None, lambda _name, _arguments: {}
+            )
+        )
         assert f"cannot listen on {path}" in said
         assert "Permission denied" in said
         assert path.exists()
@@ -379,4 +387,4 @@ def test_a_daemon_whose_backlog_is_full_is_not_taken_for_a_stale_one(tmp_path):
         busy.listen(0)
         waiting.connect(str(path))
         with pytest.raises(ArenaError, match="another daemon listens on"):
-            Hub(path, lambda _arena: None, lambda _server, _begins: None)
+            Hub(path, lambda _arena: None, lambda _server, _begins: None, lambda _name, _arguments: {})

@@ -7,6 +7,7 @@ command line on: `hogwild ...` or `vllm serve ...`. The child is a session of it
                                        and one line on stdout for each: the process id
 """
 
+import ctypes
 import importlib
 import json
 import os
@@ -53,6 +54,7 @@ def preload(kind: str) -> None:
 def be(kind: str, argv: Sequence[str], env: Mapping[str, str], log: str) -> None:
     code = 70
     try:
+        _die_with_parent()
         os.setsid()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -76,6 +78,11 @@ def be(kind: str, argv: Sequence[str], env: Mapping[str, str], log: str) -> None
     finally:
         sys.stdout.flush()
         os._exit(code)
+
+
+def _die_with_parent() -> None:
+    """So that a test that is itself killed leaves no server behind."""
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class Zygote:

@@ -104,12 +104,26 @@ class Learner:
         state = generation.read_state(folder)
         self.weights.check(folder)
         self.load_moments(folder)  # and this, before the arena is marked, not only before it is written
+        self.claim(state["step"])  # before: a crash while the arena is written must find it ours
         self.progress.new_epoch()
         with self.arena.control.rewriting():
             self.weights.write(folder)
             self.progress.resume(state["step"], state["epoch"])
             self.arena.control.generation = state["generation"]
         return state
+
+    def claim(self, step: int = 0) -> None:
+        """Note in the ledger that the arena is ours, and from which step on the ledger tells how it was trained.
+
+        No trainer may be at work.
+
+        Args:
+            step: that the counter is about to be set to, if it is behind that.
+        """
+        self.ledger.set_meta("arena_steps", str(max(self.arena.control.steps, step)))
+        self.ledger.set_meta("arena_pass", str(self.ledger.newest_pass()))
+        self.ledger.set_meta("arena_threads", str(self.config.training.threads))
+        self.ledger.set_meta("arena_id", self.arena.control.arena_id)
 
     def load_moments(self, folder: Path) -> None:
         """Take the optimizer state of a checkpoint; or start a new one where seed or gap have changed.

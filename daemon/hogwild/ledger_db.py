@@ -125,6 +125,10 @@ class Database:
                 )
             return
         db.execute("PRAGMA journal_mode = WAL")
+        # What the log of an earlier process holds is written into the database anew, and fsynced there: if that
+        # process ended because its fsync failed, the log may be in memory only, and fsync will not say so again.
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         for number in range(version, VERSION):
             # One script, one transaction: a ledger is never between two versions.
             db.executescript(

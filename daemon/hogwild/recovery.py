@@ -81,9 +81,8 @@ def take(
         _resume(learner, current)
     else:
         _belongs_to_this_model(learner)
-        _claim(arena, config, ledger, current)  # first: a crash while it is written must find it ours
         _restore(learner, current, write)
-    _claim(arena, config, ledger, None)
+    learner.claim()
     rollback.arena_written(ledger)
     return Taken(learner, str(current) if current is not None and not keep else None, repeated)
 
@@ -196,15 +195,6 @@ def _belongs_to_this_model(learner: Learner) -> None:
 # --- what is done with it --------------------------------------------------------------------------------------------
 
 
-def _claim(arena: Arena, config: Config, ledger: Ledger, current: Path | None) -> None:
-    """Note whose arena this is, and from which step on the ledger tells what it was trained with."""
-    step = checkpoint.read_state(current)["step"] if current is not None else 0
-    ledger.set_meta("arena_steps", str(max(arena.control.steps, step)))
-    ledger.set_meta("arena_pass", str(ledger.newest_pass()))
-    ledger.set_meta("arena_threads", str(config.training.threads))
-    ledger.set_meta("arena_id", arena.control.arena_id)
-
-
 def _resume(learner: Learner, current: Path | None) -> None:
     """An arena that outlived the last daemon: its weights are ahead of any checkpoint, its moments are gone.
 
@@ -238,6 +228,7 @@ def _restore(learner: Learner, current: Path | None, write: bool) -> None:
             learner.load_moments(current)
             learner.progress.resume(state["step"], state["epoch"])
     elif control.trained or control.restoring:  # an arena that nothing but the model itself can mend
+        learner.claim()
         with control.rewriting():
             learner.weights.write(learner.folder)
             control.generation = 0

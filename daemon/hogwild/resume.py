@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from hogwild import checkpoint
+from hogwild import generation
 from hogwild.checkpoint import CURRENT, LAST
 from hogwild.errors import CheckpointError
 from hogwild.layout import Source, source_from_json
@@ -70,9 +70,9 @@ def choose(state_dir: Path, source: Source) -> Start | None:
     folder = newest_checkpoint(root)
     if folder is None:
         return None
-    state = checkpoint.read_state(folder)
-    if not _same_model(state, source):
+    if not _same_model(generation.read_state(folder), source):
         return None
+    state = generation.verify(folder)
     return Start(folder, state["generation"], state["epoch"], state["step"])
 
 

@@ -160,7 +160,10 @@ def write_errors_file(ledger: Ledger, stored_as: str, name: str, path: Path) -> 
     temporary = path.with_name(f".{path.name}.tmp")
     first: BadLine | None = None
     row = (0, -1)
-    with temporary.open("wb") as file:
+    temporary.unlink(
+        missing_ok=True
+    )  # a new file: an fsync that has failed is not tried again on the same one
+    with temporary.open("xb") as file:
         while page := ledger.errors(stored_as, after=row):
             row = page[-1][:2]
             first = first or page[0][2]

@@ -82,7 +82,8 @@ def _read(mark: Path) -> str | None:
 def _write(mark: Path, identity: str) -> None:
     temporary = mark.with_name(f"{MARK}.tmp")
     try:
-        with temporary.open("w") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("x") as file:
             file.write(f"{identity}\n")
             file.flush()
             os.fsync(file.fileno())

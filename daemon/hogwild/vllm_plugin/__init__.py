@@ -4,6 +4,10 @@ loader.py   `--load-format hogwild`: weights in the arena
 place.py    where each of vLLM's parameters lies in the arena
 trace.py    where each checkpoint tensor went, learned from vLLM's own copies
 plain.py    keeps linear weights plain on a CPU
+resume      (hogwild.resume) which weights a server begins with when no daemon holds any
+page.py     hands the control page from the engine to the API server
+middleware.py  what every response says about the weights, and /hogwild/status
+orphan.py   an engine ends with its API server
 launch.py   `hogwild vllm`: `vllm serve` with everything set
 """
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hogwild.vllm_plugin import orphan
 from hogwild.vllm_plugin.names import (
     BASE_VARIABLE,
     PAGE_VARIABLE,
@@ -87,6 +88,7 @@ def _provide_vllm_metadata() -> None:
 def run() -> None:
     """Be the server: vLLM's command line, with the arguments of this process."""
     sys.argv[0] = "vllm"
+    orphan.note_server()
     _provide_vllm_metadata()
     from vllm.entrypoints.cli.main import main
 

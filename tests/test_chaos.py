@@ -1,0 +1,20 @@
+"""A short `make chaos`: the real vLLM, the real daemon, kills at random moments."""
+
+from pathlib import Path
+
+import pytest
+
+from chaos import Chaos
+
+pytestmark = pytest.mark.vllm
+
+SEED = 20  # kills both once
+
+
+def test_nothing_is_lost_and_nothing_is_served_that_should_not_be(tmp_path: Path, capsys):
+    with capsys.disabled():
+        tally = Chaos(tmp_path, SEED, say=lambda text: print(f"\n{text}")).run(
+            kills=16, seconds=60, server_share=0.1
+        )
+    assert not tally.violations
+    assert len(tally.server_starts) >= 2
