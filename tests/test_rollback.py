@@ -25,7 +25,7 @@ def root(tmp_path: Path) -> Path:
 
 def story(studio: Studio) -> dict[int, dict[str, bytes]]:
     """Three files, a generation after each; what every generation was, and 0."""
-    versions = {0: {name: bits for name, bits in studio.bits().items()}}
+    versions = {0: studio.bits()}
     for number, name in enumerate(("a", "b", "c"), 1):
         studio.drop(name, 4)
         studio.train()
@@ -83,6 +83,17 @@ def test_with_retrain_what_was_undone_is_trained_again(root):
     assert studio.states() == {"pending": 8, "trained": 0, "durable": 4, "failed": 0, "undone": 0}
     studio.train()
     assert studio.states()["trained"] == 8
+    studio.close()
+
+
+def test_what_an_earlier_rollback_set_aside_is_trained_when_that_is_asked_for_afterwards(root):
+    studio = Studio(root)
+    story(studio)
+    studio.roll_back(1)
+    assert studio.states()["undone"] == 8
+    done = studio.roll_back(1, retrain=True)
+    assert done["examples_reopened"] == 8
+    assert (studio.states()["pending"], studio.states()["undone"]) == (8, 0)
     studio.close()
 
 

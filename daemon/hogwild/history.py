@@ -72,7 +72,7 @@ class History:
             CheckpointError: the folder cannot be made or written.
         """
         self.root, self.checkpoints, self.config = root, checkpoints, config
-        self.broken: Broken = set()
+        self.broken: Broken = {}
         self.interrupt = threading.Event()
         if readonly:
             return
@@ -232,8 +232,9 @@ class History:
         Raises:
             CheckpointError: it cannot be restored; says what is broken, and which older generation is whole.
         """
+        self.broken.clear()  # somebody may have mended it
         folder = self.checkpoints.folders().get(number)
-        if folder is not None and ("folder", number) not in self.broken:
+        if folder is not None:
             try:
                 generations.verify(folder)
                 return folder
@@ -242,7 +243,7 @@ class History:
         made = self.use(
             number, lambda reader: self.checkpoints.put(number, lambda to: fill(to, reader, self.root))
         )
-        self.broken.discard(("folder", number))
+        self.broken.pop(("folder", number), None)
         return made
 
     def export(self, number: int, target: Path) -> None:
@@ -262,6 +263,7 @@ class History:
             fsync(target / "hogwild")
             fsync(target)
 
+        self.broken.clear()
         try:
             target.mkdir(parents=True, exist_ok=True)
             self.use(number, write)
@@ -286,15 +288,14 @@ class History:
 
     def note(self, part: tuple[str, int], error: Exception) -> None:
         """Something is damaged: say so, and use it no more."""
-        self.broken.add(part)
+        self.broken[part] = str(error)
         log.error("history.damaged", part=part[0], generation=part[1], error=str(error))
 
     def _lost(self, number: int, nodes: Mapping[int, Node], problems: Mapping[int, str]) -> str:
-        if number not in nodes and number not in problems:
+        if number not in {*nodes, *problems, *(which for _, which in self.broken)}:
             known = ", ".join(map(str, nodes)) or "none"
             return f"there is no generation {number} in {self.root}; there are: {known}"
-        bad = sorted(f"the {kind} of generation {which}" for kind, which in self.broken)
-        reasons = [*problems.values(), *([f"damaged: {', '.join(bad)}"] if bad else [])]
+        reasons = [*problems.values(), *self.broken.values()]
         good = self.last_good(number)
         advice = "no older one can" if good is None else f"the last good one before it is generation {good}"
         return "\n  - ".join([f"generation {number} cannot be restored; {advice}", *reasons])
