@@ -98,18 +98,20 @@ class History:
     # --- writing ---------------------------------------------------------------------------------------------------
 
     def record(self) -> list[Recorded]:
-        """Take up every complete checkpoint folder that is not in history yet, oldest first.
+        """Take up every complete checkpoint folder that is newer than what is in history, oldest first.
 
         Raises:
             CheckpointError: one could not be; what is in history stays as it is.
         """
         if not self.config.keep:
             return []
-        done = []
-        for number, folder in self.checkpoints.folders().items():
-            if not (self.root / generations.name(number)).is_dir():
-                done.append(self._record(number, folder))
-        return done
+        newest = self._newest()
+        folders = self.checkpoints.folders().items()
+        return [self._record(number, folder) for number, folder in folders if number > newest]
+
+    def _newest(self) -> int:
+        """The newest generation that was recorded: what is older and not here has been forgotten."""
+        return max(generations.numbered(self.root), default=0)
 
     def _record(self, number: int, folder: Path) -> Recorded:
         began = time.perf_counter()
@@ -120,10 +122,17 @@ class History:
         every = self.config.base_every
         wants_base = bool(every) and number % every == 0
         try:
-            entry = self._put(number, folder, state, parent, wants_base)
-        except BrokenLinkError as error:
-            self.note(error.part, error)
+            reader = self.reader(parent)
+        except CheckpointError as error:  # the parent is lost: this one stands on its own
+            log.error("history.damaged", part="parent", generation=parent, error=str(error))
             entry = self._put(number, folder, state, None, True)
+        else:
+            with reader:
+                try:
+                    entry = self._put(number, folder, state, reader, wants_base)
+                except BrokenLinkError as error:
+                    self.note(error.part, error)
+                    entry = self._put(number, folder, state, None, True)
         return Recorded(
             number,
             folder_bytes(self.root / generations.name(number)),
@@ -161,20 +170,19 @@ class History:
         number: int,
         folder: Path,
         state: Mapping[str, Any],
-        parent: int | None,
+        parent: Reader | None,
         wants_base: bool,
         headers: Mapping[str, bytes] = {},
     ) -> Entry:
         """Write the entry of a generation from its complete folder, durably."""
         unfinished = self.root / f"{_UNFINISHED}{generations.name(number)}"
-        reader = self.reader(parent) if parent is not None else None
-        base = wants_base or (reader is None and number > 0)
+        base = wants_base or (parent is None and number > 0)
         text = generations.encode_state(state)
         try:
             remove(unfinished)
             unfinished.mkdir(parents=True)
             new_file(unfinished / "state.json", lambda sink: sink.write(text))
-            writer = Writer(folder, state, reader, base, self.interrupt, zero=number == 0, headers=headers)
+            writer = Writer(folder, state, parent, base, self.interrupt, zero=number == 0, headers=headers)
             entry, index = writer.write(unfinished, self.root / BLOBS)
             new_file(unfinished / INDEX, lambda sink: sink.write(seal(index)))
             new_file(unfinished / ENTRY, lambda sink: sink.write(entry_json(entry)))
@@ -190,9 +198,6 @@ class History:
         except CheckpointError:
             remove(unfinished, ignore_errors=True)
             raise
-        finally:
-            if reader is not None:
-                reader.close()
         return entry
 
     # --- reading ---------------------------------------------------------------------------------------------------
@@ -334,13 +339,16 @@ class History:
         """Does history hold all that it holds also without this complete checkpoint folder?"""
         if not self.config.keep:
             return True
+        if number > self._newest():
+            return False  # not recorded yet
         nodes = self.nodes()
         node = nodes.get(number)
         if node is None:
             return True  # damaged
         before = Links(nodes).restorable()
         node.folder = None
-        return node.entry is not None and before <= Links(nodes).restorable()
+        forgotten = set() if node.entry is not None else {number}
+        return before - forgotten <= Links(nodes).restorable()
 
     def _forget(self, number: int) -> None:
         entry = self.root / generations.name(number)
