@@ -33,10 +33,6 @@ from hogwild.trainer import Progress, Trainer
 from hogwild.weights import Weights, load_arena
 
 WORDS = [f"{a}{b}" for a in ("stone", "river", "bell", "salt", "oak") for b in ("gate", "man", "field")]
-    f"{first}{second}"
-    for first in ("stone", "river", "bell", "salt", "oak")
-    for second in ("gate", "man", "field")
-]
 
 
 class Run:

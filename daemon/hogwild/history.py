@@ -117,7 +117,7 @@ class History:
         began = time.perf_counter()
         state = generations.read_state(folder)
         parent = state["parent"]
-        if parent == 0:
+        if parent == 0 and "base_path" in state:
             self.know_base(Path(state["base_path"]), state.get("base_digest"))
         every = self.config.base_every
         wants_base = bool(every) and number % every == 0

@@ -103,14 +103,16 @@ class Keeper:
                     base=recorded.base,
                     ms=round(recorded.seconds * 1000),
                 )
+            folders = self.checkpoints.prune(self.history.may_go)
+            forgotten = self.history.prune()
+            if folders or forgotten:
+                log.info("checkpoint.pruned", folders=folders, forgotten=forgotten)
         except PutOffError:
-            return  # it is done at the next chance
+            pass  # it is done at the next chance
         except CheckpointError as error:
             log.error("history.failed", error=str(error))
-        folders = self.checkpoints.prune(self.history.may_go)
-        forgotten = self.history.prune()
-        if folders or forgotten:
-            log.info("checkpoint.pruned", folders=folders, forgotten=forgotten)
+        except Exception as error:  # nobody else looks at what this thread does
+            log.exception("history.failed", error=repr(error))
 
     def settle(self) -> None:
         """Wait until the thread has nothing to do. Tidying is put off, a checkpoint is finished."""
