@@ -116,7 +116,7 @@ class Daemon(Process):
             "HOGWILD_SOCKET": str(sock),
             **{f"HOGWILD_{key.upper()}": str(value) for key, value in settings.items()},
         }
-        self._settings = env
+        self.settings = env
         log = root / "daemon.log"
         self._skip = log.stat().st_size if log.exists() else 0
         super().__init__([sys.executable, "-m", "hogwild", "serve"], environment(**env), log)
@@ -149,7 +149,7 @@ class Daemon(Process):
         """A command line of the same user, such as `hogwild rollback 3`."""
         return subprocess.run(
             [sys.executable, "-m", "hogwild", *map(str, arguments)],
-            env=environment(**self._settings, COLUMNS="200", NO_COLOR="1"),
+            env=environment(**self.settings, COLUMNS="200", NO_COLOR="1"),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
