@@ -78,7 +78,7 @@ def files(folder: Path) -> dict[str, str]:
 
 def sizes(model: Path, lr: float, spacings: list[int], repeats: int) -> list[dict[str, Any]]:
     """One row a spacing: means over `repeats` generations that many steps apart, each verified."""
-    with tempfile.TemporaryDirectory(dir=model.parent, prefix="bench-history-") as place:
+    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-history-") as place:
         run = Run(model, Path(place) / "state", lr, threads=1)
         rows, saved = [], {}
         for spacing in spacings:
@@ -146,7 +146,7 @@ def copy(source: Path, target: Path) -> float:
 
 def rate(model: Path, threads: int, windows: int, window_s: float) -> dict[str, Any]:
     """Steps a second with checkpoints under way, over steps a second without: windows take turns in one run."""
-    with tempfile.TemporaryDirectory(dir=model.parent, prefix="bench-history-") as place:
+    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-history-") as place:
         run = Run(model, Path(place) / "state", 1e-5, threads)
         pool = [run.example() for _ in range(16)]
         stop = threading.Event()

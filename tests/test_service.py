@@ -273,7 +273,8 @@ def test_rollback_while_a_client_streams(
     with capsys.disabled():
         mib = story.server.arena().stat().st_size >> 20
         print(f"\n  rollback of {mib} MiB of live weights: {done['ms']} ms in the daemon after {done['waited_ms']} ms"
-              f" in its queue, {seconds * 1000:.0f} ms for the command; {client.answers} streamed answers, no fault")  # fmt: skip
+              f" in its queue, {seconds * 1000:.0f} ms for the command; {client.answers} streamed answers,"
+              " no fault")  # fmt: skip
 
     generations = {record["generation"]: record for record in daemon.ask("history")}
     assert generations[0]["current"]
