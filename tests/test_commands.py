@@ -14,7 +14,7 @@ from hogwild.cli import app
 from hogwild.errors import HogwildError
 from hogwild.weights import read_tensors
 from support import Daemon, digest
-from test_supervisor import World, checkpoint_of, sums
+from world import World, sums
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def files(folder: Path) -> dict[str, str]:
 
 def test_a_story_of_two_generations(world: World) -> None:
     """Generation 1 has every weight doubled; a server and a daemon that has restored it."""
-    saved, doubled = checkpoint_of(world)
+    saved, doubled = world.checkpoint(base_path=str(world.model))
     server = world.server()
     plain = sums(server)
     daemon = world.daemon()
