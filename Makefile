@@ -5,7 +5,8 @@ SHELL := /bin/bash
 unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 
-.PHONY: setup demo test lint unit gpu-check chaos faults storms bench-update bench-learning bench-serving lock clean
+.PHONY: setup demo test lint unit gpu-check chaos faults storms bench-update bench-learning bench-serving \
+  bench-history lock clean
 
 setup:
 	@scripts/setup.sh
@@ -45,6 +46,9 @@ bench-serving: setup   # stock vLLM against hogwild's, side by side
 
 storms: setup          # tests/storms.py: 20,000 files under load, with and without events; 100,000 files; 1,000,000 lines
 	for how in "" --silent "--kind python --files 5000" --large; do OMP_NUM_THREADS=1 $(BIN)/python tests/storms.py $$how || exit; done
+
+bench-history: setup   # what a generation costs on disk and in time, and what training loses while a checkpoint runs
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/history.py
 
 # re-pin requirements.txt from pyproject.toml: names and versions only, whatever index or local folder they came from
 LOCK_ARGS ?= --torch-backend cpu

@@ -227,7 +227,8 @@ def test_a_number_is_never_used_again_and_the_parent_is_what_was_current(tmp_pat
     for step in (10, 20, 30):
         save(checkpoints, weights, base, step)
     checkpoints.point_current_at(1)
-    shutil.rmtree(tmp_path / "c" / "generation-00000003")
+    checkpoints.keep = 1
+    assert checkpoints.prune() == [3, 2]
     saved = save(Checkpoints(tmp_path / "c", keep=9), weights, base, 11)
     assert saved.name == "generation-00000004"
     assert read_state(saved)["parent"] == 1

@@ -146,15 +146,21 @@ def fill(target: Path, reader: Reader, root: Path) -> dict[str, Any]:
 
             if new_file(path, write) != expected:
                 raise BrokenLinkError("delta", node, f"{file} is not what was saved")
-        else:
-            blob = root / BLOBS / expected
-            try:
-                right = copy_file(blob, path) == expected
-            except FileNotFoundError:
-                right = False
-            if not right:
-                raise BrokenLinkError("delta", node, f"{blob} ({file}) is missing or damaged")
+        elif not _copy_same([root / BLOBS / expected, *(one / file for one in reader.spare)], path, expected):
+            raise BrokenLinkError("delta", node, f"{root / BLOBS / expected} ({file}) is missing or damaged")
     return node.state
+
+
+def _copy_same(sources: list[Path], target: Path, expected: str) -> bool:
+    """Copy the first of these files that has the hash; False: none has."""
+    for source in sources:
+        try:
+            if copy_file(source, target) == expected:
+                return True
+        except FileNotFoundError:
+            pass
+        remove(target)
+    return False
 
 
 def _pack(raw: bytes) -> str:

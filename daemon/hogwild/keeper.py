@@ -6,10 +6,10 @@ goes.
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hogwild import log as logs
 from hogwild.checkpoint import Checkpoints
@@ -20,6 +20,8 @@ from hogwild.history_write import PutOffError
 from hogwild.learner import Learner, Saved
 
 log = logs.get(__name__)
+
+T = TypeVar("T")
 
 _NICE = 10  # weight 110 against 1024 of a trainer thread that wants the same core
 
@@ -47,6 +49,10 @@ class Keeper:
         self.checkpoints.max_bytes = int(settings.max_gib * 2**30)
         self.history.config = config.history
 
+    def background(self, work: Callable[[], T]) -> Future[T]:
+        """Have the thread of low priority do this after what it has to do already."""
+        return self._thread.submit(work)
+
     @property
     def saving(self) -> bool:
         """Is a checkpoint being written?"""
@@ -55,7 +61,7 @@ class Keeper:
     def start_saving(self, learner: Learner, about: Mapping[str, Any]) -> None:
         """Begin a checkpoint; `saved` will tell what became of it."""
         assert self._saving is None
-        self._saving = self._thread.submit(learner.save, self.checkpoints, about)
+        self._saving = self.background(lambda: learner.save(self.checkpoints, about))
 
     def save(self, learner: Learner, about: Mapping[str, Any]) -> Saved | CheckpointError:
         """Write a checkpoint in the calling thread, at its priority; nothing else may be under way but tidying."""
@@ -83,7 +89,7 @@ class Keeper:
 
     def start_tidying(self) -> None:
         """Bring history up to date in the background."""
-        self._thread.submit(self.tidy)
+        self.background(self.tidy)
 
     def tidy(self) -> None:
         """Bring history up to date, and let go of what is too old. Failures are logged: nothing depends on them."""
@@ -97,20 +103,22 @@ class Keeper:
                     base=recorded.base,
                     ms=round(recorded.seconds * 1000),
                 )
+            folders = self.checkpoints.prune(self.history.may_go)
+            forgotten = self.history.prune()
+            if folders or forgotten:
+                log.info("checkpoint.pruned", folders=folders, forgotten=forgotten)
         except PutOffError:
-            return  # it is done at the next chance
+            pass  # it is done at the next chance
         except CheckpointError as error:
             log.error("history.failed", error=str(error))
-        folders = self.checkpoints.prune(self.history.may_go)
-        forgotten = self.history.prune()
-        if folders or forgotten:
-            log.info("checkpoint.pruned", folders=folders, forgotten=forgotten)
+        except Exception as error:  # nobody else looks at what this thread does
+            log.exception("history.failed", error=repr(error))
 
     def settle(self) -> None:
         """Wait until the thread has nothing to do. Tidying is put off, a checkpoint is finished."""
         self.history.interrupt.set()
         try:
-            self._thread.submit(lambda: None).result()
+            self.background(lambda: None).result()
         finally:
             self.history.interrupt.clear()
 

@@ -41,6 +41,7 @@ class Intent:
         left: the generation that was current.
         marker: its place in the ledger.
         retrain: what is undone is trained again.
+        again: the weights were these already, so that `retrain` means what an earlier rollback to them had set aside.
         applied: ledger and `current` are done; an arena that survived may still hold the old weights.
     """
 
@@ -48,6 +49,7 @@ class Intent:
     left: int
     marker: int
     retrain: bool
+    again: bool = False
     applied: bool = False
 
 
@@ -101,7 +103,8 @@ def roll_back(
         keeper.settle()
         state = generations.read_state(folder)
         left = keeper.checkpoints.current_generation() or 0
-        intent = Intent(number, left, state["ledger_position"], retrain)
+        marker = state["ledger_position"]
+        intent = Intent(number, left, marker, retrain, left == number and marker == ledger.begin_checkpoint())
         log.info(
             "rollback.started", generation=number, asked=generation, left=left, retrain=retrain,
             live=learner is not None, step=learner.progress.steps if learner is not None else None,
@@ -147,6 +150,8 @@ def _apply(intent: Intent, ledger: Ledger, keeper: Keeper) -> dict[str, Any]:
     """Ledger and `current`; may be done any number of times."""
     keeper.history.restore(intent.generation)
     reset = ledger.roll_back(intent.marker, retrain=intent.retrain)
+    if intent.retrain and intent.again:
+        reset = replace(reset, examples_reopened=ledger.retrain())
     keeper.checkpoints.point_current_at(intent.generation)
     _note(ledger, replace(intent, applied=True))
     return {"generation": intent.generation, "left": intent.left, "retrain": intent.retrain, **asdict(reset)}
