@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hogwild.apollo import Optimizer
-from hogwild_kernels import UpdateResult
+from hogwild_kernels import UpdateResult, products
 
 OnUpdate = Callable[[str, UpdateResult], None]
 
@@ -23,13 +23,13 @@ class _UpdatedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, layer: "TrainedLinear") -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.layer = layer
-        return torch.nn.functional.linear(x, layer.weight, layer.bias)
+        return products.linear(x, layer.weight, layer.bias)
 
     @staticmethod
     def backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor, None]:
         (x,) = ctx.saved_tensors
         layer: TrainedLinear = ctx.layer
-        dx = d @ layer.weight
+        dx = products.input_gradient(d, layer.weight)
         layer.receive(x.reshape(-1, x.shape[-1]), d.reshape(-1, d.shape[-1]))
         return dx, None
 
@@ -58,7 +58,7 @@ class TrainedLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
-            return torch.nn.functional.linear(x, self.weight, self.bias)
+            return products.linear(x, self.weight, self.bias)
         self.pending += 1
         result: torch.Tensor = _UpdatedLinear.apply(x, self)  # type: ignore[no-untyped-call]
         return result
