@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hogwild_kernels import ApolloConfig, ApolloState, apollo_update, counter, plan, reference
-from hogwild_kernels.cpu import multiplies_bfloat16
+from hogwild_kernels.products import multiplies
 
 LAYER = {
     "q, o": (2048, 2048, 2),
@@ -127,7 +127,7 @@ def best(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float
 def machine() -> tuple[float, float]:
     """(bytes/s of a plain bf16 copy, bf16 multiply-adds/s of a large matmul) of one thread."""
     a, b = torch.empty(1 << 25, dtype=torch.bfloat16), torch.empty(1 << 25, dtype=torch.bfloat16)
-    k = torch.randn(2048, 2048).to(torch.bfloat16 if multiplies_bfloat16() else torch.float32)
+    k = torch.randn(2048, 2048).to(torch.bfloat16 if multiplies(torch.bfloat16) else torch.float32)
     out = torch.empty_like(k)
     seconds = best({"copy": lambda: b.copy_(a), "matmul": lambda: torch.mm(k, k, out=out)}, 5)
     return 4 * a.numel() / seconds["copy"], 2048**3 / seconds["matmul"]
@@ -206,7 +206,7 @@ def table(per_shape: bool, repeats: int) -> None:
             better = 0.0
             for m, n, count in LAYER.values():
                 seconds = measure(m, n, tokens, rank, rates, repeats)
-                form = plan.choose("auto", m, n, tokens, rank, multiplies_bfloat16()).form
+                form = plan.choose("auto", m, n, tokens, rank, multiplies(torch.bfloat16)).form
                 forms.add(form)
                 if per_shape:
                     row(f"{m}x{n}", tokens, rank, seconds, form)

@@ -18,7 +18,7 @@ from hogwild.config import Config
 from hogwild.curriculum import Curriculum
 from hogwild.errors import ExampleError, VerificationError
 from hogwild.ledger import Ledger, Pass, Pending
-from hogwild.trainer import Progress, StepResult, Trainer
+from hogwild.trainer import Item, Progress, StepResult, Trainer
 from hogwild.weights import Weights
 from hogwild_kernels.cpu import warm_up
 
@@ -192,14 +192,14 @@ class Learner:
             self.curriculum.done(pending)
             log.warning("example.failed", **_who(pending), reason=error.reason, field=error.field)
             return
-        result = trainer.step(encoded, example.weight)
+        result = trainer.step([Item(encoded, example.weight)])
         loss_after = trainer.loss(encoded) if _wants_loss_after(pending) else None
         outcome = self.ledger.record_pass(
             Pass(
                 pending.example_id,
-                loss_before=result.loss,
+                loss_before=result.losses[0],
                 loss_after=loss_after,
-                tokens=result.tokens,
+                tokens=result.tokens[0],
                 step=result.step,
                 thread=index,
                 arena_id=self.arena.control.arena_id,
@@ -216,9 +216,9 @@ class Learner:
             "example.trained" if finished else "example.pass",
             **_who(pending),
             **{"pass": pending.passes_done + 1},
-            loss_before=round(result.loss, 4),
+            loss_before=round(result.losses[0], 4),
             loss_after=None if loss_after is None else round(loss_after, 4),
-            tokens=result.tokens,
+            tokens=result.tokens[0],
             step=result.step,
             thread=index,
             staleness=result.staleness,

@@ -1,6 +1,7 @@
 """A Hugging Face model whose parameters are views of the arena: built on the meta device, it owns no weights."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -8,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hogwild.errors import VerificationError
 from hogwild.weights import Weights, read_tensors
+from hogwild_kernels import products
 
 
 def build(folder: Path, weights: Weights) -> PreTrainedModel:
@@ -49,7 +51,33 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
             f"parts of {type(model).__name__} are tied to nothing that is served",
             [f"{name}: no tensor" for name in left],
         )
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = FrozenLinear
     return model.eval()
+
+
+class _Product(torch.autograd.Function):
+    """y = x W^T + b with W and b constant. W is not saved: another thread may have moved it by the backward pass,
+    which then takes it as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.weight = weight
+        return products.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return products.input_gradient(d, ctx.weight), None, None
+
+
+class FrozenLinear(torch.nn.Linear):
+    """A linear layer that passes gradients on and has none, multiplied as `hogwild_kernels.products` does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., n) -> (..., m)"""
+        result: torch.Tensor = _Product.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return result
 
 
 def _assign(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:

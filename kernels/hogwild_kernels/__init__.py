@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, products, reference
 from .config import AdamConfig, ApolloConfig
 from .cpu import warm_up
 from .embedding import embedding_update, tied_factors
@@ -20,6 +20,7 @@ __all__ = [
     "adam_update",
     "apollo_update",
     "embedding_update",
+    "products",
     "tied_factors",
     "warm_up",
 ]

@@ -11,7 +11,6 @@ are fp32 throughout.
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from . import counter, plan
 from . import numba_kernels as loops
 from .config import AdamConfig, ApolloConfig, Form
+from .products import multiplies
 from .reference import NORM_EPS, Coefficients, coefficients, skip
 from .state import AdamState, ApolloState, UpdateResult
 
@@ -41,7 +41,7 @@ def step(
     """One step; see `reference.factored_step`, which this equals to fp32 rounding."""
     m, n = state.shape
     rank = state.rank
-    low = weight.dtype == x.dtype == d.dtype == torch.bfloat16 and multiplies_bfloat16()
+    low = weight.dtype == x.dtype == d.dtype == torch.bfloat16 and multiplies(torch.bfloat16)
     chosen = plan.choose(config.form, m, n, len(x), rank, low)
     xf, df = x.float().contiguous(), d.float().contiguous()
     p = state.projection(build_projection)
@@ -123,14 +123,6 @@ def build_projection(key: tuple[int, int], epoch: int, rank: int, size: int) -> 
     gain = np.float32(counter.gaussian_gain(rank))
     loops.fill_projection(p.data_ptr(), p.numel(), np.uint32(a), np.uint32(b), table.data_ptr(), gain)
     return p
-
-
-@functools.cache
-def multiplies_bfloat16() -> bool:
-    """Whether this CPU has bf16 multiply-add instructions; without them bf16 products are slower than fp32
-    ones."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, name, bool)()) for name in names)
 
 
 def _channel_scales(state: ApolloState, config: ApolloConfig, r: Tensor) -> Tensor:

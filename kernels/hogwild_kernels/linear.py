@@ -6,7 +6,7 @@ product. AVX512-BF16 has no need of it: `vdpbf16ps` multiplies 32 pairs along th
 of x are read as they are. W is read once, the product accumulates in fp32 and is rounded once, to nearest.
 
 The kernel is generated as LLVM IR and runs in OpenMP's own threads (the ones that torch uses and that the server has
-bound to cores), through libgomp's entry point. Elsewhere (`available()` is false) use torch.nn.functional.linear.
+bound to cores), through libgomp's entry point. Elsewhere (`available()` is false) `products.linear` takes its place.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from llvmlite import binding, ir
 from torch import Tensor
+
+from . import products
 
 MAX_ROWS = 128
 """Rows of x up to which this is used. Re-packing W costs the less the more rows share it."""
@@ -51,7 +53,7 @@ def plain_linear(
 ) -> Tensor:
     """x W^T + b, as torch.nn.functional.linear gives it, to the rounding of the fp32 sum.
 
-    Falls back to torch.nn.functional.linear for what the kernel is not made for: many rows, other dtypes or strides.
+    Falls back to `products.linear` for what the kernel is not made for: many rows, other dtypes or strides.
     """
     m, n = weight.shape
     rows = x.numel() // n if n else 0
@@ -64,7 +66,7 @@ def plain_linear(
         and available()
     )
     if not fits:
-        return torch.nn.functional.linear(x, weight, bias)
+        return products.linear(x, weight, bias)
     flat = x.reshape(rows, n).contiguous()
     out = torch.empty((rows, m), dtype=torch.bfloat16)
     task = (ctypes.c_int64 * 7)(

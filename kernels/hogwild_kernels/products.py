@@ -1,0 +1,95 @@
+"""y = x W^T and dx = D W on a CPU without bf16 instructions, at the speed of fp32, from 16-bit weights as they lie.
+
+Where the CPU cannot multiply bf16 (anything without AVX512-BF16 or AMX), a library's 16-bit product is several times
+slower than the same product in fp32, and the one of the backward pass, whose W is not transposed, a hundred times. A
+bf16 number is the upper half of an fp32 number, so a tile of W widened into scratch memory costs next to nothing; the
+product then runs in fp32 and is rounded once. No fp32 copy of W exists beyond one tile per thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_TILE_BYTES = 4 << 20
+_FEW_ROWS = (
+    4  # with fewer rows of x than this many, reading W once is all that counts, and the library does that
+)
+
+
+@functools.cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has multiply-add instructions for `dtype`; without them fp32 products are faster."""
+    if dtype == torch.bfloat16:
+        names: tuple[str, ...] = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    elif dtype == torch.float16:
+        names = ("_is_avx512_fp16_supported", "_is_amx_fp16_supported")
+    else:
+        return True
+    return any(bool(getattr(torch.cpu, name, bool)()) for name in names)
+
+
+def linear(
+    x: Tensor,  # (..., n)
+    weight: Tensor,  # (m, n), any strides
+    bias: Tensor | None = None,  # (m,)
+) -> Tensor:
+    """x W^T + b, as torch.nn.functional.linear gives it, to the rounding of the fp32 sum. (..., m), x's dtype."""
+    m, n = weight.shape
+    rows = x.numel() // n if n else 0
+    if rows <= _FEW_ROWS or not _widens(x, weight):
+        return torch.nn.functional.linear(x, weight, bias)
+    wide = x.reshape(rows, n).float()
+    y = torch.empty(rows, m, dtype=x.dtype)
+    for top, tile in _tiles(weight):
+        here = wide @ tile.t()
+        if bias is not None:
+            here += bias[top : top + len(tile)]
+        y[:, top : top + len(tile)] = here
+    return y.view(*x.shape[:-1], m)
+
+
+def input_gradient(
+    d: Tensor,  # (..., m) gradient of y
+    weight: Tensor,  # (m, n), any strides
+) -> Tensor:
+    """D W: the gradient of x. (..., n), d's dtype."""
+    m, n = weight.shape
+    rows = d.numel() // m if m else 0
+    if rows == 0 or not _widens(d, weight):
+        return d @ weight
+    wide = d.reshape(rows, m).float()
+    dx = torch.zeros(rows, n)
+    for top, tile in _tiles(weight):
+        dx.addmm_(wide[:, top : top + len(tile)], tile)
+    return dx.to(d.dtype).view(*d.shape[:-1], n)
+
+
+def _widens(x: Tensor, weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and x.dtype == weight.dtype and not multiplies(weight.dtype)
+
+
+class _Scratch(threading.local):
+    """The calling thread's tile: fresh pages for every tile would cost more than the tile."""
+
+    def __init__(self) -> None:
+        self.tile = torch.empty(0)
+
+
+_scratch = _Scratch()
+
+
+def _tiles(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first row, those rows of W in fp32), one tile after the other in the same memory."""
+    m, n = weight.shape
+    rows = min(m, max(1, _TILE_BYTES // (4 * max(n, 1))))
+    if _scratch.tile.numel() < rows * n:
+        _scratch.tile = torch.empty(rows * n)
+    for top in range(0, m, rows):
+        part = weight[top : top + rows]
+        tile = _scratch.tile[: part.numel()].view(part.shape)
+        yield top, tile.copy_(part)
