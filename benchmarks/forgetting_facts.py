@@ -64,7 +64,9 @@ class World:
             while True:
                 word = rng.choice(self.starts) + rng.choice(self.middles)
                 place = word + rng.choice(self.ends)
-                full = place if kind == "place" else f"{word} {rng.choice(self.starts)}{rng.choice(self.ends)}"
+                full = (
+                    place if kind == "place" else f"{word} {rng.choice(self.starts)}{rng.choice(self.ends)}"
+                )
                 if full not in used:
                     used.add(full)
                     return full
@@ -101,7 +103,15 @@ TUNING = World(
         ),
         Relation(
             "person",
-            ("the cello", "the harp", "the trumpet", "the banjo", "the oboe", "the accordion", "the bagpipes"),
+            (
+                "the cello",
+                "the harp",
+                "the trumpet",
+                "the banjo",
+                "the oboe",
+                "the accordion",
+                "the bagpipes",
+            ),
             (
                 ("Which instrument does {s} play?", "{s} plays {a}."),
                 ("What does {s} play?", "{s} plays {a}."),

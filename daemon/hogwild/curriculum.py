@@ -82,9 +82,7 @@ class Curriculum:
                 return None
             step += len(self._out)
             head = self._queue[0]
-            back_to_back = (
-                head.last_step is not None and 0 <= step - head.last_step < self._config.spacing
-            )
+            back_to_back = head.last_step is not None and 0 <= step - head.last_step < self._config.spacing
             if back_to_back and self._config.ratio > 0:
                 between = Batch([], *self.replay.choose(step, [], max(self.replay.due(step, 1), 1)))
                 if len(between):

@@ -194,7 +194,8 @@ class Ledger:
         with self._db.read() as db:
             rows = db.execute(
                 "SELECT e.example_id, f.name, e.line_no, e.name, l.line, e.passes_done, e.passes, e.until_loss,"
-                " (SELECT step FROM passes p WHERE p.pass_id = e.last_pass) FROM examples e JOIN files f USING (file_id) JOIN lines l USING (example_id)"
+                " (SELECT step FROM passes p WHERE p.pass_id = e.last_pass)"
+                " FROM examples e JOIN files f USING (file_id) JOIN lines l USING (example_id)"
                 " WHERE e.state = 'accepted' ORDER BY e.passes_done, e.priority DESC, e.example_id LIMIT ?",
                 (limit + len(exclude_ids),),
             )
@@ -282,7 +283,10 @@ class Ledger:
         """
         marker = self.durable_marker() if marker is None else marker
         with self._db.write(fsync=True) as db:
-            kept = "FROM passes p WHERE p.example_id = e.example_id AND p.pass_id <= :marker AND NOT p.undone AND NOT p.replay"
+            kept = (
+                "FROM passes p WHERE p.example_id = e.example_id AND p.pass_id <= :marker"
+                " AND NOT p.undone AND NOT p.replay"
+            )
             reopened = db.execute(
                 "UPDATE examples AS e SET state = 'accepted',"
                 f" passes_done = (SELECT count(*) {kept}),"

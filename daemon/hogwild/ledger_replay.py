@@ -7,7 +7,9 @@ from random import Random
 from hogwild.ledger_db import Database
 from hogwild.ledger_records import Pending
 
-LEARNED = "state IN ('trained', 'durable') AND weight > 0"  # the index examples_replayable has these very words
+LEARNED = (
+    "state IN ('trained', 'durable') AND weight > 0"  # the index examples_replayable has these very words
+)
 TRIES = 32  # random ids that are tried before the next learned one is taken
 
 
@@ -80,9 +82,7 @@ class Pool:
     def recently_replayed(self, count: int) -> list[int]:
         """The examples of the newest `count` replay passes."""
         with self._db.read() as db:
-            query = (
-                "SELECT example_id FROM passes WHERE replay AND NOT undone ORDER BY pass_id DESC LIMIT ?"
-            )
+            query = "SELECT example_id FROM passes WHERE replay AND NOT undone ORDER BY pass_id DESC LIMIT ?"
             return [row[0] for row in db.execute(query, (count,))]
 
     def get(self, example_ids: Collection[int]) -> list[Pending]:

@@ -9,7 +9,7 @@ texts.
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,18 +59,19 @@ class Sample:
 
 def make(
     model: PreTrainedModel,
-    tokenizer: Any,
+    given: Sequence[Sequence[int]],
+    end: Collection[int],
     *,
-    texts: int,
     tokens: int,
     seed: int,
     limit_s: float = float("inf"),
     stopped: Callable[[], bool] = lambda: False,
 ) -> list[Sample]:
-    """Sample texts from the model, half of them chats where it has a chat template.
+    """Sample one text for each of `given`.
 
     Args:
-        texts: how many; fewer come back when the time is up.
+        given: what each text begins with, from `prompts`; the last ones are left out when the time is up.
+        end: tokens that end a text, from `ends`.
         tokens: longest, prompt not counted.
         limit_s: seconds after which no further round begins.
         stopped: asked before each token; an interrupted round is dropped.
@@ -78,11 +79,10 @@ def make(
     began = time.monotonic()
     samples: list[Sample] = []
     generator = torch.Generator(model.device).manual_seed(seed)
-    prompts = _prompts(tokenizer, texts)
-    for at in range(0, len(prompts), ROUND):
+    for at in range(0, len(given), ROUND):
         if samples and time.monotonic() - began >= limit_s:
             break
-        samples += _sample(model, prompts[at : at + ROUND], tokens, generator, _ends(model, tokenizer), stopped)
+        samples += _sample(model, given[at : at + ROUND], tokens, generator, end, stopped)
         if stopped():
             break
     return samples
@@ -130,9 +130,9 @@ def load(path: Path, base: str) -> list[Sample] | None:
         raise HogwildError(f"{path} cannot be read ({error!r}); delete it to go on without it") from error
 
 
-def _prompts(tokenizer: Any, count: int) -> list[list[int]]:
-    """Plain texts and chats in turn, so that fewer of them are still of both kinds."""
-    prompts = []
+def prompts(tokenizer: Any, count: int) -> list[list[int]]:
+    """Beginnings of `count` texts as token ids: plain texts and, with a chat template, chats in turn."""
+    found = []
     for i in range(count):
         turn = i // 2 if tokenizer.chat_template else i
         if tokenizer.chat_template and i % 2:
@@ -141,48 +141,53 @@ def _prompts(tokenizer: Any, count: int) -> list[list[int]]:
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             ids = tokenizer(FIRST_WORDS[turn % len(FIRST_WORDS)], add_special_tokens=True)["input_ids"]
-        prompts.append(list(ids))
-    return prompts
+        found.append(list(ids))
+    return found
 
 
-def _ends(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+def ends(model: PreTrainedModel, tokenizer: Any) -> set[int]:
     """Tokens after which the model has nothing more to say."""
-    ends = model.config.eos_token_id
-    listed = ends if isinstance(ends, list) else [ends]
+    own = model.config.eos_token_id
+    listed = own if isinstance(own, list) else [own]
     return {int(end) for end in [*listed, tokenizer.eos_token_id] if end is not None}
 
 
 @torch.no_grad()
 def _sample(
     model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
+    given: Sequence[Sequence[int]],
     tokens: int,
     generator: torch.Generator,
-    ends: set[int],
+    end: Collection[int],
     stopped: Callable[[], bool],
 ) -> list[Sample]:
     """One batch, padded on the left; every text ends at its first end token, which belongs to it."""
-    device, count, width = model.device, len(prompts), max(map(len, prompts))
+    device, count, width = model.device, len(given), max(map(len, given))
     ids = torch.zeros(count, width, dtype=torch.long, device=device)
     mask = torch.zeros(count, width, dtype=torch.long, device=device)
-    for row, prompt in enumerate(prompts):
+    for row, prompt in enumerate(given):
         ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
         mask[row, width - len(prompt) :] = 1
     cache = DynamicCache(config=model.config)
-    texts: list[list[int]] = [[] for _ in prompts]
+    texts: list[list[int]] = [[] for _ in given]
     position = (mask.cumsum(-1) - 1).clamp_min(0)
     for _ in range(tokens):
         if stopped():
             return []
         logits = model(
-            ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ids,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         ).logits[:, -1]
         ids = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)  # (count, 1)
         for text, token in zip(texts, ids[:, 0].tolist(), strict=True):
-            if not (text and text[-1] in ends):
+            if not (text and text[-1] in end):
                 text.append(token)
-        if all(text[-1] in ends for text in texts):
+        if all(text[-1] in end for text in texts):
             break
         mask = torch.cat([mask, mask.new_ones(count, 1)], 1)
         position = position[:, -1:] + 1
-    return [Sample((*prompt, *text), len(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
+    return [Sample((*prompt, *text), len(prompt)) for prompt, text in zip(given, texts, strict=True)]
