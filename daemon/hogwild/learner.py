@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from hogwild import checkpoint, examples, served, skeleton
+from hogwild import checkpoint, examples, selfreplay, served, skeleton
 from hogwild import log as logs
 from hogwild.apollo import Optimizer
 from hogwild.arena.client import Arena
 from hogwild.backward import TrainedLinear
 from hogwild.config import Config
-from hogwild.curriculum import Curriculum
+from hogwild.curriculum import Batch, Curriculum
 from hogwild.errors import ExampleError, VerificationError
 from hogwild.ledger import Ledger, Pass, Pending
-from hogwild.trainer import Progress, StepResult, Trainer
+from hogwild.trainer import Item, Progress, StepResult, Trainer
 from hogwild.weights import Weights
 from hogwild_kernels.cpu import warm_up
 
@@ -71,6 +71,9 @@ class Learner:
         self._recent: list[list[int]] = []
         self._stopping = threading.Event()
         self._may_train = threading.Event()
+        self._own_ready = threading.Event()  # texts of the model's own are there, or never will be
+        self._own_ready.set()
+        self._writer: threading.Thread | None = None
         self._threads: list[threading.Thread] = []
 
     @property
@@ -127,6 +130,63 @@ class Learner:
             for thread in self._threads:
                 thread.start()
 
+    def write_own_texts(self, path: Path, base: str) -> None:
+        """Load the texts that the model wrote before it was trained or, while it is untrained, have it write them now,
+        in a thread: training waits for it (at most about `replay.self_limit_s`), the caller does not.
+
+        Args:
+            path: the file that keeps them.
+            base: digest of the model as it came.
+
+        Raises:
+            HogwildError: the file is damaged.
+        """
+        if not (self.config.replay.self_texts and self.config.replay.ratio):
+            return
+        self.curriculum.replay.own = selfreplay.load(path, base) or ()
+        if self.curriculum.replay.own:
+            log.info("selfreplay.loaded", path=str(path), texts=len(self.curriculum.replay.own))
+        elif self.arena.control.trained:
+            log.warning("selfreplay.missing", path=str(path), reason="the model has been trained already")
+        else:
+            self._own_ready.clear()
+            self._writer = threading.Thread(
+                target=self._write_own_texts, args=(path, base), name="self-replay", daemon=True
+            )
+            self._writer.start()
+
+    def _write_own_texts(self, path: Path, base: str) -> None:
+        began, settings = time.perf_counter(), self.config.replay
+        try:
+            with self._tokenizing:
+                prompts = selfreplay.prompts(self.tokenizer, settings.self_texts)
+            samples = selfreplay.make(
+                self.reader,
+                prompts,
+                selfreplay.ends(self.reader, self.tokenizer),
+                tokens=settings.self_tokens,
+                seed=self.config.training.seed,
+                limit_s=settings.self_limit_s,
+                stopped=self._stopping.is_set,
+            )
+            if self._stopping.is_set():
+                return
+            selfreplay.save(path, base, self.config.training.seed, samples)
+            self.curriculum.replay.own = samples
+            log.info(
+                "selfreplay.made",
+                path=str(path),
+                texts=len(samples),
+                wanted=settings.self_texts,
+                tokens=sum(len(one.ids) - one.start for one in samples),
+                seconds=round(time.perf_counter() - began, 1),
+            )
+        except Exception as error:
+            # Learning without them is worse, not wrong.
+            log.exception("selfreplay.failed", path=str(path), error=str(error))
+        finally:
+            self._own_ready.set()
+
     def pause(self) -> None:
         """Take no further example; what is under way is finished."""
         self._may_train.clear()
@@ -135,7 +195,7 @@ class Learner:
         """Finish the examples under way and end the threads. False if one did not end in time."""
         self._stopping.set()
         deadline = time.monotonic() + timeout_s
-        for thread in self._threads:
+        for thread in [*self._threads, *([self._writer] if self._writer else [])]:
             thread.join(max(deadline - time.monotonic(), 0.1))
         return not any(thread.is_alive() for thread in self._threads)
 
@@ -168,16 +228,55 @@ class Learner:
             while not self._stopping.is_set():
                 if not self._may_train.wait(_IDLE_S) or self._stopping.is_set():
                     continue
-                pending = self.curriculum.take(timeout=_IDLE_S)
-                if pending is not None:
-                    self._turn(trainer, index, pending)
+                if not self._own_ready.wait(_IDLE_S):
+                    continue
+                batch = self.curriculum.take(timeout=_IDLE_S, step=self.progress.steps)
+                if batch is not None:
+                    self._turn(trainer, index, batch)
         except BaseException as error:
             # A trainer that dies may have left a layer half-written: the supervisor stops the service.
             self.failure = error
             log.exception("trainer.died", thread=index)
 
-    def _turn(self, trainer: Trainer, index: int, pending: Pending) -> None:
-        """Take, forward, backward and update, record: one pass of one example."""
+    def _turn(self, trainer: Trainer, index: int, batch: Batch) -> None:
+        """Take, forward, backward and update, record: one step on new examples and on what is replayed beside them."""
+        new = [(one, item) for one in batch.new if (item := self._encode(one, sets_aside=True))]
+        old = [(one, item) for one in batch.replayed if (item := self._encode(one, sets_aside=False))]
+        own = [Item(sample) for sample in batch.own]
+        if (batch.new and not new) or not (new or old or own):
+            self.curriculum.done(batch)  # nothing new is left, and replay was there for its sake
+            return
+        result = trainer.step([*(item for _, item in new), *(item for _, item in old), *own])
+        passes = []
+        for number, (one, item) in enumerate([*new, *old]):
+            is_new = number < len(new)
+            loss_after = trainer.loss(item.encoded) if is_new and _wants_loss_after(one) else None
+            passes.append(
+                Pass(
+                    one.example_id,
+                    loss_before=result.losses[number],
+                    loss_after=loss_after,
+                    tokens=result.tokens[number],
+                    step=result.step,
+                    thread=index,
+                    arena_id=self.arena.control.arena_id,
+                    replay=not is_new,
+                )
+            )
+        outcomes = self.ledger.record_passes(passes)
+        self.curriculum.done(batch)
+        if new:
+            self._recent = [list(new[0][1].encoded.ids), *self._recent[: _RECENT - 1]]
+        for (one, _), passed, outcome in zip(new, passes, outcomes, strict=False):
+            self._report(one, passed, result, len(old), len(own), finished=outcome.state != "accepted")
+        for number, (one, _) in enumerate(old, len(new)):
+            loss = result.losses[number]
+            log.debug("example.replayed", **_who(one), loss=round(loss, 4), step=result.step, thread=index)
+            if self.curriculum.forgotten(one, loss):
+                log.info("example.reopened", **_who(one), loss=round(loss, 4), until_loss=one.until_loss)
+
+    def _encode(self, pending: Pending, *, sets_aside: bool) -> Item | None:
+        """Its tokens, or None for one that cannot be trained, which is then set aside in the ledger if it is new."""
         example = pending.example()
         try:
             with self._tokenizing:
@@ -188,39 +287,26 @@ class Learner:
                     train_on=self.config.training.train_on,
                 )
         except ExampleError as error:
-            self.ledger.set_failed(pending.example_id, str(error))
-            self.curriculum.done(pending)
-            log.warning("example.failed", **_who(pending), reason=error.reason, field=error.field)
-            return
-        result = trainer.step(encoded, example.weight)
-        loss_after = trainer.loss(encoded) if _wants_loss_after(pending) else None
-        outcome = self.ledger.record_pass(
-            Pass(
-                pending.example_id,
-                loss_before=result.loss,
-                loss_after=loss_after,
-                tokens=result.tokens,
-                step=result.step,
-                thread=index,
-                arena_id=self.arena.control.arena_id,
-            )
-        )
-        self.curriculum.done(pending)
-        self._recent = [list(encoded.ids), *self._recent[: _RECENT - 1]]
-        self._report(pending, index, result, loss_after, finished=outcome.state != "accepted")
+            if sets_aside:
+                self.ledger.set_failed(pending.example_id, str(error))
+                log.warning("example.failed", **_who(pending), reason=error.reason, field=error.field)
+            return None
+        return Item(encoded, example.weight)
 
     def _report(
-        self, pending: Pending, index: int, result: StepResult, loss_after: float | None, finished: bool
+        self, pending: Pending, passed: Pass, result: StepResult, replayed: int, own: int, finished: bool
     ) -> None:
         log.info(
             "example.trained" if finished else "example.pass",
             **_who(pending),
             **{"pass": pending.passes_done + 1},
-            loss_before=round(result.loss, 4),
-            loss_after=None if loss_after is None else round(loss_after, 4),
-            tokens=result.tokens,
+            loss_before=round(passed.loss_before, 4),
+            loss_after=None if passed.loss_after is None else round(passed.loss_after, 4),
+            tokens=passed.tokens,
+            replayed=replayed,
+            self_replayed=own,
             step=result.step,
-            thread=index,
+            thread=passed.thread,
             staleness=result.staleness,
             update_norm=round(result.update_norm, 5),
             updates=result.updates,

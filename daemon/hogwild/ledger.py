@@ -23,6 +23,7 @@ from hogwild.ledger_records import (
     Reset,
     State,
 )
+from hogwild.ledger_replay import Pool
 from hogwild.ledger_staging import discard, publish, recover, stage
 
 __all__ = [
@@ -52,6 +53,7 @@ class Ledger:
     def __init__(self, path: Path, *, readonly: bool = False) -> None:
         self.path = path
         self._db = Database(path, readonly=readonly)
+        self.pool = Pool(self._db)
         if not readonly:
             recover(self._db)
 
@@ -191,8 +193,9 @@ class Ledger:
         held = 0
         with self._db.read() as db:
             rows = db.execute(
-                "SELECT e.example_id, f.name, e.line_no, e.name, l.line, e.passes_done, e.passes,"
-                " e.until_loss FROM examples e JOIN files f USING (file_id) JOIN lines l USING (example_id)"
+                "SELECT e.example_id, f.name, e.line_no, e.name, l.line, e.passes_done, e.passes, e.until_loss,"
+                " (SELECT step FROM passes p WHERE p.pass_id = e.last_pass)"
+                " FROM examples e JOIN files f USING (file_id) JOIN lines l USING (example_id)"
                 " WHERE e.state = 'accepted' ORDER BY e.passes_done, e.priority DESC, e.example_id LIMIT ?",
                 (limit + len(exclude_ids),),
             )
@@ -225,10 +228,14 @@ class Ledger:
                 f"{self.path}: example {one.example_id} cannot be trained: it failed or is unknown"
             )
         pass_id = db.execute(
-            "INSERT INTO passes (example_id, at, loss_before, loss_after, tokens, step, thread, arena)"
-            f" VALUES (?, {NOW}, ?, ?, ?, ?, ?, ?) RETURNING pass_id",
-            (one.example_id, one.loss_before, one.loss_after, one.tokens, one.step, one.thread, one.arena_id),
-        ).fetchone()[0]
+            "INSERT INTO passes (example_id, at, loss_before, loss_after, tokens, step, thread, arena, replay)"
+            f" VALUES (?, {NOW}, ?, ?, ?, ?, ?, ?, ?) RETURNING pass_id",
+            (one.example_id, one.loss_before, one.loss_after, one.tokens, one.step, one.thread, one.arena_id,
+             one.replay),
+        ).fetchone()[0]  # fmt: skip
+        if one.replay:
+            query = "SELECT state, passes_done FROM examples WHERE example_id = ?"
+            return Outcome(one.example_id, *db.execute(query, (one.example_id,)).fetchone())
         loss = one.loss_before if one.loss_after is None else one.loss_after
         row = db.execute(
             "UPDATE examples SET passes_done = passes_done + 1, last_pass = ?, last_loss = ?,"
@@ -276,7 +283,10 @@ class Ledger:
         """
         marker = self.durable_marker() if marker is None else marker
         with self._db.write(fsync=True) as db:
-            kept = "FROM passes p WHERE p.example_id = e.example_id AND p.pass_id <= :marker AND NOT p.undone"
+            kept = (
+                "FROM passes p WHERE p.example_id = e.example_id AND p.pass_id <= :marker"
+                " AND NOT p.undone AND NOT p.replay"
+            )
             reopened = db.execute(
                 "UPDATE examples AS e SET state = 'accepted',"
                 f" passes_done = (SELECT count(*) {kept}),"
@@ -284,7 +294,7 @@ class Ledger:
                 f" last_loss = (SELECT coalesce(p.loss_after, p.loss_before) {kept}"
                 " ORDER BY p.pass_id DESC LIMIT 1)"
                 " WHERE state <> 'failed' AND example_id IN"
-                " (SELECT example_id FROM passes WHERE pass_id > :marker AND NOT undone)",
+                " (SELECT example_id FROM passes WHERE pass_id > :marker AND NOT undone AND NOT replay)",
                 {"marker": marker},
             ).rowcount
             undone = db.execute(
@@ -301,7 +311,7 @@ class Ledger:
             rejected, files, passes = db.execute(
                 "SELECT (SELECT count(*) FROM rejected JOIN files USING (file_id) WHERE state <> 'staging'),"
                 " (SELECT count(*) FROM files WHERE state <> 'staging'),"
-                " (SELECT count(*) FROM passes WHERE NOT undone)"
+                " (SELECT count(*) FROM passes WHERE NOT undone AND NOT replay)"
             ).fetchone()
         by_state = {name: states.get(name, 0) for name in ("trained", "durable", "failed")}
         return Counts(

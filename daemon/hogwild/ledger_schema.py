@@ -101,5 +101,17 @@ CREATE VIEW progress AS                  -- SELECT * FROM progress;
   FROM files f WHERE state <> 'staging';
 """
 
-MIGRATIONS = (_V1,)
+_REPLAY = """
+ALTER TABLE passes ADD COLUMN replay INTEGER NOT NULL DEFAULT 0;
+  -- 1: an example that was learned before, mixed into a step; counts neither in passes_done nor for its state
+ALTER TABLE examples ADD COLUMN weight REAL NOT NULL DEFAULT 1;     -- of its loss; negative: unlearn
+ALTER TABLE examples ADD COLUMN tags TEXT NOT NULL DEFAULT '';      -- one a line
+ALTER TABLE examples ADD COLUMN reopened INTEGER NOT NULL DEFAULT 0;-- times that it was forgotten and got passes again
+UPDATE examples SET weight = -1 WHERE example_id IN
+  (SELECT example_id FROM lines WHERE CASE WHEN json_valid(line) THEN json_extract(line, '$.weight') < 0 END);
+CREATE INDEX examples_replayable ON examples (example_id) WHERE state IN ('trained', 'durable') AND weight > 0;
+CREATE INDEX passes_replayed ON passes (pass_id) WHERE replay AND NOT undone;
+"""
+
+MIGRATIONS = (_V1, _REPLAY)
 VERSION = len(MIGRATIONS)

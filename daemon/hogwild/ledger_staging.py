@@ -91,8 +91,8 @@ def _insert(connection: Connection, file_id: int, lines: Sequence[GoodLine], pas
     start = int(connection.execute("SELECT coalesce(max(example_id), 0) + 1 FROM examples").fetchone()[0])
     connection.executemany(
         "INSERT INTO examples"
-        " (example_id, file_id, line_no, byte_offset, name, priority, passes, until_loss, state)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'staged')",
+        " (example_id, file_id, line_no, byte_offset, name, priority, passes, until_loss, weight, tags, state)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'staged')",
         [
             (
                 example_id,
@@ -103,6 +103,8 @@ def _insert(connection: Connection, file_id: int, lines: Sequence[GoodLine], pas
                 line.example.priority,
                 line.example.passes or passes,
                 line.example.until_loss,
+                line.example.weight,
+                "\n".join(line.example.tags),
             )
             for example_id, line in enumerate(lines, start)
         ],

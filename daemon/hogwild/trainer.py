@@ -24,6 +24,21 @@ class Encoded(Protocol):
     def trained(self) -> Sequence[bool]: ...  # (L,) is this token's prediction trained?
 
 
+@dataclass(frozen=True)
+class Item:
+    """One example of a training step.
+
+    Attributes:
+        encoded: its tokens, and which of them are trained.
+        weight: how much its loss counts; negative: unlearn.
+        context: "frozen" or "full" for this example alone; None: as the trainer is configured.
+    """
+
+    encoded: Encoded
+    weight: float = 1.0
+    context: Literal["frozen", "full"] | None = None
+
+
 class Progress:
     """The one step counter of all trainer threads, mirrored to the control page for the server to see."""
 
@@ -51,8 +66,8 @@ class StepResult:
     """What one training step did.
 
     Attributes:
-        loss: mean negative log-likelihood of the trained tokens before the update, nats.
-        tokens: trained tokens.
+        losses: of each item, in order: mean negative log-likelihood of its trained tokens before the update, nats.
+        tokens: of each item, in order: trained tokens.
         step: number of this step among all threads.
         staleness: steps that other threads finished between this step's first read of the weights and its last write.
         update_norm: root of the summed squares of all weights' updates.
@@ -61,8 +76,8 @@ class StepResult:
         seconds: wall time.
     """
 
-    loss: float
-    tokens: int
+    losses: list[float]
+    tokens: list[int]
     step: int
     staleness: int
     update_norm: float
@@ -72,7 +87,7 @@ class StepResult:
 
 
 class Trainer:
-    """Trains on one example at a time, in the calling thread.
+    """Trains on one example or several at a time, in the calling thread.
 
     Args:
         model: this trainer's own skeleton; changed so that its backward pass updates the weights.
@@ -94,17 +109,29 @@ class Trainer:
         self.model, self.progress, self.context = model, progress, context
         self._between_layers = between_layers
         self._squares, self._updates, self._skipped = 0.0, 0, 0
-        self.frozen = train_in_backward(model, optimizer, trainable, seed, self._count)
+        self._gather = train_in_backward(model, optimizer, trainable, seed, self._count)
+        self.frozen = self._gather.frozen
 
-    def step(self, example: Encoded, weight: float) -> StepResult:
-        """Forward, backward and update on one example; its loss counts `weight` times (negative: unlearn)."""
+    def step(self, items: Sequence[Item]) -> StepResult:
+        """Forward, backward and one update on all of `items`.
+
+        The loss of the step is the mean over the items of weight * mean negative log-likelihood of the item's trained
+        tokens, so an item counts the same however long it is.
+        """
         began, steps_before = time.perf_counter(), self.progress.steps
         self._squares, self._updates, self._skipped = 0.0, 0, 0
-        loss, tokens = self._loss(example, self.context)
-        (weight * loss).backward()  # type: ignore[no-untyped-call]
+        losses, tokens = [], []
+        self._gather.begin()
+        for number, item in enumerate(items, 1):
+            self._gather.more = number < len(items)
+            loss, count = self._loss(item.encoded, item.context or self.context)
+            (item.weight / len(items) * loss).backward()  # type: ignore[no-untyped-call]
+            losses.append(float(loss.detach()))
+            tokens.append(count)
+        self._gather.finish()
         step = self.progress.advance()
         return StepResult(
-            loss=float(loss.detach()),
+            losses=losses,
             tokens=tokens,
             step=step,
             staleness=step - 1 - steps_before,
