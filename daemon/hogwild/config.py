@@ -67,6 +67,8 @@ class TrainingConfig(Table):
     """Training steps that make up one weight epoch, the number that tells answers of different weights apart."""
     context: Literal["frozen", "full"] = "frozen"
     """"frozen": tokens before the trained ones run without gradient. "full": gradients reach them too."""
+    unlearn_until_loss: Positive = 5.0
+    """Nats at which a token of a line with a negative weight counts as unlearned and is left alone."""
 
 
 class ReplayConfig(Table):

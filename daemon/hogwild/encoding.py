@@ -5,8 +5,10 @@ What follows it, up to and including the end-of-turn token, is trained; nothing 
 """
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from hogwild.chat import Chat
@@ -98,6 +100,17 @@ def encode_text(text: str, tokenizer: Tokenizer) -> Encoded:
     """Every token is trained but the first, which nothing predicts; the end-of-text token is appended."""
     ids = _ended(_tokens(text, tokenizer, add_special_tokens=True), tokenizer)
     return _masked(ids, [True] * len(ids))
+
+
+def context_length(folder: Path) -> int | None:
+    """Tokens of the longest text that the model in `folder` takes; None if its configuration does not say."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    text = config.get("text_config") or config  # of a model that also sees images
+    length = text.get("max_position_embeddings")
+    return length if isinstance(length, int) else None
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:

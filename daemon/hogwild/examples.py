@@ -26,7 +26,7 @@ MAX_PASSES = 10_000
 MAX_ID_CHARS = 256
 MAX_TAGS = 16
 MAX_TAG_CHARS = 64
-# Unlearning is bounded twice: by this, and by `trainer.bounded_loss`, which no factor can get past.
+# Unlearning is bounded twice: by this, and by `loss.bounded_loss`, which no factor can get past.
 MIN_WEIGHT, MAX_WEIGHT = -1.0, 10.0
 
 
@@ -93,13 +93,19 @@ def parse_line(line: bytes) -> Example:
 
 
 def encode(
-    example: Example, tokenizer: Tokenizer, *, max_tokens: int, train_on: TrainOn = "last"
+    example: Example,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    context_length: int | None = None,
+    train_on: TrainOn = "last",
 ) -> list[Encoded]:
     """Token ids and loss mask of an example.
 
     Args:
         tokenizer: the model's own, with its chat template.
         max_tokens: longest allowed, context included.
+        context_length: longest that the model takes, if that is known.
         train_on: for chats whose line does not say.
 
     Returns:
@@ -117,8 +123,11 @@ def encode(
     else:
         parts = [encode_text(example.text or "", tokenizer)]
     for part in parts:
-        if len(part.ids) > max_tokens:
-            raise ExampleError(f"{len(part.ids)} tokens, and training.max_tokens is {max_tokens}")
+        length = len(part.ids)
+        if context_length is not None and length > context_length:
+            raise ExampleError(f"{length} tokens, and the model's context is {context_length}")
+        if length > max_tokens:
+            raise ExampleError(f"{length} tokens, and training.max_tokens is {max_tokens}")
         if not any(part.trained):
             raise ExampleError("no token to train on")
     return parts

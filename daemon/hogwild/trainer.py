@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from hogwild.apollo import Optimizer
 from hogwild.arena.control import ControlPage
 from hogwild.backward import train_in_backward
+from hogwild.loss import bounded_loss, unlearning_limit
 from hogwild_kernels import UpdateResult
 
 
@@ -94,6 +95,7 @@ class Trainer:
         context: "frozen" runs tokens before the first trained one without gradient.
         seed: varies the rounding between threads.
         between_layers: called after each weight's update; the place to yield to the server, or to stop.
+        unlearn_until_loss: nats; a token with a negative weight counts until its loss is that high.
     """
 
     def __init__(
@@ -105,9 +107,13 @@ class Trainer:
         context: Literal["frozen", "full"],
         seed: int,
         between_layers: Callable[[], None] = lambda: None,
+        unlearn_until_loss: float = 5.0,
     ) -> None:
         self.model, self.progress, self.context = model, progress, context
         self._between_layers = between_layers
+        self.unlearning_limit = unlearning_limit(
+            unlearn_until_loss, model.config.get_text_config().vocab_size
+        )
         self._squares, self._updates, self._skipped = 0.0, 0, 0
         self._gather = train_in_backward(model, optimizer, trainable, seed, self._count)
         self.frozen = self._gather.frozen
@@ -124,10 +130,11 @@ class Trainer:
         self._gather.begin()
         for number, item in enumerate(items, 1):
             self._gather.more = number < len(items)
-            loss, count = self._loss(item.encoded, item.context or self.context)
-            (item.weight / len(items) * loss).backward()  # type: ignore[no-untyped-call]
-            losses.append(float(loss.detach()))
-            tokens.append(count)
+            nll = self._nll(item.encoded, item.context or self.context)
+            loss = bounded_loss(nll, item.weight / len(items), self.unlearning_limit)
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(float(nll.detach().mean()))
+            tokens.append(len(nll))
         self._gather.finish()
         step = self.progress.advance()
         return StepResult(
@@ -144,9 +151,10 @@ class Trainer:
     @torch.no_grad()
     def loss(self, example: Encoded) -> float:
         """The loss with the weights as they are now, nats a trained token."""
-        return float(self._loss(example, "full")[0])
+        return float(self._nll(example, "full").mean())
 
-    def _loss(self, example: Encoded, context: Literal["frozen", "full"]) -> tuple[torch.Tensor, int]:
+    def _nll(self, example: Encoded, context: Literal["frozen", "full"]) -> torch.Tensor:
+        """(T,) fp32: negative log-likelihood of each trained token, nats."""
         ids = torch.tensor([example.ids])  # (1, L)
         first = list(example.trained).index(True)
         start = (
@@ -160,8 +168,7 @@ class Trainer:
         logits = self.model(ids[:, start:-1], past_key_values=cache, use_cache=cache is not None).logits[0]
         mask = torch.tensor(example.trained[start + 1 :])  # (L - start - 1,)
         targets = ids[0, start + 1 :][mask]
-        loss = torch.nn.functional.cross_entropy(logits[mask].float(), targets)
-        return loss, int(targets.numel())
+        return torch.nn.functional.cross_entropy(logits[mask].float(), targets, reduction="none")
 
     def _count(self, _name: str, result: UpdateResult) -> None:
         self._updates += 1
