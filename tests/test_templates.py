@@ -3,6 +3,8 @@
 Every check goes round: messages, template, tokens, mask, and back to text.
 """
 
+import copy
+import json
 from typing import Any
 
 import pytest
@@ -10,9 +12,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from families import FAMILIES, Family, Message, tokenizer_of
+from hogwild.chat import Chat
 from hogwild.encoding import Encoded
 from hogwild.errors import ExampleError
 from hogwild.examples import Example, encode
+from hogwild.messages import parse_messages
 
 TOOLS = [
     {
@@ -60,7 +64,7 @@ CONVERSATIONS: dict[str, list[Message]] = {
     "multi": MULTI,
     "system": [SYSTEM, *SINGLE],
     "system-multi": [SYSTEM, *MULTI],
-    "white-space": [user("  Who? \n"), assistant("\n\n  Two lines \n of text \n\n"), user(" "), assistant(" x ")],
+    "white-space": [user("  Who? \n"), assistant("\n\n  Two lines \n of text \n\n"), user(" ? "), assistant(" x ")],
     "unicode": [user("Wer? 😀"), assistant("Zoë 😀, naïve – 東京")],
     "markup": [user("<b>[b]{{ x }}{% y %}"), assistant("```py\nx = 1\n```\n<b>|[INST|{{ z }}</b>")],
     "call": ASKED,
@@ -106,6 +110,18 @@ def runs(encoded: Encoded) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
+def as_served(message: Message) -> Message:
+    """The server's order of keys in a tool call, and its content for none (test_the_prompt_is_the_servers_own)."""
+    calls = [
+        {
+            "id": one["id"],
+            "function": {"arguments": one["function"]["arguments"], "name": one["function"]["name"]},
+        }
+        for one in message.get("tool_calls", [])
+    ]
+    return {"content": "", **message, **({"tool_calls": calls} if calls else {})}
+
+
 def check_masks(family: Family, messages: list[Message], tools: Any, train_on: Any) -> list[Encoded]:
     """Every trained turn is trained once, after exactly the served prompt, and nothing else is."""
     tokenizer = family.tokenizer
@@ -120,7 +136,10 @@ def check_masks(family: Family, messages: list[Message], tools: Any, train_on: A
     assert len(found) == len(turns)
     for i, (part, start, end) in zip(turns, found, strict=True):
         prompt = tokenizer.apply_chat_template(
-            messages[:i], tools=tools, add_generation_prompt=True, tokenize=False
+            [as_served(message) for message in messages[:i]],
+            tools=tools,
+            add_generation_prompt=True,
+            tokenize=False,
         )
         assert part.ids[:start] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
         said = tokenizer.decode(part.ids[:end])[len(tokenizer.decode(part.ids[:start])) :]
@@ -233,3 +252,66 @@ def test_a_tool_call_that_the_template_leaves_out_does_not_teach_silence(name):
     messages = [user("Weather in Oslo?"), assistant(tool_calls=[call(1)])]
     with pytest.raises(ExampleError, match=r"messages\[1\]: .*leaves its tool_calls out"):
         encode(Example(messages=tuple(messages)), tokenizer_of(name), max_tokens=1000)
+
+
+# --- what vLLM makes of the same request ---
+
+
+@pytest.fixture(scope="module")
+def server_renders(demo_model_dir):
+    """vLLM's own path from a request to the text of its prompt, without a server."""
+    from vllm.config import ModelConfig
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.renderers import chat_utils, hf
+
+    model = ModelConfig(model=str(demo_model_dir))
+
+    def render(tokenizer: Any, messages: list[Message], tools: Any) -> str:
+        request = ChatCompletionRequest.model_validate(
+            {"model": "m", "messages": copy.deepcopy(messages), **({"tools": tools} if tools else {})}
+        )
+        dumped = [tool.model_dump() for tool in request.tools] if request.tools else None
+        form = hf.resolve_chat_template_content_format(None, dumped, "auto", tokenizer, model_config=model)
+        conversation, _, _ = chat_utils.parse_chat_messages(request.messages, model, content_format=form)
+        return hf.safe_apply_chat_template(
+            model, tokenizer, conversation, tools=dumped, tokenize=False, add_generation_prompt=True
+        )
+
+    return render
+
+
+ODD_TOOLS = [
+    {"function": {"parameters": {"type": "object"}, "return": "x", "name": "weather"}, "type": "function"}
+]
+WANTS_PARTS = (
+    "{% for message in messages %}{{ message['role'] }}:{% for part in message['content'] %}{{ part['text'] }}"
+    "{% endfor %}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_prompt_is_the_servers_own(family, server_renders):
+    for name, messages in CONVERSATIONS.items():
+        if not supports(family, messages):
+            continue
+        as_text = copy.deepcopy(messages)  # as an OpenAI client sends arguments
+        for message in as_text:
+            for one in message.get("tool_calls", []):
+                one["function"]["arguments"] = json.dumps(one["function"]["arguments"])
+        for tools in (None, TOOLS, ODD_TOOLS) if family.tools else (None,):
+            ours = Chat(parse_messages(copy.deepcopy(as_text)), tools, family.tokenizer)
+            for i in ours.turns:
+                theirs = server_renders(family.tokenizer, as_text[:i], tools)
+                assert ours.prompt(i) == theirs, (name, i, tools)
+
+
+@pytest.mark.parametrize("template", [None, WANTS_PARTS], ids=["developer", "parts"])
+def test_developers_and_parts_are_the_servers_own(template, server_renders):
+    tokenizer = copy.copy(tokenizer_of("qwen3"))
+    tokenizer.name_or_path = f"{template}"  # the server remembers what a template wants by this name
+    tokenizer.chat_template = template or tokenizer.chat_template
+    messages = [{"role": "developer", "content": "Be brief."}, *MULTI]
+    chat = Chat(messages, None, tokenizer)
+    assert "Be brief." in chat.prompt(2)
+    for i in chat.turns:
+        assert chat.prompt(i) == server_renders(tokenizer, messages[:i], None)

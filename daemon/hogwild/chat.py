@@ -29,11 +29,17 @@ class Templated(Protocol):
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
 
 
-def served_messages(messages: Sequence[Message], template: str) -> list[dict[str, Any]]:
+def served_messages(
+    messages: Sequence[Message], template: str, *, own_calls: bool = False
+) -> list[dict[str, Any]]:
     """The messages as the server hands them to its template.
 
     No content is empty content; arguments of tool calls are objects, not text; reasoning goes by both of its names;
     a developer is a system where the template knows none; text is a list of parts where the template wants that.
+
+    Args:
+        own_calls: leave the keys of tool calls in the order that the line has, which the model is to learn. The
+            server puts them into an order of its own, which some templates (Mistral's) write down.
     """
     knows_developers = '"developer"' in template or "'developer'" in template
     wants_parts = _wants_parts(template)
@@ -49,7 +55,7 @@ def served_messages(messages: Sequence[Message], template: str) -> list[dict[str
         if "reasoning_content" in message:
             fresh["reasoning"] = fresh["reasoning_content"] = message["reasoning_content"]
         if "tool_calls" in message:
-            fresh["tool_calls"] = [_with_object_arguments(call) for call in message["tool_calls"]]
+            fresh["tool_calls"] = [_with_object_arguments(call, own_calls) for call in message["tool_calls"]]
         result.append(fresh)
     return result
 
@@ -106,21 +112,22 @@ class Chat:
         if isinstance(template, dict):  # several by name: the one that the server would take
             template = template.get("tool_use" if tools and "tool_use" in template else "default", "")
         self._served = served_messages(messages, str(template))
+        self._said = served_messages(messages, str(template), own_calls=True)
 
     @property
     def turns(self) -> list[int]:
         """Where the assistant's messages are."""
         return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
 
-    def render(self, upto: int, *, generation_prompt: bool) -> str:
-        """The text of the first `upto` messages.
+    def prompt(self, upto: int) -> str:
+        """What the server sends to the model after the first `upto` messages.
 
         Raises:
             ExampleError: the template refuses them, or fails.
         """
-        return self._render(self._served[:upto], generation_prompt)
+        return self._render(self._served[:upto], generation_prompt=True)
 
-    def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
                 list(messages),
@@ -140,8 +147,8 @@ class Chat:
         Raises:
             ExampleError: see `render`; or the template does not render what the model would have to answer.
         """
-        prompt = self.render(i, generation_prompt=True)
-        answered = self.render(i + 1, generation_prompt=False)
+        prompt = self.prompt(i)
+        answered = self._render([*self._served[:i], self._said[i]], generation_prompt=False)
         start = len(prompt) if answered.startswith(prompt) else self._answer_start(prompt, answered, i)
         if start is None or start >= len(answered):
             raise ExampleError(
@@ -163,7 +170,9 @@ class Chat:
         if not text or before < 0:
             return None
         shared = prompt[before:]
-        probe = self._render([*self._served[:i], {"role": "assistant", "content": _ANSWER}], False)
+        probe = self._render(
+            [*self._served[:i], {"role": "assistant", "content": _ANSWER}], generation_prompt=False
+        )
         end = probe.rfind(shared) + len(shared)
         return end if end >= len(shared) and answered[:end] == probe[:end] else None
 
@@ -174,5 +183,10 @@ def _wants_parts(template: str) -> bool:
     return loops is not None and "is string" not in template
 
 
-def _with_object_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-    return {**call, "function": {**call["function"], "arguments": arguments_of(call)}}
+def _with_object_arguments(call: Mapping[str, Any], own_order: bool) -> dict[str, Any]:
+    function = {**call["function"], "arguments": arguments_of(call)}
+    if own_order:
+        return {**call, "function": function}
+    served = {key: call[key] for key in ("id",) if key in call}
+    named = {key: function[key] for key in ("arguments", "name")}
+    return {**served, "function": named, "type": call.get("type", "function")}
