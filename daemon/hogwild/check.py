@@ -133,7 +133,7 @@ class Checker:
         if self.tokenizer is not None and not self.problems_only:
             for part in parts:
                 text = show(part, self.tokenizer, Shown(self.tokens, self.console.color_system is not None))
-                self.console.print(Padding(text, (0, 0, 0, 4)))
+                self.console.print(Padding(text, (0, 0, 0, 4), expand=False))
         for warning in warnings:
             self._say(f"    [yellow]{warning.code}[/]: {escape(warning.text)}")
         return record

@@ -149,6 +149,36 @@ def _tokenizer(folder: Path) -> Any:
 
 
 @app.command()
+def train(
+    files: Annotated[list[Path], typer.Argument(help="Files as they would be dropped into the spool.")],
+    model: Annotated[Path, typer.Option(help="Folder of the model; only read.")],
+    out: Annotated[Path, typer.Option(help="Folder for the trained model; made, or empty.")],
+    passes: Annotated[int | None, typer.Option(help="Instead of training.passes.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Instead of optimizer.lr.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Instead of training.threads.")] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that keeps the ledger and the optimizer; an interrupted run goes on from it."
+        ),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Train nothing if a line is wrong.")] = False,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train MODEL on FILES without a server, and write the result to a folder of its own. Ctrl-C saves and stops."""
+    overrides = {"training.passes": passes, "optimizer.lr": lr, "training.threads": threads}
+    settings = configuration.load(config, overrides)
+    from hogwild import log
+    from hogwild.train_command import run
+
+    log.configure("debug" if settings.log.level == "debug" else "warning", settings.log.format, sys.stderr)
+    raise typer.Exit(
+        run(files, settings, model.absolute(), out.absolute(), state, strict=strict, as_json=as_json)
+    )
+
+
+@app.command()
 def demo(
     model: Annotated[
         Path | None, typer.Option(help="Folder of a chat model; default: SmolLM2-135M-Instruct.")

@@ -299,6 +299,10 @@ class Learner:
             )
         return Group.of(parts, example.weight, example.context)
 
+    def loss(self, group: Group) -> float:
+        """The loss of an example with the weights as they are now, nats a trained token. Not while training runs."""
+        return _loss_now(self.trainers[0], group)
+
     def _encode(self, pending: Pending, *, sets_aside: bool) -> Group | None:
         """Its tokens, or None for one that cannot be trained, which is then set aside in the ledger if it is new."""
         try:
