@@ -16,7 +16,7 @@ from hogwild.arena.client import Arena
 from hogwild.backward import TrainedLinear
 from hogwild.config import Config
 from hogwild.curriculum import Batch, Curriculum
-from hogwild.errors import ExampleError, VerificationError
+from hogwild.errors import ExampleError, HogwildError, VerificationError
 from hogwild.ledger import Ledger, Pass, Pending
 from hogwild.trainer import Item, Progress, StepResult, Trainer
 from hogwild.weights import Weights
@@ -137,16 +137,16 @@ class Learner:
         Args:
             path: the file that keeps them.
             base: digest of the model as it came.
-
-        Raises:
-            HogwildError: the file is damaged.
         """
         if not (self.config.replay.self_texts and self.config.replay.ratio):
             return
-        self.curriculum.replay.own = selfreplay.load(path, base) or ()
+        try:
+            self.curriculum.replay.own = selfreplay.load(path, base) or ()
+        except HogwildError as error:
+            log.warning("selfreplay.unreadable", path=str(path), error=str(error))
         if self.curriculum.replay.own:
             log.info("selfreplay.loaded", path=str(path), texts=len(self.curriculum.replay.own))
-        elif self.arena.control.trained:
+        elif self.progress.steps:
             log.warning("selfreplay.missing", path=str(path), reason="the model has been trained already")
         else:
             self._own_ready.clear()
@@ -154,6 +154,10 @@ class Learner:
                 target=self._write_own_texts, args=(path, base), name="self-replay", daemon=True
             )
             self._writer.start()
+
+    def wait_for_own_texts(self) -> None:
+        """Until they are written, or given up."""
+        self._own_ready.wait()
 
     def _write_own_texts(self, path: Path, base: str) -> None:
         began, settings = time.perf_counter(), self.config.replay

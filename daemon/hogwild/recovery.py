@@ -53,6 +53,7 @@ def take(
     else:
         restored = _restore(learner, checkpoints)
     ledger.set_meta("arena_id", arena.control.arena_id)
+    learner.write_own_texts(config.state_dir / "selfreplay.json", ledger.get_meta("base_digest") or "")
     return Taken(learner, restored)
 
 

@@ -57,7 +57,7 @@ class Supervisor:
         self._lock_file = state_lock.take(config.state_dir)
         self.ledger = Ledger(config.state_dir / "ledger.sqlite")
         self.checkpoints = Checkpoints(config.state_dir / "checkpoints", config.checkpoint.keep)
-        self.curriculum = Curriculum(self.ledger)
+        self.curriculum = Curriculum(self.ledger, config.replay, seed=config.training.seed)
         self.spool = Spool(
             config.spool,
             self.ledger,
