@@ -22,16 +22,12 @@ class Exam:
     def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
         licence = Path(sysconfig.get_path("stdlib")) / "LICENSE.txt"
-        pages = [page for _, page in sorted(topics.topics.items()) if len(page) > 3000]
-        texts = [*pages, licence.read_text()]
-        pieces = [self._piece(text) for text in texts]
-        stride = len(pieces) // CHUNKS
-        self._text = torch.stack(pieces[::stride][: CHUNKS - 1] + pieces[-1:])  # (CHUNKS, CHUNK)
-
-    def _piece(self, text: str) -> torch.Tensor:
-        """From the middle of a text, where there is prose rather than a heading."""
-        ids = self.tokenizer(text[len(text) // 2 :], add_special_tokens=False)["input_ids"]
-        return torch.tensor(ids[:CHUNK])
+        text = "\n".join([*(page for _, page in sorted(topics.topics.items())), licence.read_text()])
+        stride = len(text) // CHUNKS
+        pieces = [text[i * stride : (i + 1) * stride] for i in range(CHUNKS)]
+        self._text = torch.tensor(  # (CHUNKS, CHUNK)
+            [tokenizer(piece, add_special_tokens=False)["input_ids"][:CHUNK] for piece in pieces]
+        )
 
     @torch.no_grad()
     def text_loss(self, few: bool) -> float:
