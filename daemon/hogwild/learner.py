@@ -95,10 +95,10 @@ class Learner:
         state = checkpoint.read_state(folder)
         self.load_optimizer(checkpoint.read_optimizer(folder))
         self.weights.check(folder)  # before the arena is marked, not only before it is written
-        self.arena.control.mark_trained()
-        self.weights.write(folder)
-        self.progress.resume(state["step"])
-        self.arena.control.generation = state["step"]
+        with self.arena.control.rewriting():
+            self.weights.write(folder)
+            self.progress.resume(state["step"])
+            self.arena.control.generation = state["step"]
         return int(state["step"])
 
     def load_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -268,6 +268,8 @@ class Learner:
                 )
             )
         outcomes = self.ledger.record_passes(passes)
+        if not passes:  # a restart counts the steps that the ledger knows of
+            self.ledger.set_meta("arena_steps", str(result.step))
         self.curriculum.done(batch)
         if new:
             self._recent = [list(new[0][1].encoded.ids), *self._recent[: _RECENT - 1]]
@@ -292,7 +294,7 @@ class Learner:
                 )
         except ExampleError as error:
             if sets_aside:
-                self.ledger.set_failed(pending.example_id, str(error))
+                self.ledger.set_failed(pending.example_id, error.reason, error.field)
                 log.warning("example.failed", **_who(pending), reason=error.reason, field=error.field)
             return None
         return Item(encoded, example.weight)
