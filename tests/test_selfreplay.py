@@ -14,6 +14,7 @@ from hogwild.errors import HogwildError
 from hogwild.examples import parse_line
 from hogwild.learner import Learner
 from hogwild.ledger import GoodLine, Ledger
+from hogwild.likeliest import Likeliest
 from hogwild.weights import digest, load_arena
 from support import wait_until
 from tiny import llama, tokenizer
@@ -35,9 +36,13 @@ def write(folder: Path, seed: int = 0, count: int = 6, tokens: int = 8, **option
     return selfreplay.make(model, given, selfreplay.ends(model, words), tokens=tokens, seed=seed, **options)
 
 
+def ids(samples: list[selfreplay.Sample]) -> list[tuple[int, ...]]:
+    return [one.ids for one in samples]
+
+
 def test_the_same_seed_writes_the_same_texts(folder):
-    assert write(folder) == write(folder)
-    assert write(folder) != write(folder, seed=1)
+    assert ids(write(folder)) == ids(write(folder))
+    assert ids(write(folder)) != ids(write(folder, seed=1))
 
 
 def test_a_text_is_what_the_model_would_write_one_token_at_a_time(folder):
@@ -54,6 +59,37 @@ def test_a_text_is_what_the_model_would_write_one_token_at_a_time(folder):
             with torch.no_grad():
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
         assert tuple(ids) == sample.ids
+
+
+def test_what_it_thought_is_what_it_thinks_of_the_whole_text(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for sample in write(folder):
+        with torch.no_grad():
+            logits = model(torch.tensor([sample.ids])).logits[0, sample.start - 1 : -1]
+        logs = logits.log_softmax(-1)
+        torch.testing.assert_close(
+            logs.gather(-1, sample.likeliest.ids), sample.likeliest.logs, atol=1e-4, rtol=0
+        )
+        assert (logs.topk(8).indices == sample.likeliest.ids).float().mean() > 0.99
+        assert float(sample.likeliest.divergence(logits).abs().max()) < 1e-3
+
+
+def test_the_divergence_is_that_of_the_likeliest_and_the_rest_and_its_gradient_is_zero_at_home():
+    torch.manual_seed(0)
+    home, away = torch.randn(5, 30), torch.randn(5, 30)
+    likeliest = Likeliest.of(home, 4)
+    p, q = home.softmax(-1), away.softmax(-1)
+    for row, ids in enumerate(likeliest.ids):
+        ps = torch.cat([p[row, ids], 1 - p[row, ids].sum(0, keepdim=True)])
+        qs = torch.cat([q[row, ids], 1 - q[row, ids].sum(0, keepdim=True)])
+        wanted = (ps * (ps / qs).log()).sum()
+        torch.testing.assert_close(likeliest.divergence(away)[row], wanted, atol=1e-5, rtol=1e-4)
+    home.requires_grad_(True)
+    likeliest.divergence(home).sum().backward()
+    assert float(home.grad.abs().max()) < 1e-5
+    sure = torch.tensor([[200.0, 0.0, 0.0, 0.0]], requires_grad=True)  # no probability is left for the rest
+    Likeliest.of(sure.detach(), 2).divergence(-sure).sum().backward()
+    assert bool(sure.grad.isfinite().all())
 
 
 def test_a_text_ends_with_its_first_end_token_or_at_its_length(folder):
@@ -83,10 +119,16 @@ def test_time_that_is_up_leaves_the_rest_out_and_a_stop_drops_the_round(folder):
 
 def test_the_file_belongs_to_one_model_and_is_whole_or_not_there(tmp_path):
     path = tmp_path / "selfreplay.json"
-    samples = [selfreplay.Sample((1, 2, 3), 1), selfreplay.Sample((4, 5), 1)]
+    samples = [
+        selfreplay.Sample((1, *range(count)), 1, Likeliest.of(torch.randn(count, 20))) for count in (3, 2)
+    ]
     assert selfreplay.load(path, "base") is None
     selfreplay.save(path, "base", 0, samples)
-    assert selfreplay.load(path, "base") == samples
+    found = selfreplay.load(path, "base")
+    assert [(one.ids, one.start) for one in found] == [(one.ids, one.start) for one in samples]
+    for one, wanted in zip(found, samples, strict=True):
+        assert torch.equal(one.likeliest.ids, wanted.likeliest.ids)
+        torch.testing.assert_close(one.likeliest.logs, wanted.likeliest.logs, atol=1e-4, rtol=0)
     assert selfreplay.load(path, "another model") is None
     assert [file.name for file in tmp_path.iterdir()] == ["selfreplay.json"]
     path.write_bytes(path.read_bytes()[:40])

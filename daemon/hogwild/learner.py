@@ -246,7 +246,7 @@ class Learner:
         """Take, forward, backward and update, record: one step on new examples and on what is replayed beside them."""
         new = [(one, item) for one in batch.new if (item := self._encode(one, sets_aside=True))]
         old = [(one, item) for one in batch.replayed if (item := self._encode(one, sets_aside=False))]
-        own = [Item(sample) for sample in batch.own]
+        own = [Item(sample, likeliest=sample.likeliest) for sample in batch.own]
         if (batch.new and not new) or not (new or old or own):
             self.curriculum.done(batch)  # nothing new is left, and replay was there for its sake
             return

@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from hogwild.apollo import Optimizer
 from hogwild.arena.control import ControlPage
 from hogwild.backward import train_in_backward
+from hogwild.likeliest import Likeliest
 from hogwild_kernels import UpdateResult
 
 
@@ -32,11 +33,13 @@ class Item:
         encoded: its tokens, and which of them are trained.
         weight: how much its loss counts; negative: unlearn.
         context: "frozen" or "full" for this example alone; None: as the trainer is configured.
+        likeliest: of its trained tokens: its loss is then the divergence from this, not the likelihood of the tokens.
     """
 
     encoded: Encoded
     weight: float = 1.0
     context: Literal["frozen", "full"] | None = None
+    likeliest: Likeliest | None = None
 
 
 class Progress:
@@ -124,7 +127,7 @@ class Trainer:
         self._gather.begin()
         for number, item in enumerate(items, 1):
             self._gather.more = number < len(items)
-            loss, count = self._loss(item.encoded, item.context or self.context)
+            loss, count = self._loss(item.encoded, item.context or self.context, item.likeliest)
             (item.weight / len(items) * loss).backward()  # type: ignore[no-untyped-call]
             losses.append(float(loss.detach()))
             tokens.append(count)
@@ -146,7 +149,9 @@ class Trainer:
         """The loss with the weights as they are now, nats a trained token."""
         return float(self._loss(example, "full")[0])
 
-    def _loss(self, example: Encoded, context: Literal["frozen", "full"]) -> tuple[torch.Tensor, int]:
+    def _loss(
+        self, example: Encoded, context: Literal["frozen", "full"], likeliest: Likeliest | None = None
+    ) -> tuple[torch.Tensor, int]:
         ids = torch.tensor([example.ids])  # (1, L)
         first = list(example.trained).index(True)
         start = (
@@ -160,7 +165,10 @@ class Trainer:
         logits = self.model(ids[:, start:-1], past_key_values=cache, use_cache=cache is not None).logits[0]
         mask = torch.tensor(example.trained[start + 1 :])  # (L - start - 1,)
         targets = ids[0, start + 1 :][mask]
-        loss = torch.nn.functional.cross_entropy(logits[mask].float(), targets)
+        if likeliest is not None:
+            loss = likeliest.divergence(logits[mask]).mean()
+        else:
+            loss = torch.nn.functional.cross_entropy(logits[mask].float(), targets)
         return loss, int(targets.numel())
 
     def _count(self, _name: str, result: UpdateResult) -> None:
