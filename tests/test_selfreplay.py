@@ -113,7 +113,9 @@ def test_half_are_chats_where_there_is_a_template(folder):
 
 
 def test_time_that_is_up_leaves_the_rest_out_and_a_stop_drops_the_round(folder):
-    assert len(write(folder, count=40, limit_s=0)) == selfreplay.ROUND
+    cut = write(folder, count=40, tokens=60, limit_s=0)
+    assert len(cut) == selfreplay.ROUND
+    assert max(len(one.ids) - one.start for one in cut) == selfreplay.FEW_TOKENS
     assert write(folder, stopped=lambda: True) == []
 
 

@@ -11,12 +11,15 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from hogwild.config import ReplayConfig
 from hogwild.ledger import Ledger
 from hogwild.ledger_records import Pending
 from hogwild.replay import Replay
-from hogwild.selfreplay import Sample
+
+if TYPE_CHECKING:  # torch takes seconds to import, and the intake does without
+    from hogwild.selfreplay import Sample
 
 CHUNK = 256
 BYTES_PER_TOKEN = 4  # of a line of JSON, roughly: how long an example is before it is tokenised
@@ -28,12 +31,12 @@ class Batch:
 
     new: list[Pending] = field(default_factory=list)
     replayed: list[Pending] = field(default_factory=list)
-    own: list[Sample] = field(default_factory=list)
+    own: "list[Sample]" = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.new) + len(self.replayed) + len(self.own)
 
-    def __iter__(self) -> Iterator[Pending | Sample]:
+    def __iter__(self) -> "Iterator[Pending | Sample]":
         yield from self.new
         yield from self.replayed
         yield from self.own

@@ -22,6 +22,7 @@ from hogwild.likeliest import Likeliest
 
 VERSION = 1
 ROUND = 16  # texts that are sampled side by side
+FEW_TOKENS = 8
 FIRST_WORDS = (
     "The", "In", "A", "It", "When", "This", "There", "For", "He", "She", "They", "One", "If", "At", "My", "Many",
 )  # fmt: skip
@@ -76,16 +77,16 @@ def make(
         given: what each text begins with, from `prompts`; the last ones are left out when the time is up.
         end: tokens that end a text, from `ends`.
         tokens: longest, prompt not counted.
-        limit_s: seconds after which no further round begins.
+        limit_s: seconds; then texts are cut short (not below a few tokens), and no further ones are begun.
         stopped: asked before each token; an interrupted round is dropped.
     """
-    began = time.monotonic()
+    deadline = time.monotonic() + limit_s
     samples: list[Sample] = []
     generator = torch.Generator(model.device).manual_seed(seed)
     for at in range(0, len(given), ROUND):
-        if samples and time.monotonic() - began >= limit_s:
+        if samples and time.monotonic() >= deadline:
             break
-        samples += _sample(model, given[at : at + ROUND], tokens, generator, end, stopped)
+        samples += _sample(model, given[at : at + ROUND], tokens, generator, end, deadline, stopped)
         if stopped():
             break
     return samples
@@ -178,6 +179,7 @@ def _sample(
     tokens: int,
     generator: torch.Generator,
     end: Collection[int],
+    deadline: float,
     stopped: Callable[[], bool],
 ) -> list[Sample]:
     """One batch, padded on the left; every text ends at its first end token, which belongs to it."""
@@ -191,9 +193,11 @@ def _sample(
     texts: list[list[int]] = [[] for _ in given]
     thought = []  # at each step, of all rows
     position = (mask.cumsum(-1) - 1).clamp_min(0)
-    for _ in range(tokens):
+    for number in range(tokens):
         if stopped():
             return []
+        if number >= FEW_TOKENS and time.monotonic() >= deadline:
+            break
         logits = model(
             ids,
             attention_mask=mask,
