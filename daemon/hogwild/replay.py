@@ -32,7 +32,7 @@ class Replay:
 
     def __init__(self, pool: Pool, config: ReplayConfig, seed: int) -> None:
         self._pool, self._config, self._seed = pool, config, seed
-        self.own: "Sequence[Sample]" = ()
+        self.own: Sequence[Sample] = ()
 
     def due(self, step: int, new: int) -> int:
         """How many are replayed in this step, next to `new` new examples; fractions even out over the steps."""
