@@ -94,10 +94,10 @@ class Learner:
         state = checkpoint.read_state(folder)
         self.load_optimizer(checkpoint.read_optimizer(folder))
         self.weights.check(folder)  # before the arena is marked, not only before it is written
-        self.arena.control.mark_trained()
-        self.weights.write(folder)
-        self.progress.resume(state["step"])
-        self.arena.control.generation = state["step"]
+        with self.arena.control.rewriting():
+            self.weights.write(folder)
+            self.progress.resume(state["step"])
+            self.arena.control.generation = state["step"]
         return int(state["step"])
 
     def load_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -190,7 +190,7 @@ class Learner:
                     train_on=self.config.training.train_on,
                 )
         except ExampleError as error:
-            self.ledger.set_failed(pending.example_id, str(error))
+            self.ledger.set_failed(pending.example_id, error.reason, error.field)
             self.curriculum.done(pending)
             log.warning("example.failed", **_who(pending), reason=error.reason, field=error.field)
             return

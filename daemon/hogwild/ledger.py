@@ -1,11 +1,13 @@
 """Every example that was ever accepted, and what became of it.
 
     accepted --passes--> trained --checkpoint--> durable        failed: accepted, but cannot be trained
-        ^___________________|________________________|          passes that a crash or a rollback undid
+        ^___________________|________________________|          passes that a crash undid are done again
+        ^________________ undone ____________________|          what a rollback undid, until `retrain`
 
 Thread-safe. `ledger_db` says what a commit promises, `ledger_schema` documents the tables.
 """
 
+import json
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from sqlite3 import Connection
@@ -24,6 +26,7 @@ from hogwild.ledger_records import (
     State,
 )
 from hogwild.ledger_staging import discard, publish, recover, stage
+from hogwild.ledger_undo import go_back, note_passes
 
 __all__ = [
     "BadLine",
@@ -164,6 +167,7 @@ class Ledger:
             durable=states.get("durable", 0),
             failed=states.get("failed", 0),
             rejected=rejected,
+            undone=states.get("undone", 0),
         )
 
     def files(self, limit: int = 100) -> list[FileRecord]:
@@ -222,7 +226,7 @@ class Ledger:
         )
         if db.execute(trainable, (one.example_id,)).fetchone() is None:
             raise LedgerError(
-                f"{self.path}: example {one.example_id} cannot be trained: it failed or is unknown"
+                f"{self.path}: example {one.example_id} cannot be trained: it failed, was undone or is unknown"
             )
         pass_id = db.execute(
             "INSERT INTO passes (example_id, at, loss_before, loss_after, tokens, step, thread, arena)"
@@ -232,66 +236,137 @@ class Ledger:
         loss = one.loss_before if one.loss_after is None else one.loss_after
         row = db.execute(
             "UPDATE examples SET passes_done = passes_done + 1, last_pass = ?, last_loss = ?,"
-            " state = iif(passes_done + 1 >= passes OR coalesce(? <= until_loss, 0), 'trained', 'accepted')"
-            " WHERE example_id = ? RETURNING state, passes_done",
+            " state = iif(passes_done + 1 >= passes OR coalesce(? <= until_loss, 0), 'trained', 'accepted'),"
+            " reason = NULL WHERE example_id = ? RETURNING state, passes_done",
             (pass_id, loss, loss, one.example_id),
         ).fetchone()
         return Outcome(one.example_id, *row)
 
-    def set_failed(self, example_id: int, reason: str) -> None:
-        """Sets an example aside that cannot be trained, such as one that is too long once tokenised."""
+    def set_failed(self, example_id: int, reason: str, field: str | None = None) -> None:
+        """Sets an example aside that cannot be trained, such as one that is too long once tokenised.
+
+        Its file's errors are due to be written anew, see `errors_due`.
+        """
         with self._db.write(fsync=False) as db:
             db.execute(
-                "UPDATE examples SET state = 'failed', reason = ? WHERE example_id = ?", (reason, example_id)
+                "UPDATE examples SET state = 'failed', reason = ?, field = ? WHERE example_id = ?",
+                (reason, field, example_id),
             )
+            db.execute(
+                "UPDATE files SET errors_due = errors_due + 1"
+                " WHERE file_id = (SELECT file_id FROM examples WHERE example_id = ?)",
+                (example_id,),
+            )
+
+    def newest_pass(self) -> int:
+        """Number of the newest pass that was ever recorded, undone ones included; 0 without one."""
+        with self._db.read() as db:
+            return int(db.execute("SELECT coalesce(max(pass_id), 0) FROM passes").fetchone()[0])
+
+    def newest_step(self, arena_id: str) -> int:
+        """The newest step recorded of that arena; 0 without one."""
+        with self._db.read() as db:  # passes are many, and those of the newest arena are the last ones
+            rows = db.execute(
+                "SELECT step, arena FROM passes WHERE pass_id > (SELECT coalesce(max(pass_id), 0) FROM passes) - 1000"
+            )
+            return max((step for step, arena in rows if arena == arena_id), default=0)
 
     # --- checkpoints -------------------------------------------------------------------------------------
 
     def begin_checkpoint(self) -> int:
-        """Called *before* the weights are read. Returns the marker: the newest pass surely in them."""
-        with self._db.read() as db:
-            return int(db.execute("SELECT coalesce(max(pass_id), 0) FROM passes").fetchone()[0])
+        """Called *before* the weights are read. Returns the marker: the newest pass surely in them.
 
-    def complete_checkpoint(self, marker: int, step: int, path: str) -> int:
-        """Called when the checkpoint is on disk. Returns how many examples became durable. Fsynced."""
+        Fsynced, so that no power cut can leave a checkpoint on disk that holds passes the ledger has forgotten (their
+        numbers would be given again, to passes that it does not hold).
+        """
         with self._db.write(fsync=True) as db:
+            row = db.execute(
+                "SELECT pass_id FROM passes WHERE NOT undone ORDER BY pass_id DESC LIMIT 1"
+            ).fetchone()
+            marker = int(row[0]) if row else 0
             db.execute(
-                f"INSERT INTO checkpoints (marker, step, path, completed_at) VALUES (?, ?, ?, {NOW})",
-                (marker, step, path),
+                "INSERT INTO meta VALUES ('checkpoint_begun', ?)"
+                " ON CONFLICT DO UPDATE SET value = excluded.value",
+                (str(marker),),
             )
+        return marker
+
+    def complete_checkpoint(
+        self, marker: int, step: int, path: str, *, generation: int | None = None, parent: int | None = None
+    ) -> int:
+        """Called when the checkpoint is on disk. Returns how many examples became durable. Fsynced.
+
+        Args:
+            generation: its number in the history.
+            parent: the generation that its weights descend from.
+        """
+        with self._db.write(fsync=True) as db:
+            (checkpoint_id,) = db.execute(
+                "INSERT INTO checkpoints (marker, step, path, completed_at, generation, parent)"
+                f" VALUES (?, ?, ?, {NOW}, ?, ?) RETURNING checkpoint_id",
+                (marker, step, path, generation, parent),
+            ).fetchone()
+            note_passes(db, checkpoint_id, marker)
             return db.execute(
                 "UPDATE examples SET state = 'durable' WHERE state = 'trained' AND last_pass <= ?", (marker,)
             ).rowcount
 
     def durable_marker(self) -> int:
-        """The newest complete checkpoint's marker; 0 without one."""
+        """The newest complete checkpoint's marker; 0 without one. One that a rollback left does not count."""
         with self._db.read() as db:
-            return int(db.execute("SELECT coalesce(max(marker), 0) FROM checkpoints").fetchone()[0])
+            query = "SELECT coalesce(max(marker), 0) FROM checkpoints WHERE NOT undone"
+            return int(db.execute(query).fetchone()[0])
 
     def reset_to_durable(self, marker: int | None = None) -> Reset:
         """Undoes every pass after the newest checkpoint, because the weights that had them are gone. Fsynced.
 
         Args:
-            marker: of an older checkpoint to go back to (0: the model as it came); newer ones are forgotten.
+            marker: of an older checkpoint to go back to (0: the model as it came).
         """
         marker = self.durable_marker() if marker is None else marker
         with self._db.write(fsync=True) as db:
-            kept = "FROM passes p WHERE p.example_id = e.example_id AND p.pass_id <= :marker AND NOT p.undone"
-            reopened = db.execute(
-                "UPDATE examples AS e SET state = 'accepted',"
-                f" passes_done = (SELECT count(*) {kept}),"
-                f" last_pass = (SELECT coalesce(max(p.pass_id), 0) {kept}),"
-                f" last_loss = (SELECT coalesce(p.loss_after, p.loss_before) {kept}"
-                " ORDER BY p.pass_id DESC LIMIT 1)"
-                " WHERE state <> 'failed' AND example_id IN"
-                " (SELECT example_id FROM passes WHERE pass_id > :marker AND NOT undone)",
-                {"marker": marker},
+            return go_back(db, marker, "accepted", "the weights that had its passes were lost")
+
+    def roll_back(self, marker: int, *, retrain: bool) -> Reset:
+        """The weights are those of an older (or abandoned) checkpoint again, on request. Fsynced.
+
+        Examples that lose passes become "undone" and stay out until `retrain`, or with `retrain` are accepted
+        again with the passes that are left. What was never trained stays accepted.
+
+        Args:
+            marker: of the checkpoint; 0: the model as it came.
+        """
+        with self._db.write(fsync=True) as db:
+            row = db.execute(
+                "SELECT coalesce('generation ' || generation, 'checkpoint ' || checkpoint_id) FROM checkpoints"
+                " WHERE marker = ? ORDER BY undone, checkpoint_id DESC LIMIT 1",
+                (marker,),
+            ).fetchone()
+            where = "the model as it came" if not marker else row[0] if row else f"pass {marker}"
+            if retrain:
+                return go_back(db, marker, "accepted", f"rolled back to {where}, to be trained again")
+            return go_back(db, marker, "undone", f"rolled back to {where}")
+
+    def retrain(self, example_ids: Sequence[int] | None = None, *, file: str | None = None) -> int:
+        """Accepts undone examples again, with the passes that are left. Returns how many. Fsynced.
+
+        Args:
+            example_ids: only these.
+            file: only those of files that were dropped under this name.
+        """
+        with self._db.write(fsync=True) as db:
+            chosen, arguments = ["state = 'undone'"], []
+            if example_ids is not None:
+                chosen.append("example_id IN (SELECT value FROM json_each(?))")
+                arguments.append(json.dumps(list(example_ids)))
+            if file is not None:
+                chosen.append("file_id IN (SELECT file_id FROM files WHERE name = ?)")
+                arguments.append(file)
+            return db.execute(
+                "UPDATE examples SET state = 'accepted', reason = 'asked to be trained again'"
+                f" WHERE {' AND '.join(chosen)}",
+                arguments,
             ).rowcount
-            undone = db.execute(
-                "UPDATE passes SET undone = 1 WHERE pass_id > ? AND NOT undone", (marker,)
-            ).rowcount
-            db.execute("DELETE FROM checkpoints WHERE marker > ?", (marker,))
-        return Reset(undone, reopened)
 
     # --- the whole ---------------------------------------------------------------------------------------
 
@@ -303,7 +378,7 @@ class Ledger:
                 " (SELECT count(*) FROM files WHERE state <> 'staging'),"
                 " (SELECT count(*) FROM passes WHERE NOT undone)"
             ).fetchone()
-        by_state = {name: states.get(name, 0) for name in ("trained", "durable", "failed")}
+        by_state = {name: states.get(name, 0) for name in ("trained", "durable", "failed", "undone")}
         return Counts(
             pending=states.get("accepted", 0), **by_state, rejected=rejected, files=files, passes=passes
         )

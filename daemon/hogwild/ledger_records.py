@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 from hogwild.examples import Example, parse_line
 
-State = Literal["accepted", "trained", "durable", "failed"]
+State = Literal["accepted", "trained", "durable", "failed", "undone"]
 
 
 class GoodLine(NamedTuple):
@@ -42,10 +42,11 @@ class FileRecord:
     failed: int
     rejected: int
     """Bad lines."""
+    undone: int = 0
 
     @property
     def examples(self) -> int:
-        return self.pending + self.trained + self.durable + self.failed
+        return self.pending + self.trained + self.durable + self.failed + self.undone
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +99,18 @@ class Counts:
     rejected: int
     files: int
     passes: int
+    undone: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Reset:
+    """What going back to other weights changed."""
+
     passes_undone: int
+    """That are no longer in the weights."""
     examples_reopened: int
+    """To be trained again."""
+    examples_undone: int = 0
+    """That lost passes and stay out until `retrain`."""
+    passes_redone: int = 0
+    """That an earlier rollback had undone, and that the weights hold again."""

@@ -3,6 +3,7 @@
     incoming/  *.jsonl, *.jsonl.gz, *.jsonl.zst; dotfiles and everything else are left alone
     done/      accepted files, as they were dropped
     failed/    files without one good line, and <name>.errors.jsonl for every file with a bad one
+    .moving/   files on their way from incoming/ to one of the two
 
 A file is ours once it is in the ledger (fsynced); only then does it move. A crash between the two leaves a
 file in incoming/ that the ledger knows, which the next scan finishes. Scans are the truth; file events, which
@@ -23,12 +24,14 @@ from hogwild.ledger import Ledger
 from hogwild.ledger_records import BadLine, FileRecord, GoodLine
 from hogwild.lines import SUFFIXES, DamagedFileError, content_hash, raw_hash, read_lines
 from hogwild.spool_files import (
+    MOVING,
     Signature,
     fsync_folder,
     is_open_for_writing,
     make_folders,
     move_if_same,
     open_plain,
+    return_half_moved,
     user,
     write_errors_file,
 )
@@ -94,8 +97,10 @@ class Spool:
         Raises:
             SpoolError: a folder cannot be made or written, naming it and the user.
         """
-        make_folders([self.incoming, self.done, self.failed])
+        make_folders([self.incoming, self.done, self.failed, self.incoming.parent / MOVING])
         if not self._recovered:
+            if names := return_half_moved(self.incoming):
+                logger.warning("spool.returned", files=names, reason="a crash came while they were moved")
             for record in self._ledger.unmoved():
                 if not (self.incoming / record.name).exists():
                     self._ledger.set_moved(record.file_id)

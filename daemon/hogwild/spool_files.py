@@ -14,6 +14,7 @@ from hogwild.errors import SpoolError
 from hogwild.ledger import Ledger
 from hogwild.ledger_records import BadLine, FileRecord
 
+MOVING = ".moving"  # beside incoming/: files on their way out of it
 FOLDER_MODE = 0o2770  # a group drops files in; set-group-id keeps them the group's
 
 
@@ -68,15 +69,33 @@ def open_plain(path: Path) -> BinaryIO:
 
 
 def move_if_same(source: Path, target: Path, signature: Signature) -> bool:
-    """Moves a file, unless somebody has replaced it by another since it was read: that one stays."""
-    source.rename(target)
-    if Signature.of(target.lstat()) == signature:
+    """Moves a file, unless somebody has replaced it by another since it was read: that one stays.
+
+    On its way it lies in `.moving/`, from where `return_half_moved` brings it back after a crash: it is looked at only
+    once nobody can replace it any more, and until then it may be one that nobody has read.
+    """
+    between = source.parent.parent / MOVING / source.name
+    source.rename(between)
+    if Signature.of(between.lstat()) == signature:
+        between.rename(target)
         return True
-    back = source
-    while os.path.lexists(back):  # a third one has come to the old place
-        back = back.with_name(f"again-{back.name}")
-    target.rename(back)
+    _bring_back(between, source)
     return False
+
+
+def return_half_moved(incoming: Path) -> list[str]:
+    """Brings back to `incoming` what a crash left in `.moving/`; returns the names."""
+    moving = incoming.parent / MOVING
+    names = sorted(path.name for path in moving.iterdir()) if moving.is_dir() else []
+    for name in names:
+        _bring_back(moving / name, incoming / name)
+    return names
+
+
+def _bring_back(between: Path, source: Path) -> None:
+    while os.path.lexists(source):  # another one has come to the old place
+        source = source.with_name(f"again-{source.name}")
+    between.rename(source)
 
 
 def is_open_for_writing(fd: int) -> bool:

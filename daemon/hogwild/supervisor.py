@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from hogwild import __version__, checkpoint, served, state_lock
+from hogwild import __version__, leftovers, recovery, served, state_lock
 from hogwild import config as configuration
 from hogwild import log as logs
 from hogwild.arena.client import Arena
@@ -22,15 +22,15 @@ from hogwild.arena.hub import Hub
 from hogwild.checkpoint import Checkpoints
 from hogwild.config import Config
 from hogwild.curriculum import Curriculum
-from hogwild.errors import ArenaError, CheckpointError, ConfigError, HogwildError, VerificationError
+from hogwild.errors import CheckpointError, ConfigError, HogwildError, VerificationError
 from hogwild.learner import Learner
 from hogwild.ledger import Ledger
 from hogwild.spool import Spool
-from hogwild.weights import Weights, digest, verify_bits
 
 log = logs.get(__name__)
 
 _TURN_S = 0.1
+_BEAT_S = 1.0
 _STATUS_S = 5.0  # counting a million examples takes 0.4 s
 _STATUS_RETRY_S = 60.0
 _STOP_TIMEOUT_S = 120.0
@@ -56,6 +56,7 @@ class Supervisor:
     ) -> None:
         self.config, self._config_path, self._overrides = config, config_path, overrides
         self._lock_file = state_lock.take(config.state_dir)
+        leftovers.sweep(config.state_dir, config.spool.dir)
         self.ledger = Ledger(config.state_dir / "ledger.sqlite")
         self.checkpoints = Checkpoints(config.state_dir / "checkpoints", config.checkpoint.keep)
         self.curriculum = Curriculum(self.ledger)
@@ -90,6 +91,7 @@ class Supervisor:
             queued=self.ledger.counts().pending,
         )
         self.hub.start()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         spooling = threading.Event()
         spool_thread = threading.Thread(target=self.spool.run, args=(spooling,), name="spool", daemon=True)
         spool_thread.start()
@@ -120,7 +122,6 @@ class Supervisor:
             return
         if learner.failure is not None:
             raise HogwildError(f"a trainer thread died ({learner.failure!r}): its layer may be half-written")
-        learner.arena.control.beat_daemon()
         if self._must_check:
             self._check(after="attach")
         if self._checkpoint_due(learner):
@@ -136,83 +137,24 @@ class Supervisor:
         Raises:
             HogwildError: it is refused; nothing has been written to it.
         """
-        folder = Path(self.config.model or arena.layout.source.path)
-        if arena.control.trained:
-            self._recognise(arena)
-        else:
-            verify_bits(Weights(arena), folder)
-        learner = Learner(arena, folder, self.config, self.ledger, self.curriculum)
-        restored = None
-        if arena.control.trained:
-            self._resume(learner)
-        else:
-            restored = self._restore(learner)
-        self.ledger.set_meta("arena_id", arena.control.arena_id)
+        taken = recovery.take(arena, self.config, self.ledger, self.checkpoints, self.curriculum)
+        learner = taken.learner
         self._saved_step = self._tried_step = arena.control.generation
         self._tried_at = time.monotonic()
         self.learner = learner
         log.info(
             "arena.attached",
             arena=arena.control.arena_id,
-            model=str(folder),
+            model=str(learner.folder),
             tensors=len(arena.layout.tensors),
             frozen=learner.frozen,
             mib=round(arena.weights.nbytes / 2**20, 1),
             inode=arena.weights.inode()[1],
             step=learner.progress.steps,
-            restored=restored,
+            restored=taken.restored,
+            repeated=taken.repeated,
             moments=len(learner.optimizer),
         )
-
-    def _recognise(self, arena: Arena) -> None:
-        """An arena that has been trained is taken back only by the daemon that trained it."""
-        if self.ledger.get_meta("arena_id") != arena.control.arena_id:
-            raise ArenaError(
-                "the server's weights were trained by a daemon with another state folder than "
-                f"{self.config.state_dir}. Start that daemon again, or restart the server to begin from the checkpoint."
-            )
-        if self.config.model and Path(self.config.model).resolve() != Path(arena.layout.source.path):
-            raise ArenaError(
-                f"the server's weights were loaded from {arena.layout.source.path}, "
-                f"`model` is now {self.config.model}: set it back, or restart the server on that model"
-            )
-
-    def _resume(self, learner: Learner) -> None:
-        """An arena that outlived the last daemon: its weights are ahead of any checkpoint, its moments are gone.
-
-        The newest checkpoint's moments take their place: exact after a graceful stop, a little old after a crash.
-        """
-        current = self.checkpoints.current()
-        if current is not None:
-            learner.load_optimizer(checkpoint.read_optimizer(current))
-
-    def _restore(self, learner: Learner) -> str | None:
-        """A fresh arena: bring back the newest checkpoint, and queue again what is in no checkpoint."""
-        base = digest(learner.folder)
-        known = self.ledger.get_meta("base_digest")
-        if known not in (None, base):
-            raise VerificationError(
-                "the model is not the one that this state folder has learned on",
-                [f"{self.config.state_dir} belongs to {self.ledger.get_meta('base_path')} (digest {known}), "
-                 f"{learner.folder} has digest {base}: give another state_dir, or serve that model"],
-            )  # fmt: skip
-        self.ledger.set_meta("base_digest", base)
-        self.ledger.set_meta("base_path", str(learner.folder))
-        current = self.checkpoints.current()
-        if current is not None:
-            state = checkpoint.read_state(current)
-            if state["ledger_position"] > self.ledger.durable_marker():  # killed between the two
-                self.ledger.complete_checkpoint(state["ledger_position"], state["step"], str(current))
-            learner.restore(current)
-        undone = self.ledger.reset_to_durable(None if current is not None else 0)
-        if undone.passes_undone:
-            log.warning(
-                "ledger.requeued",
-                passes=undone.passes_undone,
-                examples=undone.examples_reopened,
-                reason="the weights that they were trained into are gone",
-            )
-        return str(current) if current is not None else None
 
     def _on_session(self, server: dict[str, Any], begins: bool) -> None:
         if begins:
@@ -275,6 +217,7 @@ class Supervisor:
         base = {
             "base_path": str(learner.folder),
             "base_digest": self.ledger.get_meta("base_digest"),
+            "source": asdict(learner.arena.layout.source),
             "version": __version__,
             "config": self.config.model_dump(mode="json"),
         }
@@ -312,6 +255,13 @@ class Supervisor:
             setattr(self, name, True)
 
         return handler
+
+    def _beat(self) -> None:
+        """Tell the server that this process lives, also while a checkpoint is written."""
+        while True:
+            if self.learner is not None:
+                self.learner.arena.control.beat_daemon()
+            time.sleep(_BEAT_S)
 
     def _reread(self) -> None:
         """SIGHUP: take over what can change live, and name what cannot."""
