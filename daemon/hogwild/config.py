@@ -66,7 +66,11 @@ class TrainingConfig(Table):
     epoch_updates: int = Field(default=8, ge=1)
     """Training steps that make up one weight epoch, the number that tells answers of different weights apart."""
     context: Literal["frozen", "full"] = "frozen"
-    """"frozen": tokens before the trained ones run without gradient. "full": gradients reach them too."""
+    """"frozen": tokens that are not trained are read without gradient. "full": gradients reach them too."""
+    batch_tokens: int = Field(default=512, ge=1)
+    """Tokens that go through the model at once: examples of one step share a pass up to that many."""
+    activation_mib: int = Field(default=2048, ge=0)
+    """MiB of activations of one trainer thread; a pass that would need more computes them twice instead."""
 
 
 class ReplayConfig(Table):

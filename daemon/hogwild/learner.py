@@ -57,6 +57,8 @@ class Learner:
                 set(self.weights.names),
                 config.training.context,
                 seed=index,
+                batch_tokens=config.training.batch_tokens,
+                activation_mib=config.training.activation_mib,
             )
             for index in range(config.training.threads)
         ]
