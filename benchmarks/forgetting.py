@@ -55,7 +55,10 @@ class Run:
         self.config = configuration.load(None, {**fixed, **settings})
         logs.configure("warning", "console")
         self.ledger = Ledger(state / "ledger.sqlite")
-        self.curriculum = Curriculum(self.ledger, self.config.replay, seed=self.config.training.seed)
+        training = self.config.training
+        self.curriculum = Curriculum(
+            self.ledger, self.config.replay, seed=training.seed, step_tokens=training.step_tokens
+        )
         self.learner = Learner(load_arena(model), model, self.config, self.ledger, self.curriculum)
         self.exam = measure.Exam(self.learner.reader, self.learner.tokenizer)
         self.base = {"few": self.exam.text_loss(few=True), "all": self.exam.text_loss(few=False)}

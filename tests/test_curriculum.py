@@ -180,13 +180,13 @@ def test_a_waiter_gets_the_next_pass_of_the_only_example(ledger):
 def test_several_new_examples_share_a_step_under_a_budget_of_tokens(ledger):
     drop(ledger, *texts(5), '{"text": "%s", "id": "long"}' % ("x" * 400))
     size = len(texts(1)[0]) // 4 + 1
-    made = steps(ledger, Curriculum(ledger, ALONE, batch_tokens=2 * size + 1))
+    made = steps(ledger, Curriculum(ledger, ALONE, step_tokens=2 * size + 1))
     assert [names for names, _, _ in made] == [["0", "1"], ["2", "3"], ["4"], ["long"]]
 
 
 def test_a_step_never_holds_an_example_twice_or_passes_of_different_rounds(ledger):
     drop(ledger, *texts(3), passes=2)
-    made = steps(ledger, Curriculum(ledger, ReplayConfig(ratio=0), batch_tokens=10_000))
+    made = steps(ledger, Curriculum(ledger, ReplayConfig(ratio=0), step_tokens=10_000))
     assert [names for names, _, _ in made] == [["0", "1", "2"]] * 2
 
 

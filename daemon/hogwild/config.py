@@ -59,6 +59,8 @@ class TrainingConfig(Table):
     """Times an example is trained on, unless its line says otherwise. Fixed when the example is accepted."""
     max_tokens: int = Field(default=2048, ge=2)
     """Tokens of the longest example, context included; a longer one is set aside as failed."""
+    step_tokens: int = Field(default=0, ge=0)
+    """New examples are put into one step up to about so many tokens. 0: one a step, which learns soonest."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of everything random: projections, stochastic rounding. One thread and one seed repeat exactly."""
     train_on: Literal["last", "all"] = "last"

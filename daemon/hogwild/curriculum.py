@@ -48,7 +48,7 @@ class Curriculum:
     Args:
         config: how much is replayed, and how it is chosen.
         seed: of the choice.
-        batch_tokens: new examples are put into one step up to about so many tokens; 0: one example a step.
+        step_tokens: new examples are put into one step up to about so many tokens; 0: one example a step.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class Curriculum:
         config: ReplayConfig | None = None,
         *,
         seed: int = 0,
-        batch_tokens: int = 0,
+        step_tokens: int = 0,
         chunk: int = CHUNK,
     ) -> None:
         self._ledger, self._config = ledger, config or ReplayConfig()
-        self._chunk, self._batch_tokens = chunk, batch_tokens
+        self._chunk, self._step_tokens = chunk, step_tokens
         self.replay = Replay(ledger.pool, self._config, seed)
         self._queue: deque[Pending] = deque()
         self._taken: set[int] = set()
@@ -152,7 +152,7 @@ class Curriculum:
         """One new example, or several under the budget of tokens. They have as many passes behind them."""
         new = [self._queue.popleft()]
         tokens = _tokens(new[0])
-        while self._queue and tokens + _tokens(self._queue[0]) <= self._batch_tokens:
+        while self._queue and tokens + _tokens(self._queue[0]) <= self._step_tokens:
             if self._queue[0].passes_done != new[0].passes_done:
                 break
             tokens += _tokens(self._queue[0])
