@@ -1,175 +1,119 @@
-"""Chat templates of several model families, each with a small real tokenizer that has the family's special tokens.
+"""Tiny models of several families, as `tiny.llama` makes them, and plain autograd over them as the truth."""
 
-Llama and Qwen models tokenise bytes, Mistral and Gemma models pieces with a mark for white space: both kinds are here.
-"""
-
-import functools
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.qwen3_5 import modeling_qwen3_5
+from transformers.models.qwen3_next import modeling_qwen3_next
 
-from hogwild import demo_model
+from hogwild.encoding import Encoded
+from tiny import SIZES, save
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-TEMPLATES = Path(__file__).parent / "data" / "templates"
-Message = dict[str, Any]
-LINES = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+DELTA_NET = {
+    "head_dim": 8, "num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "mistral": {"sliding_window": 9, "head_dim": 8},
+    "gemma3_text": {
+        "head_dim": 8, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 8,
+    },
+    "qwen3_next": {**DELTA_NET, "mlp_only_layers": [0, 1, 2, 3], "num_experts": 0},
+    "qwen3_5_text": DELTA_NET,
+    "falcon_h1": {
+        "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8,
+        "mamba_n_groups": 1, "mamba_chunk_size": 8,
+    },
+}  # fmt: skip
+ATTENTION = ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"]
+RECURRENT = ["qwen3_next", "qwen3_5_text", "falcon_h1"]
 
 
-@dataclass(frozen=True)
-class Family:
-    """What a family's template makes of an assistant's message that is the last one.
+def build(family: str, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
+    config = AutoConfig.for_model(
+        family, **{**SIZES, "tie_word_embeddings": True, **FAMILIES[family], **settings}
+    )
+    kind = type(AutoModelForCausalLM.from_config(config))
+    return save(kind, config, folder, dtype, seed=1)
+
+
+class Truth:
+    """Plain transformers and plain autograd over one whole text.
 
     Attributes:
-        end: the text of its end-of-turn token.
-        says: the text of a message, as the model has to produce it after the generation prompt, without the end.
+        loss: mean negative log-likelihood of the trained tokens.
+        logits: (trained tokens, vocabulary).
+        gradients: name -> gradient of every parameter that has one.
     """
 
-    name: str
-    end: str
-    says: Callable[[Message], str]
-    systems: bool = True
-    tools: bool = False
-    parallel_calls: bool = False
-    reasoning: bool = False
-
-    @property
-    def tokenizer(self) -> Any:
-        return tokenizer_of(self.name)
-
-
-def content(message: Message) -> str:
-    return message.get("content") or ""
-
-
-def tool_calls(message: Message) -> list[Message]:
-    return message.get("tool_calls", [])
-
-
-def tojson(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    def __init__(
+        self, folder: Path, example: Encoded, constants: Literal["none", "linear", "everywhere"]
+    ) -> None:
+        """Where tokens that predict nothing trained are detached: nowhere, at the output of every linear layer, or
+        also at that of norms and convolutions and on their way into the recurrence."""
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        ids, wanted = example.ids, torch.tensor(example.trained[1:])
+        constant = ~wanted if constants != "none" else torch.zeros_like(wanted)
+        for name, module in model.named_modules():
+            leaf = not list(module.children()) and any(True for _ in module.parameters())
+            cut = isinstance(module, nn.Linear) if constants == "linear" else leaf
+            if cut and not isinstance(module, nn.Embedding) and "lm_head" not in name:
+                module.register_forward_hook(lambda _m, _i, out: _cut(out, constant))
+        with _recurrences_cut(constant) if constants == "everywhere" else nullcontext():
+            self._logits = model(torch.tensor([ids[:-1]]), use_cache=False).logits[0][wanted]
+        loss = nn.functional.cross_entropy(self._logits.float(), torch.tensor(ids[1:])[wanted])
+        loss.backward()
+        self.loss, self.logits = float(loss.detach()), self._logits.detach()
+        self.gradients = {
+            name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+        }
 
 
-def llama_says(message: Message) -> str:
-    for call in tool_calls(message):
-        function = call["function"]
-        return f'{{"name": "{function["name"]}", "parameters": {tojson(function["arguments"])}}}'
-    return content(message).strip()
+def _cut(out: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
+    """Constant tokens detached; they lie along the first dimension of their number, or are rows of (tokens * heads,
+    width). So no text may have as many tokens as a model has heads."""
+    if out.ndim == 2:
+        shape = [len(out), 1]
+        mask = constant.repeat_interleave(len(out) // len(constant))
+    else:
+        shape = [1] * out.ndim
+        shape[list(out.shape).index(len(constant), 1)] = len(constant)
+        mask = constant
+    return torch.where(mask.view(shape), out.detach(), out)
 
 
-def qwen_says(message: Message) -> str:
-    text = content(message)
-    calls = [
-        f'<tool_call>\n{{"name": "{call["function"]["name"]}", "arguments": '
-        f"{tojson(call['function']['arguments'])}}}\n</tool_call>"
-        for call in tool_calls(message)
+@contextmanager
+def _recurrences_cut(constant: torch.Tensor) -> Iterator[None]:
+    """The Gated-DeltaNet functions of transformers with constant tokens detached on their way in."""
+    modules = [modeling_qwen3_next, modeling_qwen3_5]
+    before = [
+        (m, n, getattr(m, n)) for m in modules for n in ("torch_chunk_gated_delta_rule", "causal_conv1d_fn")
     ]
-    thought = message.get("reasoning_content", "").strip("\n")
-    text = text.lstrip("\n")
-    return f"<think>\n{thought}\n</think>\n\n" + "\n".join([*([text] if content(message) else []), *calls])
 
+    def rule(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(q: Any, k: Any, v: Any, *, g: Any, beta: Any, **rest: Any) -> Any:
+            q, k, v, g, beta = (_cut(each, constant) for each in (q, k, v, g, beta))
+            return plain(q, k, v, g=g, beta=beta, **rest)
 
-def mistral_says(message: Message, space: str = " ") -> str:
-    if not tool_calls(message):
-        return space + content(message)
-    calls = [tojson(call["function"])[:-1] + f', "id": "{call["id"]}"}}' for call in tool_calls(message)]
-    return f"[TOOL_CALLS] [{', '.join(calls)}]"
+        return call
 
+    def convolution(plain: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments, **rest: _cut(plain(*arguments, **rest), constant)
 
-def thinking_says(message: Message) -> str:
-    thought = message.get("reasoning_content", "").strip("\n")
-    return f"{thought}\n</think>\n\n" + content(message).lstrip("\n")
-
-
-FAMILIES = [
-    Family("chatml", "<|im_end|>", content),
-    Family("llama3", "<|eot_id|>", llama_says, tools=True),
-    Family("qwen3", "<|im_end|>", qwen_says, tools=True, parallel_calls=True, reasoning=True),
-    Family("qwen3-thinking", "<|im_end|>", thinking_says, reasoning=True),
-    Family("mistral", "</s>", mistral_says, tools=True, parallel_calls=True),
-    Family(
-        "mistral-small",
-        "</s>",
-        functools.partial(mistral_says, space=""),
-        tools=True,
-        parallel_calls=True,
-    ),
-    Family("gemma2", "<end_of_turn>", lambda message: content(message).strip(), systems=False),
-    Family("gemma3", "<end_of_turn>", lambda message: content(message).strip()),
-]
-
-
-@functools.cache
-def tokenizer_of(name: str) -> Any:
-    """The tokenizer of a family, with its template."""
-    if name in ("chatml", "qwen3", "qwen3-thinking", "llama3", "deepseek-r1"):
-        result = AutoTokenizer.from_pretrained(demo_model.build(REPOSITORY / ".demo" / "model"))
-        if name != "chatml":  # Llama 3 and Qwen split at the end of a line, not before its last newline
-            result.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-                [
-                    pre_tokenizers.Split(Regex(LINES), "isolated"),
-                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-                ]
-            )
-        if name == "llama3":
-            headers = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-            result.add_special_tokens({"additional_special_tokens": headers})
-            result.bos_token, result.eos_token = headers[0], headers[3]
-        elif name == "deepseek-r1":
-            marks = ["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"]
-            result.add_special_tokens({"additional_special_tokens": marks})
-            result.bos_token, result.eos_token = marks[0], marks[3]
-        else:  # as Qwen3 has them: tokens of their own, but not special
-            result.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
-            result.add_tokens(["<tool_response>", "</tool_response>"])
-    elif name.startswith("mistral"):
-        marks = ["[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"]
-        marks += ["[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
-        result = _pieces(["<unk>", "<s>", "</s>"], marks, prefix_space=True)
-    else:
-        result = _pieces(
-            ["<unk>", "<bos>", "<eos>"], ["<start_of_turn>", "<end_of_turn>"], prefix_space=False
-        )
-    result.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
-    return result
-
-
-def _pieces(special: Sequence[str], marks: Sequence[str], prefix_space: bool) -> Any:
-    """Byte-pair encoding over pieces with "▁" for a space, and bytes for what it does not know: as SentencePiece."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=True)
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    corpus = [path.read_text() for path in [*sorted(REPOSITORY.glob("docs/*.md")), REPOSITORY / "README.md"]]
-    trainer = trainers.BpeTrainer(vocab_size=3000, special_tokens=[*special, *bytes_], show_progress=False)
-    tokenizer.train_from_iterator(corpus, trainer)
-    # The bytes are ordinary tokens, of which only the model makes use.
-    vocabulary = tokenizer.get_vocab()
-    merges = [tuple(merge) for merge in _merges(tokenizer)]
-    tokenizer = Tokenizer(
-        models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
-    )
-    tail = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if prefix_space:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-        tail.append(decoders.Strip(" ", 1, 0))
-    else:
-        tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoders.Sequence(tail)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in marks])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token=special[0], bos_token=special[1], eos_token=special[2]
-    )
-
-
-def _merges(tokenizer: Tokenizer) -> list[list[str]]:
-    merges: list[list[str]] = json.loads(tokenizer.to_str())["model"]["merges"]
-    return merges
+    for module, name, plain in before:
+        setattr(module, name, rule(plain) if "rule" in name else convolution(plain))
+    try:
+        yield
+    finally:
+        for module, name, plain in before:
+            setattr(module, name, plain)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from families import FAMILIES, tokenizer_of
+from chat_families import FAMILIES, tokenizer_of
 from hogwild.cautions import Warned, cautions
 from hogwild.examples import Example
 from test_templates import CONVERSATIONS, TOOLS, assistant, call, supports, tool, user

@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from families import tokenizer_of
+from chat_families import tokenizer_of
 from hogwild.check import Checker
 from hogwild.config import load
 from hogwild.errors import UsageError

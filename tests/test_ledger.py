@@ -4,6 +4,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -30,8 +31,15 @@ def good(text: str, line_no: int = 1, **fields: object) -> GoodLine:
     return GoodLine(line_no, 0, raw, parse_line(raw))
 
 
-def drop(ledger: Ledger, *lines: GoodLine | BadLine, name: str = "a.jsonl", passes: int = 1, **options):
-    return ledger.accept_file(name, f"hash of {name}", lines, passes=passes, **options)
+def drop(
+    ledger: Ledger,
+    *lines: GoodLine | BadLine,
+    name: str = "a.jsonl",
+    passes: int = 1,
+    content_hash: str = "",
+    **options,
+):
+    return ledger.accept_file(name, content_hash or f"hash of {name}", lines, passes=passes, **options)
 
 
 def one_pass(ledger: Ledger, example_id: int, loss: float = 1.0, after: float | None = 0.5):
@@ -303,6 +311,155 @@ def test_going_back_to_an_older_checkpoint_forgets_the_newer_ones(ledger, path):
     assert ledger.durable_marker() == 0
 
 
+# --- rollback ---
+
+
+def checkpoint(ledger: Ledger, generation: int, parent: int = 0) -> int:
+    marker = ledger.begin_checkpoint()
+    ledger.complete_checkpoint(marker, 1, f"ckpt-{generation}", generation=generation, parent=parent)
+    return marker
+
+
+def test_a_rollback_puts_aside_what_lost_passes_and_leaves_the_rest_alone(ledger, path):
+    lines = [good(text, i) for i, text in enumerate("abcdef", 1)]
+    drop(ledger, *lines, passes=2)
+    train = [1, 1, 2]  # a is durable, b half done
+    for example_id in train:
+        one_pass(ledger, example_id)
+    first = checkpoint(ledger, 1)
+    for example_id in (2, 3, 3, 4):  # b done, c done, d half done; e never trained
+        one_pass(ledger, example_id)
+    checkpoint(ledger, 2, parent=1)
+    ledger.set_failed(6, "too long", "text")
+    assert ledger.roll_back(first, retrain=False) == Reset(4, 0, examples_undone=3)
+    assert states(path) == [
+        (1, "durable", 2),
+        (2, "undone", 1),
+        (3, "undone", 0),
+        (4, "undone", 0),
+        (5, "accepted", 0),
+        (6, "failed", 0),
+    ]
+    assert [p.example_id for p in ledger.pending(9)] == [5]
+    assert ledger.counts() == Counts(1, 0, 1, failed=1, rejected=0, files=1, passes=3, undone=3)
+    assert ledger.files()[0].examples == 6
+    assert ledger.durable_marker() == first
+    with pytest.raises(LedgerError, match="example 3 cannot be trained: it failed, was undone"):
+        one_pass(ledger, 3)
+    with sqlite3.connect(path) as shell:
+        assert shell.execute("SELECT generation, parent, undone FROM checkpoints").fetchall() == [
+            (1, 0, 0),
+            (2, 1, 1),
+        ]
+    # What was put aside stays there when the arena is lost, and comes back when it is asked for.
+    assert ledger.reset_to_durable(0) == Reset(3, 1, examples_undone=1)
+    assert states(path)[:3] == [(1, "accepted", 0), (2, "undone", 0), (3, "undone", 0)]
+    assert ledger.retrain([3]) == 1
+    assert ledger.retrain(file="other.jsonl") == 0
+    assert ledger.retrain(file="a.jsonl") == 2
+    assert [p.example_id for p in ledger.pending(9)] == [1, 2, 3, 4, 5]
+
+
+def test_a_rollback_may_queue_again_what_it_undid(ledger, path):
+    drop(ledger, good("a"), good("b", 2), passes=2)
+    one_pass(ledger, 1)
+    marker = checkpoint(ledger, 1)
+    train_everything(ledger)
+    checkpoint(ledger, 2, parent=1)
+    assert ledger.roll_back(marker, retrain=True) == Reset(3, 2)
+    assert states(path) == [(1, "accepted", 1), (2, "accepted", 0)]
+    train_everything(ledger)
+    checkpoint(ledger, 3, parent=1)
+    assert states(path) == [(1, "durable", 2), (2, "durable", 2)]
+    assert ledger.roll_back(0, retrain=False) == Reset(4, 0, examples_undone=2)
+    assert ledger.durable_marker() == 0
+
+
+@pytest.mark.parametrize("retrain", [False, True])
+def test_going_to_a_generation_that_an_earlier_rollback_left_brings_its_passes_back(ledger, path, retrain):
+    drop(ledger, good("a"), good("b", 2), good("c", 3), good("d", 4), passes=1)
+    one_pass(ledger, 1)
+    first = checkpoint(ledger, 1)
+    one_pass(ledger, 2)
+    second = checkpoint(ledger, 2, parent=1)
+    one_pass(ledger, 3)
+    third = checkpoint(ledger, 3, parent=2)
+    ledger.roll_back(first, retrain=False)
+    one_pass(ledger, 4)
+    fourth = checkpoint(ledger, 4, parent=1)
+    assert states(path) == [(1, "durable", 1), (2, "undone", 0), (3, "undone", 0), (4, "durable", 1)]
+    assert ledger.roll_back(second, retrain=retrain) == Reset(
+        1, int(retrain), examples_undone=int(not retrain), passes_redone=1
+    )
+    assert states(path)[:3] == [(1, "durable", 1), (2, "durable", 1), (3, "undone", 0)]
+    assert states(path)[3] == (4, "accepted" if retrain else "undone", 0)
+    assert ledger.durable_marker() == second
+    ledger.roll_back(third, retrain=retrain)
+    assert states(path)[:3] == [(1, "durable", 1), (2, "durable", 1), (3, "durable", 1)]
+    ledger.roll_back(fourth, retrain=False)
+    assert states(path)[3] == (4, "durable", 1)
+    assert ledger.counts().passes == 2
+
+
+def test_passes_that_a_crash_took_never_come_back(ledger, path):
+    drop(ledger, good("a"), good("b", 2), passes=1)
+    one_pass(ledger, 1)
+    first = checkpoint(ledger, 1)
+    one_pass(ledger, 2)
+    assert ledger.reset_to_durable() == Reset(1, 1)
+    one_pass(ledger, 2)
+    second = checkpoint(ledger, 2, parent=1)
+    ledger.roll_back(first, retrain=False)
+    assert ledger.roll_back(second, retrain=False) == Reset(0, 0, passes_redone=1)
+    assert states(path) == [(1, "durable", 1), (2, "durable", 1)]
+
+
+def test_an_example_that_needs_no_more_passes_is_not_trained_again(ledger, path):
+    """Two threads may be at it at once: the pass too many is undone, the others are enough."""
+    drop(ledger, good("a"), passes=2)
+    one_pass(ledger, 1)
+    one_pass(ledger, 1)
+    marker = checkpoint(ledger, 1)
+    one_pass(ledger, 1)
+    assert ledger.reset_to_durable() == Reset(1, 0)
+    assert states(path) == [(1, "durable", 2)]
+    one_pass(ledger, 1)
+    assert ledger.roll_back(marker, retrain=False) == Reset(1, 0)
+
+
+def test_every_change_of_state_is_on_record(ledger, path):
+    drop(ledger, good("a", 1, until_loss=0.6), good("b", 2), passes=2)
+    one_pass(ledger, 1)
+    one_pass(ledger, 2)
+    one_pass(ledger, 2)
+    first = checkpoint(ledger, 1)
+    one_pass(ledger, 2)
+    ledger.roll_back(0, retrain=False)
+    ledger.retrain()
+    ledger.set_failed(1, "too long")
+    assert first == 3
+    with sqlite3.connect(path) as shell:
+        files = shell.execute(
+            "SELECT from_state, to_state, why FROM transitions WHERE file_id = 1"
+        ).fetchall()
+        changes = shell.execute(
+            "SELECT from_state, to_state, why, pass_id FROM transitions WHERE example_id = 1"
+        ).fetchall()
+        story = shell.execute("SELECT event, loss FROM story WHERE example_id = 1 ORDER BY at").fetchall()
+        ats = shell.execute("SELECT count(*) FROM transitions WHERE at LIKE '20__-__-__T__:__:__.___Z'")
+        assert ats.fetchone()[0] == shell.execute("SELECT count(*) FROM transitions").fetchone()[0]
+    assert files == [("staging", "accepted", "read to its end")]
+    assert changes == [
+        ("accepted", "trained", "its loss reached until_loss", 1),
+        ("trained", "durable", "in checkpoint 1", 1),
+        ("durable", "undone", "rolled back to the model as it came", None),
+        ("undone", "accepted", "asked to be trained again", None),
+        ("accepted", "failed", "too long", None),
+    ]
+    assert story[0] == ("accepted", None)
+    assert ("pass, undone since", 0.5) in story
+
+
 # --- the file itself ---
 
 
@@ -408,3 +565,27 @@ def test_an_older_ledger_is_migrated_and_a_failing_migration_changes_nothing(pat
     with sqlite3.connect(path) as db:
         assert db.execute("SELECT extra FROM examples").fetchall() == [(None,)]
         assert db.execute("PRAGMA user_version").fetchone() == (VERSION + 1,)
+
+
+def test_a_ledger_of_the_first_schema_goes_on_as_if_nothing_had_happened(path):
+    path.parent.mkdir()
+    with sqlite3.connect(path) as db:
+        db.executescript((Path(__file__).parent / "data" / "ledger-v1.sql").read_text())
+        lines = db.execute("SELECT * FROM lines").fetchall()
+        passes = db.execute("SELECT * FROM passes").fetchall()
+    with Ledger(path) as ledger:
+        assert ledger.counts() == Counts(1, 1, 2, failed=1, rejected=2, files=3, passes=4)
+        assert [file.name for file in ledger.files()] == ["more.jsonl", "bad.jsonl", "facts.jsonl"]
+        with pytest.raises(AlreadyAccepted):
+            drop(ledger, good("a"), name="a.jsonl", content_hash="hash-1")
+        assert [p.line for p in ledger.pending(9)] == ['{"text": "e"}']
+        with sqlite3.connect(path) as shell:
+            assert shell.execute("SELECT * FROM lines").fetchall() == lines
+            assert [row[: len(passes[0])] for row in shell.execute("SELECT * FROM passes")] == passes
+            assert shell.execute("PRAGMA foreign_key_check").fetchall() == []
+            assert shell.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        # Its checkpoints can be gone back to, from the present and from one another.
+        assert ledger.durable_marker() == 5
+        assert ledger.roll_back(2, retrain=False) == Reset(2, 0, examples_undone=2)
+        assert ledger.roll_back(5, retrain=False) == Reset(0, 0, passes_redone=1)
+        assert states(path)[:3] == [(1, "durable", 1), (2, "durable", 2), (3, "undone", 0)]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from families import FAMILIES, Family, Message, tokenizer_of
+from chat_families import FAMILIES, Family, Message, tokenizer_of
 from hogwild.chat import Chat
 from hogwild.encoding import Encoded
 from hogwild.errors import ExampleError

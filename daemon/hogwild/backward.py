@@ -21,17 +21,26 @@ class _UpdatedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: "TrainedLinear") -> torch.Tensor:
-        ctx.save_for_backward(x)
-        ctx.layer = layer
+        flat = x.reshape(-1, x.shape[-1])
+        rows = layer.gather.rows
+        ctx.rows = None if rows is None or len(rows) != len(flat) else rows.nonzero()[:, 0]
+        ctx.layer, ctx.shape = layer, x.shape
+        ctx.save_for_backward(flat if ctx.rows is None else flat[ctx.rows])
         return products.linear(x, layer.weight, layer.bias)
 
     @staticmethod
     def backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor, None]:
         (x,) = ctx.saved_tensors
         layer: TrainedLinear = ctx.layer
-        dx = products.input_gradient(d, layer.weight)
-        layer.receive(x.reshape(-1, x.shape[-1]), d.reshape(-1, d.shape[-1]))
-        return dx, None
+        d = d.reshape(-1, d.shape[-1])
+        if ctx.rows is None:
+            dx = products.input_gradient(d, layer.weight)
+        else:
+            d = d[ctx.rows]
+            dx = d.new_zeros(ctx.shape[:-1].numel(), ctx.shape[-1])
+            dx[ctx.rows] = products.input_gradient(d, layer.weight)
+        layer.receive(x, d)
+        return dx.view(ctx.shape), None
 
 
 class TrainedLinear(torch.nn.Module):
@@ -94,18 +103,21 @@ class Gather:
     backward pass that runs without it updates each weight with everything that was kept, layer by layer as it goes.
 
     Attributes:
+        rows: (L,) bool, which tokens of the pass are trained; the others are constants: a linear layer passes no
+            gradient back through them and is not updated from them. None: all.
         frozen: what is not trained: name -> why.
     """
 
     def __init__(self) -> None:
         self.more = False
+        self.rows: torch.Tensor | None = None
         self.linears: list[TrainedLinear] = []
-        self.small: list[Callable[[], None]] = []
+        self.small: dict[str, Callable[[], None]] = {}
         self.frozen: dict[str, str] = {}
 
     def begin(self) -> None:
         """Before the first forward pass of a step."""
-        self.more = False
+        self.more, self.rows = False, None
         for linear in self.linears:
             linear.forget()
 
@@ -113,7 +125,7 @@ class Gather:
         """After the last backward pass of a step: update what it has not reached (an expert that got no token)."""
         for linear in self.linears:
             linear.update()
-        for apply in self.small:
+        for apply in self.small.values():
             apply()
 
 
@@ -183,6 +195,6 @@ def _train_small(
         if not gather.more:
             apply()
 
-    gather.small.append(apply)
+    gather.small[name] = apply
     parameter.requires_grad_(True)
     parameter.register_post_accumulate_grad_hook(accumulated)  # type: ignore[no-untyped-call]  # torch leaves it untyped

@@ -55,13 +55,24 @@ def vllm(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Model folder or name, as for `vllm serve`.")],
     config: ConfigOption = None,
+    base_weights: Annotated[
+        bool,
+        typer.Option(
+            "--base-weights", help="Begin with the model as it came, not with its newest checkpoint."
+        ),
+    ] = False,
 ) -> None:
-    """Start `vllm serve MODEL` with its weights where the daemon can train them. Takes any `vllm serve` argument."""
+    """Start `vllm serve MODEL` with its weights where the daemon can train them. Takes any `vllm serve` argument.
+
+    It begins with what the daemon holds, or with the newest checkpoint of MODEL in the state folder.
+    """
     from hogwild.vllm_plugin import launch
 
     settings = configuration.load(config)
     command = launch.command(model, context.args)
-    environment = launch.environment(settings.socket, context.args, os.environ)
+    environment = launch.environment(
+        settings.socket, settings.state_dir, context.args, os.environ, base_weights=base_weights
+    )
     sys.stdout.flush()
     os.execve(command[0], command, environment)
 

@@ -59,6 +59,8 @@ class TrainingConfig(Table):
     """Times an example is trained on, unless its line says otherwise. Fixed when the example is accepted."""
     max_tokens: int = Field(default=2048, ge=2)
     """Tokens of the longest example, context included; a longer one is set aside as failed."""
+    step_tokens: int = Field(default=0, ge=0)
+    """New examples are put into one step up to about so many tokens. 0: one a step, which learns soonest."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of everything random: projections, stochastic rounding. One thread and one seed repeat exactly."""
     train_on: Literal["last", "all"] = "last"
@@ -66,7 +68,11 @@ class TrainingConfig(Table):
     epoch_updates: int = Field(default=8, ge=1)
     """Training steps that make up one weight epoch, the number that tells answers of different weights apart."""
     context: Literal["frozen", "full"] = "frozen"
-    """"frozen": tokens before the trained ones run without gradient. "full": gradients reach them too."""
+    """"frozen": tokens that are not trained are read without gradient. "full": gradients reach them too."""
+    batch_tokens: int = Field(default=512, ge=1)
+    """Tokens that go through the model at once: examples of one step share a pass up to that many."""
+    activation_mib: int = Field(default=2048, ge=0)
+    """MiB of activations of one trainer thread; a pass that would need more computes them twice instead."""
     unlearn_until_loss: Positive = 5.0
     """Nats at which a token of a line with a negative weight counts as unlearned and is left alone."""
 

@@ -11,12 +11,15 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from hogwild.config import ReplayConfig
 from hogwild.ledger import Ledger
 from hogwild.ledger_records import Pending
 from hogwild.replay import Replay
-from hogwild.selfreplay import Sample
+
+if TYPE_CHECKING:  # torch takes seconds to import, and the intake does without
+    from hogwild.selfreplay import Sample
 
 CHUNK = 256
 BYTES_PER_TOKEN = 4  # of a line of JSON, roughly: how long an example is before it is tokenised
@@ -28,12 +31,12 @@ class Batch:
 
     new: list[Pending] = field(default_factory=list)
     replayed: list[Pending] = field(default_factory=list)
-    own: list[Sample] = field(default_factory=list)
+    own: "list[Sample]" = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.new) + len(self.replayed) + len(self.own)
 
-    def __iter__(self) -> Iterator[Pending | Sample]:
+    def __iter__(self) -> "Iterator[Pending | Sample]":
         yield from self.new
         yield from self.replayed
         yield from self.own
@@ -45,7 +48,7 @@ class Curriculum:
     Args:
         config: how much is replayed, and how it is chosen.
         seed: of the choice.
-        batch_tokens: new examples are put into one step up to about so many tokens; 0: one example a step.
+        step_tokens: new examples are put into one step up to about so many tokens; 0: one example a step.
     """
 
     def __init__(
@@ -54,11 +57,11 @@ class Curriculum:
         config: ReplayConfig | None = None,
         *,
         seed: int = 0,
-        batch_tokens: int = 0,
+        step_tokens: int = 0,
         chunk: int = CHUNK,
     ) -> None:
         self._ledger, self._config = ledger, config or ReplayConfig()
-        self._chunk, self._batch_tokens = chunk, batch_tokens
+        self._chunk, self._step_tokens = chunk, step_tokens
         self.replay = Replay(ledger.pool, self._config, seed)
         self._queue: deque[Pending] = deque()
         self._taken: set[int] = set()
@@ -149,7 +152,7 @@ class Curriculum:
         """One new example, or several under the budget of tokens. They have as many passes behind them."""
         new = [self._queue.popleft()]
         tokens = _tokens(new[0])
-        while self._queue and tokens + _tokens(self._queue[0]) <= self._batch_tokens:
+        while self._queue and tokens + _tokens(self._queue[0]) <= self._step_tokens:
             if self._queue[0].passes_done != new[0].passes_done:
                 break
             tokens += _tokens(self._queue[0])

@@ -64,7 +64,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Source:
-    """Which checkpoint an arena was filled from.
+    """Which model an arena was asked for.
 
     Files are known by size, modification time and inode: enough to recognise the same folder again without reading
     any of it. That two folders hold the same model is decided bit by bit, by the daemon.
@@ -98,7 +98,8 @@ class Layout:
         frozen: checkpoint tensor -> why it cannot be trained (vLLM keeps no plain copy of it).
         parameters: vLLM's own parameter (or buffer, or other tensor attribute) -> where it lies. A restarted server
             puts its parameters in the same places.
-        source: the checkpoint that the arena was filled from.
+        source: the model that was asked for, as it came.
+        checkpoint: the folder of ours that the arena was filled from instead (that model, trained); "": `source`.
     """
 
     nbytes: int
@@ -107,6 +108,7 @@ class Layout:
     parameters: Mapping[str, Region]
     source: Source
     versions: Mapping[str, str] = field(default_factory=dict)
+    checkpoint: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -131,6 +133,7 @@ class Layout:
                 parameters={name: _region(item) for name, item in data["parameters"].items()},
                 source=source_from_json(data["source"]),
                 versions={str(key): str(value) for key, value in data["versions"].items()},
+                checkpoint=str(data["checkpoint"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ProtocolError(f"the peer sent a malformed layout: {error!r}") from error

@@ -17,11 +17,11 @@ from hogwild.backward import TrainedLinear
 from hogwild.cautions import Warned, cautions
 from hogwild.config import Config
 from hogwild.curriculum import Batch, Curriculum
-from hogwild.errors import ExampleError, VerificationError
+from hogwild.errors import ExampleError, HogwildError, VerificationError
 from hogwild.examples import Example
 from hogwild.groups import Group, flat, regroup
 from hogwild.ledger import Ledger, Pass, Pending
-from hogwild.trainer import Progress, StepResult, Trainer
+from hogwild.trainer import Item, Progress, StepResult, Trainer
 from hogwild.weights import Weights
 from hogwild_kernels.cpu import warm_up
 
@@ -61,6 +61,8 @@ class Learner:
                 config.training.context,
                 seed=index,
                 unlearn_until_loss=config.training.unlearn_until_loss,
+                batch_tokens=config.training.batch_tokens,
+                activation_mib=config.training.activation_mib,
             )
             for index in range(config.training.threads)
         ]
@@ -101,10 +103,10 @@ class Learner:
         state = checkpoint.read_state(folder)
         self.load_optimizer(checkpoint.read_optimizer(folder))
         self.weights.check(folder)  # before the arena is marked, not only before it is written
-        self.arena.control.mark_trained()
-        self.weights.write(folder)
-        self.progress.resume(state["step"])
-        self.arena.control.generation = state["step"]
+        with self.arena.control.rewriting():
+            self.weights.write(folder)
+            self.progress.resume(state["step"])
+            self.arena.control.generation = state["step"]
         return int(state["step"])
 
     def load_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -143,16 +145,16 @@ class Learner:
         Args:
             path: the file that keeps them.
             base: digest of the model as it came.
-
-        Raises:
-            HogwildError: the file is damaged.
         """
         if not (self.config.replay.self_texts and self.config.replay.ratio):
             return
-        self.curriculum.replay.own = selfreplay.load(path, base) or ()
+        try:
+            self.curriculum.replay.own = selfreplay.load(path, base) or ()
+        except HogwildError as error:
+            log.warning("selfreplay.unreadable", path=str(path), error=str(error))
         if self.curriculum.replay.own:
             log.info("selfreplay.loaded", path=str(path), texts=len(self.curriculum.replay.own))
-        elif self.arena.control.trained:
+        elif self.progress.steps:
             log.warning("selfreplay.missing", path=str(path), reason="the model has been trained already")
         else:
             self._own_ready.clear()
@@ -160,6 +162,10 @@ class Learner:
                 target=self._write_own_texts, args=(path, base), name="self-replay", daemon=True
             )
             self._writer.start()
+
+    def wait_for_own_texts(self) -> None:
+        """Until they are written, or given up."""
+        self._own_ready.wait()
 
     def _write_own_texts(self, path: Path, base: str) -> None:
         began, settings = time.perf_counter(), self.config.replay
@@ -248,7 +254,7 @@ class Learner:
         """Take, forward, backward and update, record: one step on new examples and on what is replayed beside them."""
         new = [(one, group) for one in batch.new if (group := self._encode(one, sets_aside=True))]
         old = [(one, group) for one in batch.replayed if (group := self._encode(one, sets_aside=False))]
-        own = [Group.of([sample]) for sample in batch.own]
+        own = [Group((Item(sample, likeliest=sample.likeliest),)) for sample in batch.own]
         if (batch.new and not new) or not (new or old or own):
             self.curriculum.done(batch)  # nothing new is left, and replay was there for its sake
             return
@@ -272,6 +278,8 @@ class Learner:
                 )
             )
         outcomes = self.ledger.record_passes(passes)
+        if not passes:  # a restart counts the steps that the ledger knows of
+            self.ledger.set_meta("arena_steps", str(result.step))
         self.curriculum.done(batch)
         if new:
             self._recent = [new[0][1].ids, *self._recent[: _RECENT - 1]]
@@ -310,7 +318,7 @@ class Learner:
             group = self.encode(example)
         except ExampleError as error:
             if sets_aside:
-                self.ledger.set_failed(pending.example_id, str(error))
+                self.ledger.set_failed(pending.example_id, error.reason, error.field)
                 log.warning("example.failed", **_who(pending), reason=error.reason, field=error.field)
             return None
         if sets_aside and pending.passes_done == 0:

@@ -104,7 +104,6 @@ class Database:
         db = self._db
         assert db is not None
         db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
-        db.execute("PRAGMA foreign_keys = ON")
         version = int(db.execute("PRAGMA user_version").fetchone()[0])
         application = int(db.execute("PRAGMA application_id").fetchone()[0])
         empty = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
@@ -127,6 +126,7 @@ class Database:
                 f"BEGIN IMMEDIATE; {MIGRATIONS[number]}; PRAGMA application_id = {APPLICATION_ID};"
                 f" PRAGMA user_version = {number + 1}; COMMIT;"
             )
+        db.execute("PRAGMA foreign_keys = ON")  # a migration that writes a table anew needs them off
         if version == 0:
             folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:

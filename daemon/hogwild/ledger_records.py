@@ -1,11 +1,12 @@
 """What goes into the ledger and what comes out of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from hogwild.examples import Example, parse_line
 
-State = Literal["accepted", "trained", "durable", "failed"]
+State = Literal["accepted", "trained", "durable", "failed", "undone"]
 
 
 class GoodLine(NamedTuple):
@@ -26,6 +27,35 @@ class BadLine(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class NewFile:
+    """A small file, read to its end."""
+
+    name: str
+    content_hash: str
+    bytes: int
+    """On disk, compressed or not."""
+    content_bytes: int
+    """Decompressed."""
+    stored_as: str
+    force: bool
+    """Accept it although the same content was accepted before."""
+    lines: Sequence[GoodLine | BadLine]
+
+
+@dataclass(frozen=True, slots=True)
+class Growing:
+    """A file that was taken while somebody may still have had it open for writing."""
+
+    file_id: int
+    name: str
+    state: Literal["accepted", "rejected"]
+    stored_as: str
+    content_hash: str
+    bytes: int
+    content_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class FileRecord:
     file_id: int
     name: str
@@ -42,10 +72,11 @@ class FileRecord:
     failed: int
     rejected: int
     """Bad lines."""
+    undone: int = 0
 
     @property
     def examples(self) -> int:
-        return self.pending + self.trained + self.durable + self.failed
+        return self.pending + self.trained + self.durable + self.failed + self.undone
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +133,18 @@ class Counts:
     rejected: int
     files: int
     passes: int
+    undone: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Reset:
+    """What going back to other weights changed."""
+
     passes_undone: int
+    """That are no longer in the weights."""
     examples_reopened: int
+    """To be trained again."""
+    examples_undone: int = 0
+    """That lost passes and stay out until `retrain`."""
+    passes_redone: int = 0
+    """That an earlier rollback had undone, and that the weights hold again."""

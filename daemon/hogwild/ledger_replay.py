@@ -108,7 +108,8 @@ class Pool:
         with self._db.write(fsync=False) as db:
             return bool(
                 db.execute(
-                    "UPDATE examples SET state = 'accepted', reopened = reopened + 1, passes = passes_done + ?"
+                    "UPDATE examples SET state = 'accepted', reopened = reopened + 1, passes = passes_done + ?,"
+                    " reason = 'forgotten: its loss in replay is above until_loss again'"
                     f" WHERE example_id = ? AND reopened < ? AND {LEARNED}",
                     (passes, example_id, at_most),
                 ).rowcount

@@ -101,6 +101,120 @@ CREATE VIEW progress AS                  -- SELECT * FROM progress;
   FROM files f WHERE state <> 'staging';
 """
 
+# A CHECK cannot be altered: the table is written anew. Foreign keys are off while migrations run.
+_V2 = """
+DROP VIEW progress;
+CREATE TABLE examples_v2 (
+  example_id  INTEGER PRIMARY KEY,       -- in order of arrival
+  file_id     INTEGER NOT NULL REFERENCES files,
+  line_no     INTEGER NOT NULL,          -- from 1
+  byte_offset INTEGER NOT NULL,          -- in the decompressed content
+  name        TEXT,                      -- the line's own "id"
+  priority    INTEGER NOT NULL,          -- higher first
+  passes      INTEGER NOT NULL,          -- wanted
+  passes_done INTEGER NOT NULL DEFAULT 0,
+  until_loss  REAL,                      -- nats per token; reached: enough passes
+  last_pass   INTEGER NOT NULL DEFAULT 0,-- passes.pass_id of the newest that counts
+  last_loss   REAL,
+  state       TEXT NOT NULL CHECK (state IN (
+                'staged',                --   its file is not all read, or not all shown yet
+                'accepted',              --   passes are still to be done
+                'trained',               --   all passes are in the live weights
+                'durable',               --   ... and in a checkpoint
+                'failed',                --   cannot be trained
+                'undone')),              --   a rollback took its passes back, and it is to stay out
+  reason      TEXT,                      -- why it failed, was undone, or is to be trained again
+  field       TEXT                       -- failed: the JSON field at fault
+) STRICT;
+INSERT INTO examples_v2
+  SELECT example_id, file_id, line_no, byte_offset, name, priority, passes, passes_done, until_loss, last_pass,
+         last_loss, state, reason, NULL FROM examples;
+DROP TABLE examples;
+ALTER TABLE examples_v2 RENAME TO examples;
+CREATE INDEX examples_next    ON examples (passes_done, priority DESC, example_id) WHERE state = 'accepted';
+CREATE INDEX examples_trained ON examples (last_pass) WHERE state = 'trained';
+CREATE INDEX examples_undone  ON examples (example_id) WHERE state = 'undone';
+CREATE INDEX examples_by_file ON examples (file_id, state);
+
+ALTER TABLE files ADD COLUMN errors_due INTEGER NOT NULL DEFAULT 0;  -- errors that failed/<name>.errors.jsonl lacks
+ALTER TABLE files ADD COLUMN content_bytes INTEGER;                  -- decompressed, up to the last line taken
+ALTER TABLE files ADD COLUMN may_grow INTEGER NOT NULL DEFAULT 0;    -- 1: somebody may still be writing to it
+ALTER TABLE files ADD COLUMN continues INTEGER REFERENCES files;     -- it is what that file grew by, later
+CREATE INDEX files_errors_due ON files (file_id) WHERE errors_due > 0;
+CREATE INDEX files_may_grow ON files (file_id) WHERE may_grow;
+CREATE INDEX files_stored_as ON files (stored_as);
+
+ALTER TABLE checkpoints ADD COLUMN generation INTEGER;               -- its number in the history, never used again
+ALTER TABLE checkpoints ADD COLUMN parent INTEGER;                   -- the generation that its weights descend from
+ALTER TABLE checkpoints ADD COLUMN undone INTEGER NOT NULL DEFAULT 0;-- 1: the weights went back to one before it
+ALTER TABLE checkpoints ADD COLUMN follows INTEGER REFERENCES checkpoints; -- it also holds the passes of this one
+
+CREATE TABLE checkpoint_passes (         -- passes that a checkpoint holds beyond the one that it follows
+  checkpoint_id INTEGER NOT NULL REFERENCES checkpoints,
+  first_pass    INTEGER NOT NULL,        -- passes.pass_id
+  last_pass     INTEGER NOT NULL,        -- included
+  PRIMARY KEY (checkpoint_id, first_pass)
+) STRICT, WITHOUT ROWID;
+UPDATE checkpoints AS c SET follows =
+  (SELECT max(checkpoint_id) FROM checkpoints b WHERE b.checkpoint_id < c.checkpoint_id);
+INSERT INTO checkpoint_passes
+  SELECT checkpoint_id, min(pass_id), max(pass_id) FROM (
+    SELECT checkpoint_id, pass_id, pass_id - row_number() OVER (PARTITION BY checkpoint_id ORDER BY pass_id) AS run
+    FROM (SELECT pass_id, (SELECT checkpoint_id FROM checkpoints WHERE marker >= pass_id
+                           ORDER BY marker, checkpoint_id LIMIT 1) AS checkpoint_id FROM passes WHERE NOT undone)
+    WHERE checkpoint_id IS NOT NULL)
+  GROUP BY checkpoint_id, run;
+
+CREATE TABLE transitions (               -- every change of state since schema 2, written by the triggers below
+  transition_id INTEGER PRIMARY KEY,
+  at         TEXT NOT NULL,              -- UTC
+  file_id    INTEGER REFERENCES files,   -- of a file; its lines are accepted in the same moment
+  example_id INTEGER REFERENCES examples,-- or of an example
+  from_state TEXT NOT NULL,
+  to_state   TEXT NOT NULL,
+  why        TEXT NOT NULL,
+  pass_id    INTEGER                     -- of an example: its newest pass that counts, with loss and step
+) STRICT;
+CREATE INDEX transitions_of_example ON transitions (example_id) WHERE example_id IS NOT NULL;
+CREATE INDEX transitions_of_file    ON transitions (file_id) WHERE file_id IS NOT NULL;
+
+CREATE TRIGGER file_changed AFTER UPDATE OF state ON files WHEN old.state <> new.state BEGIN
+  INSERT INTO transitions (at, file_id, from_state, to_state, why)
+  VALUES (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), new.file_id, old.state, new.state,
+          iif(new.state = 'rejected', 'no line of it is good', 'read to its end'));
+END;
+CREATE TRIGGER example_changed AFTER UPDATE OF state ON examples
+WHEN old.state <> new.state AND old.state <> 'staged' BEGIN
+  INSERT INTO transitions (at, example_id, from_state, to_state, why, pass_id)
+  VALUES (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), new.example_id, old.state, new.state,
+          coalesce(new.reason, CASE
+            WHEN new.state = 'durable' THEN 'in checkpoint ' || (SELECT max(checkpoint_id) FROM checkpoints)
+            WHEN new.state = 'trained' AND new.passes_done < new.passes THEN 'its loss reached until_loss'
+            WHEN new.state = 'trained' THEN 'all its passes are done'
+            ELSE 'not said' END),
+          nullif(new.last_pass, 0));
+END;
+
+CREATE VIEW progress AS                  -- SELECT * FROM progress;
+  SELECT name AS file, accepted_at,
+    (SELECT count(*) FROM examples e WHERE e.file_id = f.file_id) AS examples,
+    (SELECT count(*) FROM examples e WHERE e.file_id = f.file_id AND e.state = 'accepted') AS pending,
+    (SELECT count(*) FROM examples e WHERE e.file_id = f.file_id AND e.state = 'trained') AS trained,
+    (SELECT count(*) FROM examples e WHERE e.file_id = f.file_id AND e.state = 'durable') AS durable,
+    (SELECT count(*) FROM examples e WHERE e.file_id = f.file_id AND e.state = 'failed') AS failed,
+    (SELECT count(*) FROM examples e WHERE e.file_id = f.file_id AND e.state = 'undone') AS undone,
+    (SELECT count(*) FROM rejected r WHERE r.file_id = f.file_id) AS rejected
+  FROM files f WHERE state <> 'staging';
+CREATE VIEW story AS                     -- SELECT * FROM story WHERE example_id = 7;
+  SELECT e.example_id, f.accepted_at AS at, 'accepted' AS event, NULL AS why, NULL AS loss, NULL AS step
+    FROM examples e JOIN files f USING (file_id) WHERE f.state = 'accepted'
+  UNION ALL
+  SELECT example_id, at, iif(undone, 'pass, undone since', 'pass'), NULL, coalesce(loss_after, loss_before), step
+    FROM passes
+  UNION ALL
+  SELECT example_id, at, to_state, why, NULL, NULL FROM transitions WHERE example_id IS NOT NULL;
+"""
+
 _REPLAY = """
 ALTER TABLE passes ADD COLUMN replay INTEGER NOT NULL DEFAULT 0;
   -- 1: an example that was learned before, mixed into a step; counts neither in passes_done nor for its state
@@ -111,7 +225,20 @@ UPDATE examples SET weight = -1 WHERE example_id IN
   (SELECT example_id FROM lines WHERE CASE WHEN json_valid(line) THEN json_extract(line, '$.weight') < 0 END);
 CREATE INDEX examples_replayable ON examples (example_id) WHERE state IN ('trained', 'durable') AND weight > 0;
 CREATE INDEX passes_replayed ON passes (pass_id) WHERE replay AND NOT undone;
+
+DROP VIEW story;
+CREATE VIEW story AS                     -- SELECT * FROM story WHERE example_id = 7;
+  SELECT e.example_id, f.accepted_at AS at, 'accepted' AS event, NULL AS why, NULL AS loss, NULL AS step
+    FROM examples e JOIN files f USING (file_id) WHERE f.state = 'accepted'
+  UNION ALL
+  SELECT example_id, at, iif(replay, 'replay', 'pass') || iif(undone, ', undone since', ''), NULL,
+         coalesce(loss_after, loss_before), step FROM passes
+  UNION ALL
+  SELECT example_id, at, to_state, why, NULL, NULL FROM transitions WHERE example_id IS NOT NULL;
 """
 
-MIGRATIONS = (_V1, _REPLAY)
+MIGRATIONS = (_V1, _V2, _REPLAY)
+
 VERSION = len(MIGRATIONS)
+
+OWN = "NOT replay"  # SQL: the passes that count for their example's passes_done and state, if they are not undone

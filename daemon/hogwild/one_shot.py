@@ -175,9 +175,10 @@ class OneShot:
     def _accept(self, path: Path, ledger: Ledger) -> tuple[FileRecord, str | None]:
         """The file in the ledger, and the name of another with the same content that was there before."""
         try:
-            digest = content_hash(path)
+            digest, length = content_hash(path)
             lines = read_lines(path, self.config.spool.max_line_bytes)
-            record = ledger.accept_file(str(path), digest, lines, passes=self.config.training.passes)
+            passes = self.config.training.passes
+            record = ledger.accept_file(str(path), digest, lines, passes=passes, content_bytes=length)
         except AlreadyAccepted as known:  # or an earlier run in this state folder did it, and we go on
             return ledger.file(known.file_id), None if known.name == str(path) else known.name
         except (DamagedFileError, OSError) as error:

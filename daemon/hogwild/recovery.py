@@ -1,6 +1,19 @@
 """What becomes of an arena that a server offers: is it ours, whose weights does it hold, what has to be written to it.
 
+    the arena                                    what is done
+    -------------------------------------------  ------------------------------------------------------------------
+    holds the model as it came                   every bit compared with the model's files; the newest checkpoint is
+                                                 written into it, and what is in no checkpoint is queued again
+    filled by the server from a checkpoint       every bit compared with that checkpoint; nothing is written, unless
+                                                 `current` leads to another one by now
+    trained by us, as far as the ledger knows    kept as it is: it is newer than any checkpoint
+    trained by us, further than the ledger knows not trusted: written anew from the newest checkpoint
+    left in the middle of a restore              the same
+    trained by another state folder              refused
+    of another model than we have learned        refused
+
 Runs in the arena session's thread, before a learner exists. Knows the ledger and the checkpoints, not the supervisor.
+docs/crashes.md says what each message means.
 """
 
 from dataclasses import dataclass
@@ -12,9 +25,10 @@ from hogwild.arena.client import Arena
 from hogwild.checkpoint import Checkpoints
 from hogwild.config import Config
 from hogwild.curriculum import Curriculum
-from hogwild.errors import ArenaError, VerificationError
+from hogwild.errors import ArenaError, CheckpointError, VerificationError
 from hogwild.learner import Learner
 from hogwild.ledger import Ledger
+from hogwild.resume import newest_checkpoint
 from hogwild.weights import Weights, digest, verify_bits
 
 log = logs.get(__name__)
@@ -26,11 +40,13 @@ class Taken:
 
     Attributes:
         learner: built on it, not training yet.
-        restored: the checkpoint that was written into it; None if nothing was.
+        restored: the checkpoint whose weights it holds now; None: the model as it came, or what it was trained to.
+        repeated: steps that are in the weights and not in the ledger: their passes are done again.
     """
 
     learner: Learner
     restored: str | None
+    repeated: int
 
 
 def take(
@@ -39,21 +55,37 @@ def take(
     """Verify an arena that a server offers, build the trainers on it, and bring back what was learned.
 
     Raises:
-        HogwildError: it is refused; nothing has been written to it.
+        HogwildError: it is refused; nothing has been written to it, or it is marked as half-written.
     """
     folder = Path(config.model or arena.layout.source.path)
-    if arena.control.trained:
+    current = newest_checkpoint(checkpoints.root)
+    _compare_with_ledger(current, ledger, checkpoints.root)
+    keep, write, repeated = False, True, 0
+    if arena.control.trained or arena.control.restoring:
         _recognise(arena, config, ledger)
+        repeated = _ahead(arena, ledger)
+        doubt = _doubt(arena, repeated, ledger)
+        keep = doubt is None
+        if doubt is not None:
+            log.warning("arena.stale", arena=arena.control.arena_id, reason=doubt, step=arena.control.steps)
+            repeated = 0
+    elif arena.layout.checkpoint:
+        write = not _holds(arena, current, config)
     else:
         verify_bits(Weights(arena), folder)
     learner = Learner(arena, folder, config, ledger, curriculum)
-    restored = None
-    if arena.control.trained:
-        _resume(learner, checkpoints)
+    if keep:
+        _resume(learner, current)
     else:
-        restored = _restore(learner, checkpoints)
-    ledger.set_meta("arena_id", arena.control.arena_id)
-    return Taken(learner, restored)
+        _belongs_to_this_model(learner)
+        _claim(arena, config, ledger, current)  # first: a crash while it is written must find it ours
+        _restore(learner, current, write)
+    _claim(arena, config, ledger, None)
+    learner.write_own_texts(config.state_dir / "selfreplay.json", ledger.get_meta("base_digest") or "")
+    return Taken(learner, str(current) if current is not None and not keep else None, repeated)
+
+
+# --- what the arena is -----------------------------------------------------------------------------------------------
 
 
 def _recognise(arena: Arena, config: Config, ledger: Ledger) -> None:
@@ -70,35 +102,135 @@ def _recognise(arena: Arena, config: Config, ledger: Ledger) -> None:
         )
 
 
-def _resume(learner: Learner, checkpoints: Checkpoints) -> None:
-    """An arena that outlived the last daemon: its weights are ahead of any checkpoint, its moments are gone.
+def _ahead(arena: Arena, ledger: Ledger) -> int:
+    """Steps that this arena has made and the ledger does not know of.
 
-    The newest checkpoint's moments take their place: exact after a graceful stop, a little old after a crash.
+    A step is counted on the control page when its update is done, and recorded after that: a daemon that is killed
+    between the two leaves at most one such step for each of its trainer threads.
     """
-    current = checkpoints.current()
-    if current is not None:
-        learner.load_optimizer(checkpoint.read_optimizer(current))
+    since, after = (int(ledger.get_meta(key) or 0) for key in ("arena_steps", "arena_pass"))
+    return arena.control.steps - since - ledger.steps_recorded(arena.control.arena_id, after)
 
 
-def _restore(learner: Learner, checkpoints: Checkpoints) -> str | None:
-    """A fresh arena: bring back the newest checkpoint, and queue again what is in no checkpoint."""
-    ledger, config = learner.ledger, learner.config
+def _doubt(arena: Arena, ahead: int, ledger: Ledger) -> str | None:
+    """Why the weights of an arena of ours cannot be gone on with; None if they can."""
+    if arena.control.restoring:
+        return "a checkpoint was being written into it when the daemon ended"
+    threads = int(ledger.get_meta("arena_threads") or 0)
+    if ahead > threads:
+        return (
+            f"it has made {ahead} steps that the ledger does not know of, and a crash leaves {threads} at most: "
+            "the ledger is older than these weights"
+        )
+    if ahead < 0:
+        return f"the ledger knows {-ahead} steps that it has not made"
+    return None
+
+
+def _holds(arena: Arena, current: Path | None, config: Config) -> bool:
+    """Does an arena that the server filled from a checkpoint hold `current`?
+
+    Raises:
+        VerificationError: it does not hold what the server says, or that is not ours.
+    """
+    filled = Path(arena.layout.checkpoint)
+    if filled.parent != (config.state_dir / "checkpoints").resolve():
+        raise VerificationError(
+            "the server started from a checkpoint of another state folder",
+            [f"it serves {filled}, this daemon works in {config.state_dir}: start `hogwild vllm` and "
+             "`hogwild serve` with the same state_dir"],
+        )  # fmt: skip
+    if filled.is_dir():
+        verify_bits(Weights(arena), filled)
+    else:  # a rollback or a newer daemon has taken it away since; what is written now is checked against the server
+        log.warning("arena.unverified", arena=arena.control.arena_id, checkpoint=str(filled))
+    return filled == current
+
+
+def _compare_with_ledger(current: Path | None, ledger: Ledger, root: Path) -> None:
+    """Checkpoints and ledger have to be of one and the same state folder.
+
+    Raises:
+        CheckpointError: one of the two is older than the other, or gone.
+    """
+    newest_pass = ledger.newest_pass()
+    if current is None:
+        if ledger.durable_marker() > 0:
+            raise CheckpointError(
+                f"the ledger knows of a checkpoint, but there is none in {root}. Mount or copy back that folder; or, "
+                "to learn everything again from the model as it came, start with an empty state_dir and drop the "
+                "files of the spool's done/ again."
+            )
+        return
+    position = checkpoint.read_state(current)["ledger_position"]
+    if position > newest_pass:
+        raise CheckpointError(
+            f"{current} holds passes up to number {position}, the ledger knows {newest_pass}: {ledger.path} is an "
+            "older copy. Bring back the ledger that belongs to this checkpoint, or the checkpoints that belong to "
+            "this ledger."
+        )
+
+
+def _belongs_to_this_model(learner: Learner) -> None:
+    """The model is the one that this state folder has learned on; the first one makes it so.
+
+    Raises:
+        VerificationError: it is another one.
+    """
+    ledger = learner.ledger
     base = digest(learner.folder)
     known = ledger.get_meta("base_digest")
     if known not in (None, base):
         raise VerificationError(
             "the model is not the one that this state folder has learned on",
-            [f"{config.state_dir} belongs to {ledger.get_meta('base_path')} (digest {known}), "
+            [f"{learner.config.state_dir} belongs to {ledger.get_meta('base_path')} (digest {known}), "
              f"{learner.folder} has digest {base}: give another state_dir, or serve that model"],
         )  # fmt: skip
     ledger.set_meta("base_digest", base)
     ledger.set_meta("base_path", str(learner.folder))
-    current = checkpoints.current()
+
+
+# --- what is done with it --------------------------------------------------------------------------------------------
+
+
+def _claim(arena: Arena, config: Config, ledger: Ledger, current: Path | None) -> None:
+    """Note whose arena this is, and from which step on the ledger tells what it was trained with."""
+    step = checkpoint.read_state(current)["step"] if current is not None else 0
+    ledger.set_meta("arena_steps", str(max(arena.control.steps, step)))
+    ledger.set_meta("arena_pass", str(ledger.newest_pass()))
+    ledger.set_meta("arena_threads", str(config.training.threads))
+    ledger.set_meta("arena_id", arena.control.arena_id)
+
+
+def _resume(learner: Learner, current: Path | None) -> None:
+    """An arena that outlived the last daemon: its weights are ahead of any checkpoint, its moments are gone.
+
+    The newest checkpoint's moments take their place: exact after a graceful stop, a little old after a crash.
+    """
+    if current is not None:
+        learner.load_optimizer(checkpoint.read_optimizer(current))
+
+
+def _restore(learner: Learner, current: Path | None, write: bool) -> None:
+    """Bring back the newest checkpoint, and queue again what is in no checkpoint.
+
+    Args:
+        write: False: its weights are in the arena already.
+    """
+    ledger, control = learner.ledger, learner.arena.control
     if current is not None:
         state = checkpoint.read_state(current)
         if state["ledger_position"] > ledger.durable_marker():  # killed between the two
             ledger.complete_checkpoint(state["ledger_position"], state["step"], str(current))
-        learner.restore(current)
+        if write:
+            learner.restore(current)
+        else:
+            learner.load_optimizer(checkpoint.read_optimizer(current))
+            learner.progress.resume(state["step"])
+    elif control.trained or control.restoring:  # an arena that nothing but the model itself can mend
+        with control.rewriting():
+            learner.weights.write(learner.folder)
+            control.generation = 0
     undone = ledger.reset_to_durable(None if current is not None else 0)
     if undone.passes_undone:
         log.warning(
@@ -107,4 +239,3 @@ def _restore(learner: Learner, checkpoints: Checkpoints) -> str | None:
             examples=undone.examples_reopened,
             reason="the weights that they were trained into are gone",
         )
-    return str(current) if current is not None else None

@@ -8,11 +8,14 @@ seed, the number of the step and the ledger, so a restart changes nothing.
 
 from collections.abc import Sequence
 from random import Random
+from typing import TYPE_CHECKING
 
 from hogwild.config import ReplayConfig
 from hogwild.ledger_records import Pending
 from hogwild.ledger_replay import Candidate, Pool
-from hogwild.selfreplay import Sample
+
+if TYPE_CHECKING:  # torch takes seconds to import, and the intake does without
+    from hogwild.selfreplay import Sample
 
 RECENT = 8  # replay passes before this step that count for diversity
 ALIKE = 0.5  # factor for each example of the same file, and for each of the same tags, among those
@@ -36,7 +39,9 @@ class Replay:
         ratio = self._config.ratio * max(new, 1)
         return int((step + 1) * ratio) - int(step * ratio)
 
-    def choose(self, step: int, beside: Sequence[Pending], count: int) -> tuple[list[Pending], list[Sample]]:
+    def choose(
+        self, step: int, beside: Sequence[Pending], count: int
+    ) -> "tuple[list[Pending], list[Sample]]":
         """`count` examples for step number `step`: learned ones, and texts of the model's own.
 
         Args:

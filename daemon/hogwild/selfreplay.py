@@ -1,9 +1,9 @@
 """Texts that the model wrote itself before it was trained: they stand in for the old data that nobody has.
 
-Plain texts go on from an everyday first word, chats answer everyday questions through the model's own template. They
-are sampled at temperature 1, so on average a model that has not moved has nothing to learn from them, and one that
-has is pulled back. Made once for a model, kept as `selfreplay.json` in the state folder; the same seed gives the same
-texts.
+Plain texts go on from an everyday first word, chats answer everyday questions through the model's own template,
+sampled at temperature 1. With each token is kept what the model thought of it (`likeliest`): replay pulls back towards
+that, and a model that has not moved has nothing to learn. Made once for a model, kept as `selfreplay.json` in the
+state folder; the same seed gives the same texts.
 """
 
 import json
@@ -18,9 +18,11 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from hogwild.errors import HogwildError
+from hogwild.likeliest import Likeliest
 
 VERSION = 1
 ROUND = 16  # texts that are sampled side by side
+FEW_TOKENS = 8
 FIRST_WORDS = (
     "The", "In", "A", "It", "When", "This", "There", "For", "He", "She", "They", "One", "If", "At", "My", "Many",
 )  # fmt: skip
@@ -44,13 +46,15 @@ QUESTIONS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
     """A text of the model's own: what `encoding.Encoded` is for an example."""
 
     ids: tuple[int, ...]
     start: int
     """The first token that the model wrote; those before it were given."""
+    likeliest: Likeliest
+    """What it thought at each token that it wrote."""
 
     @property
     def trained(self) -> list[bool]:
@@ -73,16 +77,16 @@ def make(
         given: what each text begins with, from `prompts`; the last ones are left out when the time is up.
         end: tokens that end a text, from `ends`.
         tokens: longest, prompt not counted.
-        limit_s: seconds after which no further round begins.
+        limit_s: seconds; then texts are cut short (not below a few tokens), and no further ones are begun.
         stopped: asked before each token; an interrupted round is dropped.
     """
-    began = time.monotonic()
+    deadline = time.monotonic() + limit_s
     samples: list[Sample] = []
     generator = torch.Generator(model.device).manual_seed(seed)
     for at in range(0, len(given), ROUND):
-        if samples and time.monotonic() - began >= limit_s:
+        if samples and time.monotonic() >= deadline:
             break
-        samples += _sample(model, given[at : at + ROUND], tokens, generator, end, stopped)
+        samples += _sample(model, given[at : at + ROUND], tokens, generator, end, deadline, stopped)
         if stopped():
             break
     return samples
@@ -98,7 +102,15 @@ def save(path: Path, base: str, seed: int, samples: Sequence[Sample]) -> None:
         "version": VERSION,
         "base": base,
         "seed": seed,
-        "samples": [{"ids": one.ids, "start": one.start} for one in samples],
+        "samples": [
+            {
+                "ids": one.ids,
+                "start": one.start,
+                "likeliest": one.likeliest.ids.tolist(),
+                "logs": [[round(log, 4) for log in logs] for logs in one.likeliest.logs.tolist()],
+            }
+            for one in samples
+        ],
     }
     fresh = path.with_suffix(".tmp")
     with fresh.open("w") as file:
@@ -123,11 +135,19 @@ def load(path: Path, base: str) -> list[Sample] | None:
         body = json.loads(path.read_bytes())
         if body["version"] != VERSION or body["base"] != base:
             return None
-        return [Sample(tuple(map(int, one["ids"])), int(one["start"])) for one in body["samples"]]
+        return [_read(one) for one in body["samples"]]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise HogwildError(f"{path} cannot be read ({error!r}); delete it to go on without it") from error
+
+
+def _read(one: dict[str, Any]) -> Sample:
+    likeliest = Likeliest(torch.tensor(one["likeliest"]), torch.tensor(one["logs"]))
+    sample = Sample(tuple(map(int, one["ids"])), int(one["start"]), likeliest)
+    if likeliest.ids.shape != likeliest.logs.shape or len(likeliest.ids) != sum(sample.trained):
+        raise ValueError("a text and what was thought of it differ in length")
+    return sample
 
 
 def prompts(tokenizer: Any, count: int) -> list[list[int]]:
@@ -159,6 +179,7 @@ def _sample(
     tokens: int,
     generator: torch.Generator,
     end: Collection[int],
+    deadline: float,
     stopped: Callable[[], bool],
 ) -> list[Sample]:
     """One batch, padded on the left; every text ends at its first end token, which belongs to it."""
@@ -170,10 +191,13 @@ def _sample(
         mask[row, width - len(prompt) :] = 1
     cache = DynamicCache(config=model.config)
     texts: list[list[int]] = [[] for _ in given]
+    thought = []  # at each step, of all rows
     position = (mask.cumsum(-1) - 1).clamp_min(0)
-    for _ in range(tokens):
+    for number in range(tokens):
         if stopped():
             return []
+        if number >= FEW_TOKENS and time.monotonic() >= deadline:
+            break
         logits = model(
             ids,
             attention_mask=mask,
@@ -182,6 +206,7 @@ def _sample(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
+        thought.append(Likeliest.of(logits))
         ids = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)  # (count, 1)
         for text, token in zip(texts, ids[:, 0].tolist(), strict=True):
             if not (text and text[-1] in end):
@@ -190,4 +215,12 @@ def _sample(
             break
         mask = torch.cat([mask, mask.new_ones(count, 1)], 1)
         position = position[:, -1:] + 1
-    return [Sample((*prompt, *text), len(prompt)) for prompt, text in zip(given, texts, strict=True)]
+    samples = []
+    for row, (prompt, text) in enumerate(zip(given, texts, strict=True)):
+        written = thought[: len(text)]
+        likeliest = Likeliest(
+            torch.stack([one.ids[row] for one in written]).cpu(),
+            torch.stack([one.logs[row] for one in written]).cpu(),
+        )
+        samples.append(Sample((*prompt, *text), len(prompt), likeliest))
+    return samples

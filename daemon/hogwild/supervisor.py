@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from hogwild import __version__, recovery, served, state_lock
+from hogwild import __version__, leftovers, recovery, served, state_lock
 from hogwild import config as configuration
 from hogwild import log as logs
 from hogwild.arena.client import Arena
@@ -30,6 +30,7 @@ from hogwild.spool import Spool
 log = logs.get(__name__)
 
 _TURN_S = 0.1
+_BEAT_S = 1.0
 _STATUS_S = 5.0  # counting a million examples takes 0.4 s
 _STATUS_RETRY_S = 60.0
 _STOP_TIMEOUT_S = 120.0
@@ -55,9 +56,12 @@ class Supervisor:
     ) -> None:
         self.config, self._config_path, self._overrides = config, config_path, overrides
         self._lock_file = state_lock.take(config.state_dir)
+        leftovers.sweep(config.state_dir, config.spool.dir)
         self.ledger = Ledger(config.state_dir / "ledger.sqlite")
         self.checkpoints = Checkpoints(config.state_dir / "checkpoints", config.checkpoint.keep)
-        self.curriculum = Curriculum(self.ledger)
+        self.curriculum = Curriculum(
+            self.ledger, config.replay, seed=config.training.seed, step_tokens=config.training.step_tokens
+        )
         self.spool = Spool(
             config.spool,
             self.ledger,
@@ -89,6 +93,7 @@ class Supervisor:
             queued=self.ledger.counts().pending,
         )
         self.hub.start()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         spooling = threading.Event()
         spool_thread = threading.Thread(target=self.spool.run, args=(spooling,), name="spool", daemon=True)
         spool_thread.start()
@@ -119,7 +124,6 @@ class Supervisor:
             return
         if learner.failure is not None:
             raise HogwildError(f"a trainer thread died ({learner.failure!r}): its layer may be half-written")
-        learner.arena.control.beat_daemon()
         if self._must_check:
             self._check(after="attach")
         if self._checkpoint_due(learner):
@@ -150,6 +154,7 @@ class Supervisor:
             inode=arena.weights.inode()[1],
             step=learner.progress.steps,
             restored=taken.restored,
+            repeated=taken.repeated,
             moments=len(learner.optimizer),
         )
 
@@ -214,6 +219,7 @@ class Supervisor:
         base = {
             "base_path": str(learner.folder),
             "base_digest": self.ledger.get_meta("base_digest"),
+            "source": asdict(learner.arena.layout.source),
             "version": __version__,
             "config": self.config.model_dump(mode="json"),
         }
@@ -251,6 +257,13 @@ class Supervisor:
             setattr(self, name, True)
 
         return handler
+
+    def _beat(self) -> None:
+        """Tell the server that this process lives, also while a checkpoint is written."""
+        while True:
+            if self.learner is not None:
+                self.learner.arena.control.beat_daemon()
+            time.sleep(_BEAT_S)
 
     def _reread(self) -> None:
         """SIGHUP: take over what can change live, and name what cannot."""

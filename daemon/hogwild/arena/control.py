@@ -8,6 +8,8 @@ old value or the new one.
 import struct
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from hogwild.arena.memory import Segment
 from hogwild.errors import ArenaError
@@ -18,7 +20,7 @@ NBYTES = 4096
 # offset, written once by the process that makes the arena
 _MAGIC, _ARENA_ID, _FINGERPRINT = 0, 8, 24  # 8, 16 and 32 bytes
 # offset, written by the daemon
-_STEPS, _EPOCH, _TRAINED, _GENERATION, _DAEMON_BEAT = 64, 72, 80, 88, 96
+_STEPS, _EPOCH, _TRAINED, _GENERATION, _DAEMON_BEAT, _RESTORING = 64, 72, 80, 88, 96, 104
 # offset, written by the server
 _RUNNING, _WAITING, _SERVER_BEAT = 128, 136, 144
 
@@ -82,8 +84,24 @@ class ControlPage:
         self._set_word(_TRAINED, 1)
 
     @property
+    def restoring(self) -> bool:
+        """Is another version being written over these weights? Found set after a crash, they are worth nothing."""
+        return bool(self._word(_RESTORING))
+
+    @contextmanager
+    def rewriting(self) -> Iterator[None]:
+        """Around writing a checkpoint into the arena: a crash (or an error) inside leaves `restoring` set.
+
+        Whoever finds it set writes a whole checkpoint again, and trusts nothing that lies there.
+        """
+        self._set_word(_RESTORING, 1)
+        self.mark_trained()
+        yield
+        self._set_word(_RESTORING, 0)
+
+    @property
     def generation(self) -> int:
-        """Step of the newest checkpoint these weights descend from; 0 is the base model."""
+        """The newest generation that these weights descend from; 0 is the model as it came."""
         return self._word(_GENERATION)
 
     @generation.setter

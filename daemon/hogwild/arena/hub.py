@@ -170,7 +170,7 @@ def _listen(path: Path) -> socket.socket:
     """Bind the socket, replacing one that nobody listens on any more.
 
     Raises:
-        ArenaError: somebody listens there, or it cannot be made.
+        ArenaError: somebody listens there or may (a socket that we may not connect to), or it cannot be made.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -178,11 +178,16 @@ def _listen(path: Path) -> socket.socket:
         raise _cannot_listen(path, error) from error
     if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            if probe.connect_ex(str(path)) == 0:
-                raise ArenaError(
-                    f"another daemon listens on {path}: stop it, or give this one another `socket`"
-                )
-        path.unlink()
+            probe.setblocking(False)  # a daemon with a full backlog listens too
+            code = probe.connect_ex(str(path))
+        if code in (0, errno.EAGAIN):
+            raise ArenaError(f"another daemon listens on {path}: stop it, or give this one another `socket`")
+        if code not in (errno.ECONNREFUSED, errno.ENOENT):  # EACCES: somebody else's, and perhaps alive
+            raise _cannot_listen(path, OSError(code, os.strerror(code), str(path)))
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise _cannot_listen(path, error) from error
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         before = os.umask(0o177)

@@ -4,11 +4,20 @@ Run as a module this *is* the server process (python -m hogwild.vllm_plugin.laun
 """
 
 import importlib.metadata
+import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hogwild.vllm_plugin.names import SOCKET_VARIABLE, URL_VARIABLE
+from hogwild.vllm_plugin.names import (
+    BASE_VARIABLE,
+    PAGE_VARIABLE,
+    SOCKET_VARIABLE,
+    STATE_VARIABLE,
+    URL_VARIABLE,
+)
+
+MIDDLEWARE = "hogwild.vllm_plugin.middleware.Generation"
 
 
 def command(model: str, arguments: Sequence[str]) -> list[str]:
@@ -18,18 +27,30 @@ def command(model: str, arguments: Sequence[str]) -> list[str]:
     keys and values of weights that have since moved.
     """
     given = {argument.split("=")[0] for argument in arguments}
-    extra = ["--load-format", "hogwild"]
+    extra = ["--load-format", "hogwild", "--middleware", MIDDLEWARE]
     if not given & {"--enable-prefix-caching", "--no-enable-prefix-caching"}:
         extra.append("--no-enable-prefix-caching")
     return [sys.executable, "-m", "hogwild.vllm_plugin.launch", "serve", model, *extra, *arguments]
 
 
-def environment(socket: Path, arguments: Sequence[str], base: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the server: where the daemon listens, and where the daemon finds the server."""
+def environment(
+    socket: Path, state_dir: Path, arguments: Sequence[str], base: Mapping[str, str], *, base_weights: bool
+) -> dict[str, str]:
+    """The environment of the server: where the daemon listens and keeps its checkpoints, where it finds the server.
+
+    Args:
+        base_weights: begin with the model as it came, whatever checkpoints there are.
+    """
     host = _option(arguments, "--host") or "127.0.0.1"
     reachable = "127.0.0.1" if host in ("0.0.0.0", "::") else host
     port = _option(arguments, "--port") or "8000"
-    ours = {SOCKET_VARIABLE: str(socket), URL_VARIABLE: f"http://{reachable}:{port}"}
+    ours = {
+        SOCKET_VARIABLE: str(socket),
+        STATE_VARIABLE: str(state_dir),
+        URL_VARIABLE: f"http://{reachable}:{port}",
+        BASE_VARIABLE: "1" if base_weights else "0",
+        PAGE_VARIABLE: f"hogwild-page-{secrets.token_hex(16)}",
+    }
     # Spinning OpenMP threads are pathological on a machine that also trains: measured 10x slower on two cores.
     defaults = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
     kept = {key: value for key, value in base.items() if key != "PYTHONDONTWRITEBYTECODE"}
@@ -63,9 +84,14 @@ def _provide_vllm_metadata() -> None:
     importlib.metadata.version = version
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Be the server: vLLM's command line, with the arguments of this process."""
     sys.argv[0] = "vllm"
     _provide_vllm_metadata()
     from vllm.entrypoints.cli.main import main
 
     main()
+
+
+if __name__ == "__main__":
+    run()

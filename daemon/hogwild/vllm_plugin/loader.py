@@ -9,19 +9,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from hogwild import __version__
+from hogwild import __version__, resume
 from hogwild.arena import client
 from hogwild.arena.client import Arena
 from hogwild.arena.control import ControlPage
 from hogwild.arena.memory import Segment
-from hogwild.errors import VerificationError
+from hogwild.errors import CheckpointError, VerificationError
 from hogwild.layout import Layout, Region, Source
-from hogwild.vllm_plugin import place
-from hogwild.vllm_plugin.names import SOCKET_VARIABLE, URL_VARIABLE
+from hogwild.vllm_plugin import page, place
+from hogwild.vllm_plugin.names import BASE_VARIABLE, SOCKET_VARIABLE, STATE_VARIABLE, URL_VARIABLE
 from hogwild.vllm_plugin.trace import CopyTrace
 
 log = logging.getLogger("vllm.hogwild")  # vLLM's own handlers print what is below "vllm"
@@ -66,7 +67,13 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
         return model
 
     def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
-        """Move the parameters into the arena; fill it from disk unless the daemon had one."""
+        """Move the parameters into the arena; fill it from disk unless the daemon had one.
+
+        From disk: the newest checkpoint of this model that the daemon's state folder has, or the model as it came.
+
+        Raises:
+            CheckpointError: there is a checkpoint that cannot be used, and nobody said to begin without it.
+        """
         assert self._socket is not None
         folder, files, _, _ = self._prepare_weights(
             model_config.model,
@@ -85,13 +92,22 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
                 self._arena.control.steps,
             )
             return
+        start = _start(source)
+        if start is not None:
+            model_config = copy.copy(model_config)
+            model_config.model, model_config.revision = str(start.folder), None
         parameters, nbytes = place.plan(model)
         segment = Segment.allocate(nbytes)
         place.move(model, parameters, segment)
         self._trace = CopyTrace(segment)
-        with self._trace:
-            super().load_weights(model, model_config)
-        self._unshared = (segment, parameters, source)
+        try:
+            with self._trace:
+                super().load_weights(model, model_config)
+        except (OSError, SafetensorError) as error:
+            if start is None:
+                raise
+            raise CheckpointError(_cannot_begin(f"{start.folder} cannot be read: {error}")) from error
+        self._unshared = (segment, parameters, source, start)
 
     def get_all_weights(
         self, model_config: ModelConfig, model: torch.nn.Module
@@ -104,12 +120,23 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
         """After post-processing: settle what is trainable, and offer the arena."""
         assert self._socket is not None
         if self._arena is None:
-            segment, parameters, source = self._unshared
+            segment, parameters, source, start = self._unshared
             assert self._trace is not None
             tensors, frozen = self._trace.result()
             tensors, dead = _only_live(tensors, place.live_extents(model, segment))
-            layout = Layout(segment.nbytes, tensors, {**frozen, **dead}, parameters, source, _versions())
-            self._arena = Arena(segment, ControlPage.create(layout.fingerprint()), layout)
+            layout = Layout(
+                segment.nbytes,
+                tensors,
+                {**frozen, **dead},
+                parameters,
+                source,
+                _versions(),
+                checkpoint=str(start.folder) if start is not None else "",
+            )
+            control = ControlPage.create(layout.fingerprint())
+            if start is not None:
+                control.generation, control.epoch, control.steps = start.generation, start.epoch, start.steps
+            self._arena = Arena(segment, control, layout)
             self._trace = None
         else:
             _, dead = _only_live(
@@ -130,7 +157,53 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
             len(self._arena.layout.frozen),
             self._socket,
         )
+        log.info(
+            "hogwild: serving generation %d (weight epoch %d, %d training steps)",
+            self._arena.control.generation,
+            self._arena.control.epoch,
+            self._arena.control.steps,
+        )
+        page.hand_out(self._arena)
         client.Offer(self._socket, self._arena, _server()).start(self._session)
+
+
+def _start(source: Source) -> resume.Start | None:
+    """What to begin with, said in the log: a checkpoint, or None for the model as it came.
+
+    Raises:
+        CheckpointError: a checkpoint is there that cannot be used, and nobody said to begin without it.
+    """
+    if os.environ.get(BASE_VARIABLE) == "1":
+        log.warning("hogwild: serving %s as it came (generation 0), as asked for", source.path)
+        return None
+    state_dir = os.environ.get(STATE_VARIABLE, "")
+    if not state_dir:
+        log.warning("hogwild: %s is not set: no checkpoint is looked for", STATE_VARIABLE)
+        return None
+    try:
+        start = resume.choose(Path(state_dir), source)
+    except CheckpointError as error:
+        raise CheckpointError(_cannot_begin(str(error))) from error
+    if start is None:
+        log.warning(
+            "hogwild: no checkpoint of this model in %s: serving %s as it came (generation 0)",
+            state_dir,
+            source.path,
+        )
+    else:
+        log.warning(
+            "hogwild: no daemon holds live weights: beginning with generation %d, from %s",
+            start.generation,
+            start.folder,
+        )
+    return start
+
+
+def _cannot_begin(why: str) -> str:
+    return (
+        f"{why}\nThe server does not start with untrained weights in place of the newest checkpoint. Mend it, or "
+        "start with `hogwild vllm --base-weights` to serve the model as it came."
+    )
 
 
 def _only_live(

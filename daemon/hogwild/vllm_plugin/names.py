@@ -2,3 +2,9 @@
 
 SOCKET_VARIABLE = "HOGWILD_SOCKET"
 URL_VARIABLE = "HOGWILD_SERVER_URL"
+STATE_VARIABLE = "HOGWILD_STATE_DIR"
+"""The daemon's state folder: the server begins with the newest checkpoint that lies there."""
+BASE_VARIABLE = "HOGWILD_BASE_WEIGHTS"
+"""1: begin with the model as it came, whatever checkpoints there are (`hogwild vllm --base-weights`)."""
+PAGE_VARIABLE = "HOGWILD_PAGE"
+"""Name of the abstract Unix socket on which the engine hands the control page to the API server."""
