@@ -76,7 +76,7 @@ class OneShot:
     Args:
         config: as for the daemon; its state folder is not touched.
         model: folder of the model, which is only read.
-        out: folder that is made; must not exist, or be empty.
+        out: folder that is made; must not exist, or be empty. Its parent is there.
         state: keeps the ledger and the optimizer's state, and goes on where an earlier run in it stopped. None: a
             temporary folder beside `out`.
     """
@@ -86,25 +86,6 @@ class OneShot:
     out: Path
     state: Path | None = None
     _stop: threading.Event = field(default_factory=threading.Event)
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work before anything long begins.
-
-        Raises:
-            UsageError: the model is none, or `out` is in the way.
-        """
-        if not (self.model / "config.json").is_file():
-            raise UsageError(
-                f"--model {self.model}: no config.json there; give the folder of a Hugging Face model"
-            )
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise UsageError(
-                f"--out {self.out}: is there already; give a folder that is not, or an empty one"
-            )
-        try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--out {self.out}: cannot be made: {error}") from error
 
     def run(self, files: Sequence[Path], on_progress: Callable[[Now], None] = lambda _now: None) -> Result:
         """Train on `files` until every pass is done or `interrupt` was called; write the model.

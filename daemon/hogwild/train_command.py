@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -17,14 +18,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from hogwild.check import Checker
 from hogwild.config import Config
 from hogwild.encoding import context_length
 from hogwild.errors import HogwildError, UsageError
-from hogwild.one_shot import Now, OneShot, Result
+
+if TYPE_CHECKING:
+    from hogwild.one_shot import Now, Result
 
 
 def run(
@@ -42,10 +43,19 @@ def run(
     Raises:
         HogwildError: nothing has been written to `out`.
     """
+    _refuse(files, model, out)
+    from transformers.utils import logging as transformers_logging
+
+    from hogwild.one_shot import OneShot  # torch: seconds that a refusal should not take
+
     console = Console(stderr=True)
     transformers_logging.disable_progress_bar()
     shot = OneShot(config, model, out, state)
     _check(files, config, model, console, strict)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot be made: {error}") from error
     with _interrupting(shot.interrupt, console), _Bar(console) as bar:
         result = shot.run(list(dict.fromkeys(files)), bar.show)
     if as_json:
@@ -55,8 +65,25 @@ def run(
     return 0
 
 
+def _refuse(files: Sequence[Path], model: Path, out: Path) -> None:
+    """What cannot work, before anything long begins.
+
+    Raises:
+        UsageError: a file or the model is not there, or `out` is in the way.
+    """
+    for path in files:
+        if not path.is_file():
+            raise UsageError(f"{path}: cannot be read: there is no such file")
+    if not (model / "config.json").is_file():
+        raise UsageError(f"--model {model}: no config.json there; give the folder of a Hugging Face model")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"--out {out}: is there already; give a folder that is not, or an empty one")
+
+
 def _check(files: Sequence[Path], config: Config, model: Path, console: Console, strict: bool) -> None:
     """As `hogwild check`, but silent about what is well."""
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError) as error:
