@@ -95,7 +95,7 @@ def test_warnings_stand_below_their_line_and_do_not_make_it_wrong(tmp_path):
         [],
         ["duplicate"],
     ]
-    assert "duplicate: the same as a.jsonl:2" in text
+    assert "warning duplicate: the same as a.jsonl:2" in text
     assert "3 of 3 lines will be trained, 2 with a warning" in text
     _, text = checked([path], tokenizer=tokenizer_of("chatml"), problems_only=True)
     assert "a.jsonl:2 " not in text

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.padding import Padding
+from rich.text import Text
 
 from hogwild.cautions import Caution, cautions
 from hogwild.check_text import Shown, show
@@ -131,11 +131,15 @@ class Checker:
         if warnings or not self.problems_only:
             self._say(f"[green]ok [/] {escape(where)} {escape(', '.join(facts))}")
         if self.tokenizer is not None and not self.problems_only:
-            for part in parts:
-                text = show(part, self.tokenizer, Shown(self.tokens, self.console.color_system is not None))
-                self.console.print(Padding(text, (0, 0, 0, 4), expand=False))
+            shown = Shown(self.tokens, self.console.color_system is not None)
+            for number, part in enumerate(parts, 1):
+                if len(parts) > 1:
+                    self._say(f"    sequence {number}:")
+                text = show(part, self.tokenizer, shown)
+                for line in text.wrap(self.console, max(self.console.width - 4, 20)):
+                    self.console.print(Text("    ") + line, soft_wrap=True)
         for warning in warnings:
-            self._say(f"    [yellow]{warning.code}[/]: {escape(warning.text)}")
+            self._say(f"    [yellow]warning {warning.code}[/]: {escape(warning.text)}")
         return record
 
     def _say(self, text: str) -> None:

@@ -8,11 +8,11 @@ from rich.text import Text
 from hogwild.encoding import Encoded, Tokenizer
 
 SHOWN_CONTEXT_TOKENS = 64  # the end of a long context is what matters before the trained tokens
-SHOWN_TRAINED_TOKENS = 512
+SHOWN_TRAINED_TOKENS = 256
 CONTEXT, TRAINED = "dim", "bold bright_green"
 # One token light, the next one dark.
 CONTEXT_TOKENS = ("grey62 on grey11", "grey62 on grey23")
-TRAINED_TOKENS = ("bold bright_green on grey11", "bold bright_green on dark_green")
+TRAINED_TOKENS = ("bold #b5f5b5 on #123a1c", "bold #b5f5b5 on #1f6b33")
 
 
 @dataclass(frozen=True)
