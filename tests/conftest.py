@@ -1,5 +1,6 @@
 """Fixtures that are expensive and therefore made once per session."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ LEFT_OUT = pytest.StashKey[list[str]]()
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that this machine cannot run are left out, not skipped, and named in the summary."""
-    wanted = {mark for mark in ("gpu", "strace", "powercut") if any(mark in item.keywords for item in items)}
+    wanted = {
+        mark for mark in ("gpu", "jq", "strace", "powercut") if any(mark in item.keywords for item in items)
+    }
     reasons = {mark: why for mark in sorted(wanted) if (why := _impossible(mark))}
     left_out = [item for item in items if reasons.keys() & set(item.keywords)]
     config.hook.pytest_deselected(items=left_out)
@@ -51,6 +54,8 @@ def _impossible(mark: str) -> str:
     """Why tests with this mark cannot run here; "" if they can."""
     if mark == "gpu":
         return "" if torch.cuda.is_available() else "no CUDA device (`make gpu-check`)"
+    if mark == "jq":
+        return "" if shutil.which("jq") else "no program jq"
     if mark == "strace":
         return faults.possible()
     return powercut.possible()

@@ -21,7 +21,7 @@ from hogwild import examples, served, skeleton
 from hogwild.apollo import Optimizer
 from hogwild.config import OptimizerConfig
 from hogwild.errors import VerificationError
-from hogwild.trainer import Progress, Trainer
+from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights, load_arena, read_tensors
 from support import Client, Daemon, Server, copy_model, digest, shared_mappings, wait_until
 
@@ -192,7 +192,7 @@ def test_a_module_that_the_server_does_not_read_is_found(story: Story) -> None:
     model = skeleton.build(story.model, weights)
     trainer = Trainer(model, optimizer, Progress(arena.control, 8), dead, "frozen", seed=0)
     for _ in range(24):
-        trainer.step(example, weight=1.0)
+        trainer.step([Item(example)])
     with pytest.raises(VerificationError, match="does not serve the weights that are trained") as caught:
         served.check(server, reader, prompts, tolerance=0.15)
     assert "probe 0" in caught.value.problems[0]

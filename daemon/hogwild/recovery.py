@@ -84,6 +84,7 @@ def take(
         _restore(learner, current, write)
     learner.claim()
     rollback.arena_written(ledger)
+    learner.write_own_texts(config.state_dir / "selfreplay.json", ledger.get_meta("base_digest") or "")
     return Taken(learner, str(current) if current is not None and not keep else None, repeated)
 
 

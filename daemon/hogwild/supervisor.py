@@ -63,7 +63,9 @@ class Supervisor:
         self.ledger = Ledger(config.state_dir / "ledger.sqlite")
         self.keeper = Keeper(config)
         rollback.finish_on_disk(self.ledger, self.keeper)
-        self.curriculum = Curriculum(self.ledger)
+        self.curriculum = Curriculum(
+            self.ledger, config.replay, seed=config.training.seed, step_tokens=config.training.step_tokens
+        )
         self.spool = Spool(
             config.spool,
             self.ledger,
