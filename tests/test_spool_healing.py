@@ -323,3 +323,51 @@ def test_a_folder_that_becomes_unreadable_is_named_once_and_heals(place):  # noq
         assert f"{place}/spool/incoming" in entry["error"], entry
         assert entry["user"] == "nobody"
     assert [entry["event"] for entry in said].count("spool.healed") == 2
+
+
+def test_a_file_that_breaks_the_reader_is_named_once_and_the_others_go_on(
+    tmp_path, ledger, heard, monkeypatch
+):
+    """A bug of ours must not stop the service again and again on the same file."""
+    import hogwild.spool_take as module
+
+    real = module.parse_lines
+
+    def broken(chunks, limit):
+        if b"poison" in chunks[0]:
+            raise RecursionError("as a bug would")
+        return real(chunks, limit)
+
+    monkeypatch.setattr(module, "parse_lines", broken)
+    with Running(tmp_path, ledger) as spool:
+        (spool.incoming / "a.jsonl").write_text('{"text": "poison"}\n')
+        (spool.incoming / "b.jsonl").write_text(LINE)
+        until(lambda: ledger.counts().files == 1)
+        until(lambda: heard("spool.stuck"))
+        time.sleep(0.5)
+        assert len(heard("spool.stuck")) == 1
+        assert heard("spool.stuck")[0]["path"] == str(spool.incoming / "a.jsonl")
+        monkeypatch.undo()
+        until(lambda: ledger.counts().files == 2)
+
+
+def test_done_that_cannot_be_written_keeps_files_where_they_are_and_doubles_nothing(place):  # noqa: F811
+    def work() -> str:
+        with (
+            capture_logs() as entries,
+            Ledger(place / "ledger.sqlite") as ledger,
+            Running(place, ledger) as spool,
+        ):
+            spool.done.chmod(0o500)
+            (spool.incoming / ".a.jsonl").write_text(LINE)
+            (spool.incoming / ".a.jsonl").rename(spool.incoming / "a.jsonl")
+            time.sleep(0.5)
+            spool.done.chmod(0o700)
+            until(lambda: (spool.done / "a.jsonl").exists() and not ledger.unmoved())
+            assert ledger.counts().pending == 1
+        return json.dumps(entries)
+
+    said = json.loads(unprivileged(work))
+    named = [entry for entry in said if entry["event"] in ("spool.failed", "spool.unreadable")]
+    assert named
+    assert all(entry["user"] == "nobody" and f"{place}/spool/done" in str(entry) for entry in named)

@@ -60,10 +60,13 @@ class Scan:
 class Candidate:
     """A complete file in incoming/, opened."""
 
-    path: Path
+    raw_name: str
+    path: str  # plain strings: pathlib costs as much as reading a small file
     signature: Signature
     unchanged_s: float
     began: float
+    name: str
+    """As it can be stored and logged."""
     fd: int = -1
     lease: Lease = Lease.UNKNOWN
     links: int = 1
@@ -72,10 +75,6 @@ class Candidate:
     lines: Sequence[GoodLine | BadLine] | None = None
     """None: too large to be held."""
     stored_as: str = ""
-
-    @property
-    def name(self) -> str:
-        return printable(self.path.name)
 
     def may_grow(self) -> bool:
         """Whether somebody may have it open for writing, has it under another name too, or is just opening it."""
@@ -127,7 +126,8 @@ class Intake:
             for name, signature, unchanged_s in ready:
                 if stopped():
                     return
-                one = Candidate(self.incoming / name, signature, unchanged_s, time.perf_counter())
+                path, began = f"{self.incoming}/{name}", time.perf_counter()
+                one = Candidate(name, path, signature, unchanged_s, began, printable(name))
                 if not self._guarded(lambda one=one: self._read(one), one, scan):  # type: ignore[misc]
                     one.close()
                     continue
@@ -158,17 +158,17 @@ class Intake:
             raise
         except OSError as error:
             self._say_once(
-                one.path.name, "spool.unreadable", one.signature,
+                one.raw_name, "spool.unreadable", one.signature,
                 path=printable(str(error.filename or one.path)), user=user(), error=str(error),
             )  # fmt: skip
         except Exception as error:
             self._say_once(
-                one.path.name, "spool.stuck", one.signature, path=printable(str(one.path)), error=repr(error),
+                one.raw_name, "spool.stuck", one.signature, path=printable(one.path), error=repr(error),
                 hint="this is a bug; the file stays where it is until it changes",
             )  # fmt: skip
         else:
             return True
-        scan.waiting.append(one.path.name)
+        scan.waiting.append(one.raw_name)
         return False
 
     def _read(self, one: Candidate) -> None:
@@ -182,7 +182,7 @@ class Intake:
         if Signature.of(stat) != one.signature:
             raise _ChangedError
         data = read_whole(one.fd, BATCH_BYTES) if stat.st_size <= BATCH_BYTES else None
-        if one.path.name.endswith(".jsonl"):
+        if one.raw_name.endswith(".jsonl"):
             last = data[-1:] if data is not None else os.pread(one.fd, 1, stat.st_size - 1)
             if last != b"\n" and one.unchanged_s < UNFINISHED_FACTOR * self._config.settle_s:
                 raise _ChangedError
@@ -197,12 +197,12 @@ class Intake:
 
     def _unpack(self, one: Candidate, data: bytes) -> bytes | None:
         """Decompressed content; None if there is too much of it."""
-        if one.path.name.endswith(".jsonl"):
+        if one.raw_name.endswith(".jsonl"):
             return data
         parts: list[bytes] = []
         length = 0
         try:
-            for chunk in unpack(io.BytesIO(data), one.path.name):
+            for chunk in unpack(io.BytesIO(data), one.raw_name):
                 parts.append(chunk)
                 length += len(chunk)
                 if length > BATCH_BYTES:
@@ -225,7 +225,7 @@ class Intake:
                 [
                     NewFile(
                         one.name, one.digest, one.signature.size, one.content_bytes, one.stored_as,
-                        FORCE in one.path.name, one.lines or (),
+                        FORCE in one.raw_name, one.lines or (),
                     )
                     for one in new
                 ],
@@ -251,10 +251,10 @@ class Intake:
         def take() -> None:
             lines: Iterable[GoodLine | BadLine]
             try:
-                one.digest, one.content_bytes = content_hash(one.path)
-                lines = read_lines(one.path, self._config.max_line_bytes)
+                one.digest, one.content_bytes = content_hash(Path(one.path))
+                lines = read_lines(Path(one.path), self._config.max_line_bytes)
             except DamagedFileError as error:
-                one.digest, one.content_bytes = raw_hash(one.path), 0
+                one.digest, one.content_bytes = raw_hash(Path(one.path)), 0
                 lines = [BadLine(0, 0, None, str(error), "")]
             self._name([one])
             record: FileRecord | AlreadyAccepted | None = self._unmoved.get((one.name, one.digest))
@@ -268,7 +268,7 @@ class Intake:
                         size=one.signature.size,
                         content_bytes=one.content_bytes,
                         stored_as=one.stored_as,
-                        force=FORCE in one.path.name,
+                        force=FORCE in one.raw_name,
                     )
                 except AlreadyAccepted as known:
                     record = known
@@ -283,7 +283,7 @@ class Intake:
 
     def _put_away(self, files: Sequence[tuple[Candidate, FileRecord | AlreadyAccepted]], scan: Scan) -> None:
         """Writes down bad lines, moves the files, and notes it, all durably. Repeated if a crash comes between."""
-        moved: list[tuple[Candidate, FileRecord | AlreadyAccepted, Path, BadLine | None]] = []
+        moved: list[tuple[Candidate, FileRecord | AlreadyAccepted, str, BadLine | None]] = []
         growing: list[Growing] = []
         for one, result in files:
             if isinstance(result, FileRecord):
@@ -298,7 +298,7 @@ class Intake:
                     if result.rejected:
                         errors = self.failed / f"{stored_as}.errors.jsonl"
                         first = write_errors_file(self._ledger, stored_as, one.name, errors)
-                target = folder / stored_as
+                target = f"{folder}/{stored_as}"
                 same = move(one.path, target, one.signature.inode)
                 if not same and not isinstance(result, FileRecord):
                     raise _ChangedError
@@ -329,13 +329,13 @@ class Intake:
         self,
         one: Candidate,
         result: FileRecord | AlreadyAccepted,
-        target: Path,
+        target: str,
         first: BadLine | None,
         scan: Scan,
     ) -> None:
-        where = f"{target.parent.name}/{target.name}"
+        where = "/".join(target.rsplit("/", 2)[1:])
         if isinstance(result, AlreadyAccepted):
-            scan.duplicates.append(one.path.name)
+            scan.duplicates.append(one.raw_name)
             logger.warning(
                 "spool.duplicate",
                 file=one.name,
@@ -358,9 +358,9 @@ class Intake:
                 errors=f"failed/{result.stored_as}.errors.jsonl",
             )
         if result.state == "rejected":
-            scan.rejected.append(one.path.name)
+            scan.rejected.append(one.raw_name)
             return
-        scan.accepted.append(one.path.name)
+        scan.accepted.append(one.raw_name)
         logger.info(
             "spool.accepted",
             file=one.name,
@@ -392,7 +392,7 @@ class Intake:
 
     def _exists(self, name: str) -> bool:
         """Somebody's own file: the ledger knows the others."""
-        return os.path.lexists(self.done / name) or os.path.lexists(self.failed / name)
+        return os.path.lexists(f"{self.done}/{name}") or os.path.lexists(f"{self.failed}/{name}")
 
     def _names_like(self, name: str) -> Iterator[str]:
         """Names in incoming/ that are printed like this."""
@@ -413,5 +413,5 @@ def _shortened(name: str, digest: str) -> str:
 def _unchanged(one: Candidate, lines: Iterable[GoodLine | BadLine]) -> Iterator[GoodLine | BadLine]:
     """Passes lines through, and refuses the file if it is not the one that was complete before."""
     yield from lines
-    if Signature.of(one.path.lstat()) != one.signature:
+    if Signature.of(os.lstat(one.path)) != one.signature:
         raise _ChangedError
