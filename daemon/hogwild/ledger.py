@@ -8,7 +8,7 @@ Thread-safe. `ledger_db` says what a commit promises, `ledger_schema` documents 
 """
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from sqlite3 import Connection
 
@@ -487,18 +487,12 @@ class Ledger:
 
     def set_meta(self, key: str, value: str) -> None:
         """Fsynced."""
-        with self._db.write(fsync=True) as db:
-            db.execute(
-                "INSERT INTO meta VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value",
-                (key, value),
-            )
+        self.set_metas({key: value})
 
-    def trained_between(self, after: int, upto: int) -> dict[str, int | float | None]:
-        """What the passes after one marker and up to another have done, without those undone: counts, mean losses."""
-        with self._db.read() as db:
-            row = db.execute(
-                "SELECT count(DISTINCT example_id), count(*), avg(loss_before), avg(loss_after) FROM passes"
-                " WHERE pass_id > ? AND pass_id <= ? AND NOT undone",
-                (after, upto),
-            ).fetchone()
-        return dict(zip(("examples", "passes", "loss_before", "loss_after"), row, strict=True))
+    def set_metas(self, values: Mapping[str, str]) -> None:
+        """All of them or, if the process dies, none. Fsynced."""
+        with self._db.write(fsync=True) as db:
+            db.executemany(
+                "INSERT INTO meta VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value",
+                list(values.items()),
+            )
