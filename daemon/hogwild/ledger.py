@@ -496,3 +496,13 @@ class Ledger:
                 "INSERT INTO meta VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value",
                 list(values.items()),
             )
+
+    def trained_between(self, after: int, upto: int) -> dict[str, int | float | None]:
+        """What the passes after one marker and up to another have done, without those undone: counts, mean losses."""
+        with self._db.read() as db:
+            row = db.execute(
+                "SELECT count(DISTINCT example_id), count(*), avg(loss_before), avg(loss_after) FROM passes"
+                " WHERE pass_id > ? AND pass_id <= ? AND NOT undone",
+                (after, upto),
+            ).fetchone()
+        return dict(zip(("examples", "passes", "loss_before", "loss_after"), row, strict=True))
