@@ -17,9 +17,9 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 
 from hogwild.arena.client import Arena
 from hogwild.errors import ArenaError
-from hogwild.vllm_plugin import launch, page
+from hogwild.vllm_plugin import launch, orphan, page
 from hogwild.vllm_plugin.middleware import Generation
-from hogwild.vllm_plugin.names import PAGE_VARIABLE
+from hogwild.vllm_plugin.names import PAGE_VARIABLE, SERVER_PID_VARIABLE
 from hogwild.weights import load_arena
 from test_permissions import unprivileged
 from tiny import Child, llama
@@ -174,6 +174,30 @@ def test_an_engine_that_does_not_answer_is_said_and_asked_again(tmp_path, monkey
 @pytest.mark.usefixtures("arena")
 def test_the_page_is_not_handed_to_another_user():
     assert unprivileged(page.ask) == "the engine did not hand out its control page"
+
+
+def sleep(pipe: Any) -> None:
+    pipe.recv()
+
+
+def watch(pipe: Any, server: int) -> None:
+    os.environ[SERVER_PID_VARIABLE] = str(server)
+    orphan.end_with_server()
+    pipe.send(("watching", None))
+    pipe.recv()
+
+
+def test_an_engine_ends_when_its_api_server_is_killed():
+    server = Child(sleep)
+    engine, alone = Child(watch, server.pid), Child(watch, 0)
+    engine.hear("watching")
+    alone.hear("watching")
+    assert engine.process.is_alive()
+    server.kill()
+    engine.process.join(60)
+    assert engine.process.exitcode == 1
+    assert alone.process.is_alive(), "a server of one process has nobody to watch"
+    alone.kill()
 
 
 def test_without_a_launcher_there_is_no_page(monkeypatch):

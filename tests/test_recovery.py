@@ -14,13 +14,14 @@ from hogwild.arena.client import Arena
 from hogwild.arena.control import ControlPage
 from hogwild.arena.hub import Hub
 from hogwild.checkpoint import Checkpoints
-from hogwild.config import Config
+from hogwild.config import Config, SpoolConfig
 from hogwild.curriculum import Curriculum
 from hogwild.errors import ArenaError, CheckpointError, VerificationError
 from hogwild.examples import parse_line
 from hogwild.layout import Source, weight_files
 from hogwild.ledger import Ledger, Pass
 from hogwild.ledger_records import GoodLine
+from hogwild.spool import Spool
 from hogwild.weights import Weights, load_arena
 from test_permissions import place, unprivileged  # noqa: F401  # `place` is a fixture
 from tiny import Child, llama, tokenizer
@@ -388,3 +389,23 @@ def test_a_daemon_whose_backlog_is_full_is_not_taken_for_a_stale_one(tmp_path):
         waiting.connect(str(path))
         with pytest.raises(ArenaError, match="another daemon listens on"):
             Hub(path, lambda _arena: None, lambda _server, _begins: None, lambda _name, _arguments: {})
+
+
+# --- half-moved files ------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_was_on_its_way_comes_back_and_is_taken_once(desk):
+    """Killed between the two renames: it may be one that nobody has read, so it is read."""
+    config = SpoolConfig(dir=desk.root / "spool", settle_s=0)
+    spool = Spool(config, desk.ledger, passes=1)
+    spool.prepare()
+    moving = desk.root / "spool" / ".moving"
+    (moving / "new.jsonl").write_bytes(LINE + b"\n")
+    (moving / "taken.jsonl").write_bytes(b'{"text": "old"}\n')
+    (spool.incoming / "taken.jsonl").write_bytes(b'{"text": "w4"}\n')  # a third one has come to the old place
+    again = Spool(config, desk.ledger, passes=1)
+    again.prepare()
+    assert not list(moving.iterdir())
+    again.scan_once()
+    assert {path.name for path in again.done.iterdir()} == {"new.jsonl", "taken.jsonl", "again-taken.jsonl"}
+    assert desk.ledger.counts().files == 3

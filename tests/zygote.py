@@ -31,6 +31,7 @@ SERVER_MODULES = (
 
 
 def main(kind: str) -> None:
+    _die_with_parent()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries the children
     preload(kind)
     print("ready", flush=True)

@@ -131,10 +131,14 @@ class Learner:
         Args:
             step: that the counter is about to be set to, if it is behind that.
         """
-        self.ledger.set_meta("arena_steps", str(max(self.arena.control.steps, step)))
-        self.ledger.set_meta("arena_pass", str(self.ledger.newest_pass()))
-        self.ledger.set_meta("arena_threads", str(self.config.training.threads))
-        self.ledger.set_meta("arena_id", self.arena.control.arena_id)
+        self.ledger.set_metas(
+            {
+                "arena_id": self.arena.control.arena_id,
+                "arena_steps": str(max(self.arena.control.steps, step)),
+                "arena_pass": str(self.ledger.newest_pass()),
+                "arena_threads": str(self.config.training.threads),
+            }
+        )
 
     def load_moments(self, folder: Path) -> None:
         """Take the optimizer state of a checkpoint; or start a new one where seed or gap have changed.

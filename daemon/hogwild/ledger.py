@@ -8,7 +8,7 @@ Thread-safe. `ledger_db` says what a commit promises, `ledger_schema` documents 
 """
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from sqlite3 import Connection
 
@@ -520,10 +520,14 @@ class Ledger:
 
     def set_meta(self, key: str, value: str) -> None:
         """Fsynced."""
+        self.set_metas({key: value})
+
+    def set_metas(self, values: Mapping[str, str]) -> None:
+        """All of them or, if the process dies, none. Fsynced."""
         with self._db.write(fsync=True) as db:
-            db.execute(
+            db.executemany(
                 "INSERT INTO meta VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value",
-                (key, value),
+                list(values.items()),
             )
 
     def trained_between(self, after: int, upto: int) -> dict[str, int | float | None]:
