@@ -261,7 +261,8 @@ def test_what_is_marked_durable_is_in_the_checkpoint_that_is_written_meanwhile(r
     try:
         claims = []
         for _ in range(5):
-            folder = studio.keeper.checkpoints.folders()[studio.save()]
+            number = studio.save()
+            folder = studio.keeper.checkpoints.folders()[number]
             claims.append(generation.read_state(folder)["ledger_position"])
             for name, tensor in read_tensors(folder):
                 values = tensor.float()
