@@ -28,7 +28,7 @@ from hogwild import config as configuration
 from hogwild import demo_model, examples, generation, skeleton
 from hogwild.apollo import Optimizer
 from hogwild.files import fsync, hash_file
-from hogwild.keeper import Keeper
+from hogwild.keeper import SAVING, TIDYING, Keeper
 from hogwild.trainer import Progress, Trainer
 from hogwild.weights import Weights, load_arena
 
@@ -168,9 +168,9 @@ def rate(model: Path, threads: int, windows: int, window_s: float) -> dict[str, 
             began, steps = time.perf_counter(), run.progress.steps
             while saving and time.perf_counter() - began < window_s:
                 start = time.perf_counter()
-                run.keeper.background(run.save).result()
+                run.keeper.background(run.save, SAVING).result()
                 costs.append(time.perf_counter() - start)
-                run.keeper.background(run.keeper.tidy).result()
+                run.keeper.background(run.keeper.tidy, TIDYING).result()
             time.sleep(max(window_s - (time.perf_counter() - began), 0.0))
             return (run.progress.steps - steps) / (time.perf_counter() - began)
 
@@ -224,7 +224,7 @@ def main() -> None:
         print(
             f"\n  training rate with checkpoints under way, over without: {found['ratio']:.3f} "
             f"({found['saves']} checkpoints, {found['threads']} trainer threads; each took {found['save_s']:.1f} s "
-            f"to be durable, at low priority)\n"
+            f"to be durable)\n"
             f"  pairs of windows: {', '.join(f'{ratio:.3f}' for ratio in found['ratios'])}"
         )
 

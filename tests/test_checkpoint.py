@@ -25,6 +25,7 @@ from hogwild import generation
 from hogwild.arena.client import Arena
 from hogwild.checkpoint import Checkpoints, folder_bytes, read_optimizer, read_state
 from hogwild.errors import CheckpointError
+from hogwild.files import paced, rest
 from hogwild.weights import Weights, load_arena, read_tensors
 from test_permissions import unprivileged
 from tiny import Child, llama, tokenizer
@@ -464,3 +465,20 @@ def test_damage_is_recognised_and_named(tmp_path, weights, base, file, damage):
         path.write_bytes(data)
     with pytest.raises(CheckpointError, match=str(path)):
         generation.verify(saved)
+
+
+# --- giving way ----------------------------------------------------------------------------------------------------
+
+
+def test_a_paced_thread_rests_in_proportion_to_its_work_unless_there_is_a_hurry():
+    hurry = threading.Event()
+    with paced(0.2, hurry):
+        began, cpu = time.perf_counter(), time.thread_time()
+        while time.thread_time() - cpu < 0.02:
+            pass
+        rest()
+        assert time.perf_counter() - began >= 5 * 0.02, "four times as long as it worked"
+    with paced(1e-9, hurry):  # a rest would be endless, were it not bounded or in a hurry
+        hurry.set()
+        rest()
+    rest()  # outside there is no pace

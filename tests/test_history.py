@@ -152,8 +152,8 @@ def ways(world: World) -> list[Path]:
 
 def test_damage_to_any_file_is_found_and_what_does_not_need_it_comes_back_exactly(tmp_path):
     """One bit of each file in turn. A generation comes back exactly, or is refused by name with a good one to go to."""
-    world = World(tmp_path, base_every=4)
-    world.run(9)
+    world = World(tmp_path, base_every=3)
+    world.run(5)
     world.forget_folders()
     lost: dict[str, list[int]] = {}
     for path in ways(world):
@@ -381,7 +381,7 @@ def test_killed_anywhere_history_is_consistent_and_catches_up(tmp_path):
         return calls
 
     total = attempt(10**9)
-    for fatal in range(1, total + 1, max(total // 25, 1)):
+    for fatal in range(1, total + 1, max(total // 12, 1)):
         assert not attempt(fatal)
 
 

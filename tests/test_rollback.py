@@ -261,7 +261,8 @@ def test_what_is_marked_durable_is_in_the_checkpoint_that_is_written_meanwhile(r
     try:
         claims = []
         for _ in range(5):
-            folder = studio.keeper.checkpoints.folders()[studio.save()]
+            number = studio.save()
+            folder = studio.keeper.checkpoints.folders()[number]
             claims.append(generation.read_state(folder)["ledger_position"])
             for name, tensor in read_tensors(folder):
                 values = tensor.float()
@@ -343,7 +344,7 @@ def test_killed_anywhere_it_is_either_not_begun_or_finished_at_the_next_start(ro
 
     done, total = attempt(10**9)
     assert done
-    outcomes = [attempt(total * part // 24 + 1)[0] for part in range(24)]
+    outcomes = [attempt(total * part // 16 + 1)[0] for part in range(16)]
     assert not outcomes[0]
     assert outcomes == sorted(outcomes), "not begun first, finished from some moment on"
-    assert 2 <= sum(outcomes) <= 22, "the kills fell on both sides of the intent"
+    assert 2 <= sum(outcomes) <= 14, "the kills fell on both sides of the intent"

@@ -271,10 +271,11 @@ def test_rollback_while_a_client_streams(
     passes = len(daemon.events("example.pass"))
     assert daemon.ask("status")["training"]
     with capsys.disabled():
-        mib = story.server.arena().stat().st_size >> 20
-        print(f"\n  rollback of {mib} MiB of live weights: {done['ms']} ms in the daemon after {done['waited_ms']} ms"
-              f" in its queue, {seconds * 1000:.0f} ms for the command; {client.answers} streamed answers,"
-              " no fault")  # fmt: skip
+        print(
+            f"\n  rollback of live weights ({story.server.arena().stat().st_size >> 20} MiB): {done['ms']} ms in the"
+            f" daemon (training paused for {done['paused_ms']} ms) after {done['waited_ms']} ms in its queue,"
+            f" {seconds * 1000:.0f} ms for the command; {client.answers} streamed answers, no fault"
+        )
 
     generations = {record["generation"]: record for record in daemon.ask("history")}
     assert generations[0]["current"]

@@ -12,7 +12,7 @@ import zstandard
 from hogwild.checkpoint import remove
 from hogwild.delta import Bytes, encode
 from hogwild.errors import CheckpointError
-from hogwild.files import Sink, copy_file, new_file
+from hogwild.files import Sink, copy_file, new_file, rest
 from hogwild.generation import OPTIMIZER
 from hogwild.history_nodes import BASE, BLOBS, DELTA, LINKED, Entry
 from hogwild.history_read import BrokenLinkError, Reader, TensorFolder
@@ -59,6 +59,7 @@ class Writer:
                     if self._interrupt.is_set():
                         raise PutOffError("recording was broken off")
                     tensors[one.name] = self._tensor(one, moments, delta, base)
+                    rest()
             delta.close()
             if base is not None:
                 base.close()

@@ -73,6 +73,7 @@ def finish_on_disk(ledger: Ledger, keeper: Keeper) -> None:
     """
     intent = pending(ledger)
     if intent is not None and not intent.applied:
+        keeper.history.restore(intent.generation)
         undone = _apply(intent, ledger, keeper)
         log.warning("rollback.finished", **undone, reason="the daemon had ended in the middle of it")
 
@@ -93,6 +94,7 @@ def roll_back(
     began = time.perf_counter()
     number, folder = _folder(generation, ledger, keeper)
     training = learner is not None and learner.training
+    paused = time.perf_counter()
     whole = True  # weights, ledger and disk say the same
     try:
         if learner is not None:
@@ -121,8 +123,13 @@ def roll_back(
     finally:
         if learner is not None and training and whole:
             learner.start()
-    took = round((time.perf_counter() - began) * 1000)
-    done = {**undone, "asked": generation, "live": learner is not None, "ms": took}
+    done = {
+        **undone,
+        "asked": generation,
+        "live": learner is not None,
+        "paused_ms": round((time.perf_counter() - paused) * 1000),
+        "ms": round((time.perf_counter() - began) * 1000),
+    }
     log.info("rollback.done", **done)
     return done
 
@@ -148,7 +155,6 @@ def _folder(generation: int, ledger: Ledger, keeper: Keeper) -> tuple[int, Path]
 
 def _apply(intent: Intent, ledger: Ledger, keeper: Keeper) -> dict[str, Any]:
     """Ledger and `current`; may be done any number of times."""
-    keeper.history.restore(intent.generation)
     reset = ledger.roll_back(intent.marker, retrain=intent.retrain)
     if intent.retrain and intent.again:
         reset = replace(reset, examples_reopened=ledger.retrain())

@@ -269,7 +269,7 @@ class Supervisor:
         return bool(by_time or by_updates)
 
     def _begin_save(self, learner: Learner) -> None:
-        self._save_now = False
+        urgent, self._save_now = self._save_now or bool(self._asked), False
         self._saving, self._asked = self._asked, []
         current = self.keeper.checkpoints.current()
         if learner.progress.steps == self._saved_step and current is not None:
@@ -280,7 +280,7 @@ class Supervisor:
             learner.progress.steps,
             time.monotonic(),
         )  # a full disk: when the next is due
-        self.keeper.start_saving(learner, self._about(learner))
+        self.keeper.start_saving(learner, self._about(learner), urgent=urgent)
 
     def _after_save(self, saved: Saved | CheckpointError) -> bool:
         if isinstance(saved, CheckpointError):
