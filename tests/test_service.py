@@ -174,7 +174,7 @@ def test_a_module_that_the_server_does_not_read_is_found(story: Story) -> None:
     weights = Weights(arena)
     reader = skeleton.build(story.model, weights)
     tokenizer = AutoTokenizer.from_pretrained(story.model)
-    example = examples.encode(examples.parse_line(json.dumps(FACTS[0]).encode()), tokenizer, max_tokens=256)
+    (example,) = examples.encode(examples.parse_line(json.dumps(FACTS[0]).encode()), tokenizer, max_tokens=256)
     server = served.Server(story.server.url, "HOGWILD_API_KEY")
     prompts = [example.ids]
     agreement = served.check(server, reader, prompts, tolerance=0.15)
