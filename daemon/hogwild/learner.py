@@ -178,7 +178,8 @@ class Learner:
             if self._stopping.is_set():
                 return
             selfreplay.save(path, base, self.config.training.seed, samples)
-            self.curriculum.replay.own = samples
+            # As read from the file, whose numbers are rounded: a restart must go on with the very same.
+            self.curriculum.replay.own = selfreplay.load(path, base) or ()
             log.info(
                 "selfreplay.made",
                 path=str(path),
