@@ -73,6 +73,8 @@ class TrainingConfig(Table):
     """Tokens that go through the model at once: examples of one step share a pass up to that many."""
     activation_mib: int = Field(default=2048, ge=0)
     """MiB of activations of one trainer thread; a pass that would need more computes them twice instead."""
+    unlearn_until_loss: Positive = 5.0
+    """Nats at which a token of a line with a negative weight counts as unlearned and is left alone."""
 
 
 class ReplayConfig(Table):

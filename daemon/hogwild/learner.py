@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from hogwild import checkpoint, examples, selfreplay, served, skeleton
+from hogwild import checkpoint, encoding, examples, selfreplay, served, skeleton
 from hogwild import log as logs
 from hogwild.apollo import Optimizer
 from hogwild.arena.client import Arena
 from hogwild.backward import TrainedLinear
+from hogwild.cautions import Warned, cautions
 from hogwild.config import Config
 from hogwild.curriculum import Batch, Curriculum
 from hogwild.errors import ExampleError, HogwildError, VerificationError
+from hogwild.examples import Example
+from hogwild.groups import Group, flat, regroup
 from hogwild.ledger import Ledger, Pass, Pending
 from hogwild.trainer import Item, Progress, StepResult, Trainer
 from hogwild.weights import Weights
@@ -57,6 +60,7 @@ class Learner:
                 set(self.weights.names),
                 config.training.context,
                 seed=index,
+                unlearn_until_loss=config.training.unlearn_until_loss,
                 batch_tokens=config.training.batch_tokens,
                 activation_mib=config.training.activation_mib,
             )
@@ -70,6 +74,8 @@ class Learner:
         warm_up(self.reader.dtype)  # compiles the update now, not in the middle of the first example
         self.failure: BaseException | None = None
         self._tokenizing = threading.Lock()  # a fast tokenizer is not safe to share while its settings change
+        self.context_length = encoding.context_length(folder)
+        self._warned = Warned()
         self._recent: list[list[int]] = []
         self._stopping = threading.Event()
         self._may_train = threading.Event()
@@ -249,23 +255,25 @@ class Learner:
 
     def _turn(self, trainer: Trainer, index: int, batch: Batch) -> None:
         """Take, forward, backward and update, record: one step on new examples and on what is replayed beside them."""
-        new = [(one, item) for one in batch.new if (item := self._encode(one, sets_aside=True))]
-        old = [(one, item) for one in batch.replayed if (item := self._encode(one, sets_aside=False))]
-        own = [Item(sample, likeliest=sample.likeliest) for sample in batch.own]
+        new = [(one, group) for one in batch.new if (group := self._encode(one, sets_aside=True))]
+        old = [(one, group) for one in batch.replayed if (group := self._encode(one, sets_aside=False))]
+        own = [Group((Item(sample, likeliest=sample.likeliest),)) for sample in batch.own]
         if (batch.new and not new) or not (new or old or own):
             self.curriculum.done(batch)  # nothing new is left, and replay was there for its sake
             return
-        result = trainer.step([*(item for _, item in new), *(item for _, item in old), *own])
+        groups = [*(group for _, group in new), *(group for _, group in old), *own]
+        result = trainer.step(flat(groups))
+        measured = regroup(groups, result)
         passes = []
-        for number, (one, item) in enumerate([*new, *old]):
+        for number, (one, group) in enumerate([*new, *old]):
             is_new = number < len(new)
-            loss_after = trainer.loss(item.encoded) if is_new and _wants_loss_after(one) else None
+            loss, tokens = measured[number]
             passes.append(
                 Pass(
                     one.example_id,
-                    loss_before=result.losses[number],
-                    loss_after=loss_after,
-                    tokens=result.tokens[number],
+                    loss_before=loss,
+                    loss_after=_loss_now(trainer, group) if is_new and _wants_loss_after(one) else None,
+                    tokens=tokens,
                     step=result.step,
                     thread=index,
                     arena_id=self.arena.control.arena_id,
@@ -277,32 +285,56 @@ class Learner:
             self.ledger.set_meta("arena_steps", str(result.step))
         self.curriculum.done(batch)
         if new:
-            self._recent = [list(new[0][1].encoded.ids), *self._recent[: _RECENT - 1]]
+            self._recent = [new[0][1].ids, *self._recent[: _RECENT - 1]]
         for (one, _), passed, outcome in zip(new, passes, outcomes, strict=False):
             self._report(one, passed, result, len(old), len(own), finished=outcome.state != "accepted")
-        for number, (one, _) in enumerate(old, len(new)):
-            loss = result.losses[number]
+        for (one, _), (loss, _) in zip(old, measured[len(new) :], strict=False):
             log.debug("example.replayed", **_who(one), loss=round(loss, 4), step=result.step, thread=index)
             if self.curriculum.forgotten(one, loss):
                 log.info("example.reopened", **_who(one), loss=round(loss, 4), until_loss=one.until_loss)
 
-    def _encode(self, pending: Pending, *, sets_aside: bool) -> Item | None:
+    def encode(self, example: Example) -> Group:
+        """An example's sequences, as a trainer takes them.
+
+        Raises:
+            ExampleError: it is too long, or the chat template does not allow it.
+        """
+        settings = self.config.training
+        with self._tokenizing:
+            parts = examples.encode(
+                example,
+                self.tokenizer,
+                max_tokens=settings.max_tokens,
+                context_length=self.context_length,
+                train_on=settings.train_on,
+            )
+        return Group.of(parts, example.weight, example.context)
+
+    def loss(self, group: Group) -> float:
+        """The loss of an example with the weights as they are now, nats a trained token. Not while training runs."""
+        return _loss_now(self.trainers[0], group)
+
+    def _encode(self, pending: Pending, *, sets_aside: bool) -> Group | None:
         """Its tokens, or None for one that cannot be trained, which is then set aside in the ledger if it is new."""
-        example = pending.example()
         try:
-            with self._tokenizing:
-                encoded = examples.encode(
-                    example,
-                    self.tokenizer,
-                    max_tokens=self.config.training.max_tokens,
-                    train_on=self.config.training.train_on,
-                )
+            example = pending.example()  # a line that an older version accepted may be refused now
+            group = self.encode(example)
         except ExampleError as error:
             if sets_aside:
                 self.ledger.set_failed(pending.example_id, error.reason, error.field)
                 log.warning("example.failed", **_who(pending), reason=error.reason, field=error.field)
             return None
-        return Item(encoded, example.weight)
+        if sets_aside and pending.passes_done == 0:
+            self._warn(pending, example)
+        return group
+
+    def _warn(self, pending: Pending, example: Example) -> None:
+        """Say once a file what `hogwild check` says of each line."""
+        with self._tokenizing:
+            found = cautions(example, self.tokenizer, self.config.training.train_on)
+        for caution in found:
+            if self._warned.first(pending.file, caution.code):
+                log.warning("example.caution", **_who(pending), code=caution.code, reason=caution.text)
 
     def _report(
         self, pending: Pending, passed: Pass, result: StepResult, replayed: int, own: int, finished: bool
@@ -328,6 +360,10 @@ class Learner:
 
 def _who(pending: Pending) -> dict[str, Any]:
     return {"id": pending.name or str(pending.example_id), "file": pending.file, "line": pending.line_no}
+
+
+def _loss_now(trainer: Trainer, group: Group) -> float:
+    return group.together([trainer.loss(item.encoded) for item in group.items])
 
 
 def _wants_loss_after(pending: Pending) -> bool:

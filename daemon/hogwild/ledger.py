@@ -482,6 +482,19 @@ class Ledger:
             pending=states.get("accepted", 0), **by_state, rejected=rejected, files=files, passes=passes
         )
 
+    def remaining(self, newest: int = 32) -> tuple[int, float | None]:
+        """Passes that are still to be done, at most; and the mean loss of the `newest` ones before their update."""
+        with self._db.read() as db:
+            left = db.execute(
+                "SELECT coalesce(sum(passes - passes_done), 0) FROM examples WHERE state = 'accepted'"
+            ).fetchone()[0]
+            loss = db.execute(
+                "SELECT avg(loss_before) FROM (SELECT loss_before FROM passes WHERE NOT replay AND NOT undone"
+                " ORDER BY pass_id DESC LIMIT ?)",
+                (newest,),
+            ).fetchone()[0]
+        return int(left), loss
+
     def is_idle(self) -> bool:
         """Nothing is left to train."""
         with self._db.read() as db:

@@ -14,6 +14,7 @@ from hogwild.arena.control import ControlPage
 from hogwild.backward import train_in_backward
 from hogwild.batch import Encoded, Item, Work, cut, packs
 from hogwild.context import Layers, Pack, Segment, State, fixed_cache, read_one
+from hogwild.loss import bounded_loss, unlearning_limit
 from hogwild.prefixes import plan
 from hogwild.recompute import Recompute
 from hogwild_kernels import UpdateResult
@@ -86,6 +87,7 @@ class Trainer:
         batch_tokens: tokens that go through the model at once. Items of one step share a pass up to that many, and
             long contexts are read in pieces of that size.
         activation_mib: memory for activations; a pass that would need more computes them twice instead.
+        unlearn_until_loss: nats; a token with a negative weight counts until its loss is that high.
     """
 
     def __init__(
@@ -99,9 +101,13 @@ class Trainer:
         between_layers: Callable[[], None] = lambda: None,
         batch_tokens: int = 512,
         activation_mib: int = 2048,
+        unlearn_until_loss: float = 5.0,
     ) -> None:
         self.model, self.progress, self.context = model, progress, context
         self._between_layers, self._batch_tokens = between_layers, batch_tokens
+        self._unlearning_limit = unlearning_limit(
+            unlearn_until_loss, model.config.get_text_config().vocab_size
+        )
         self._squares, self._updates, self._skipped = 0.0, 0, 0
         self._gather = train_in_backward(model, optimizer, trainable, seed, self._count)
         self.frozen = self._gather.frozen
@@ -128,9 +134,11 @@ class Trainer:
         for number, group in enumerate(groups, 1):
             self._gather.more = number < len(groups)
             found = self._losses(group)
-            shares = torch.tensor([one.weight / len(items) for one in group], device=found.device)
-            (found * shares).sum().backward()  # type: ignore[no-untyped-call]
-            for one, loss in zip(group, found.tolist(), strict=True):
+            pairs = zip(group, found, strict=True)
+            parts = [bounded_loss(nll, one.weight / len(items), self._unlearning_limit) for one, nll in pairs]
+            torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
+            means = torch.stack([nll.detach().mean() for nll in found]).tolist()
+            for one, loss in zip(group, means, strict=True):
                 losses[one.index] = loss
         self._gather.finish()
         step = self.progress.advance()
@@ -148,7 +156,7 @@ class Trainer:
     @torch.no_grad()
     def loss(self, example: Encoded) -> float:
         """The loss with the weights as they are now, nats a trained token."""
-        return float(self._losses([cut(0, Item(example), "full", merge=False)])[0])
+        return float(self._losses([cut(0, Item(example), "full", merge=False)])[0].mean())
 
     def _cut(self, index: int, item: Item, context: Literal["frozen", "full"]) -> Work:
         known = self._packs or self._layers.known
@@ -175,8 +183,8 @@ class Trainer:
         self.model.base_model(pack.ids, **pack.arguments)
         return pack.states()
 
-    def _losses(self, group: Sequence[Work]) -> torch.Tensor:
-        """(len(group),) each one's loss: mean negative log-likelihood of its trained tokens, or mean divergence."""
+    def _losses(self, group: Sequence[Work]) -> list[torch.Tensor]:
+        """Of each one (T,) fp32: the negative log-likelihoods of its trained tokens, or their divergences."""
         device = self.model.device
         constant = [[False] * len(one.ids) if not one.constant else one.constant for one in group]
         mask = torch.tensor([flag for flags in constant for flag in flags], device=device)
@@ -198,15 +206,15 @@ class Trainer:
         with self._recompute.within_budget(ids.numel()):
             logits = self.model(ids, logits_to_keep=torch.tensor(places, device=device), **arguments).logits
         losses = torch.nn.functional.cross_entropy(logits[0].float(), targets, reduction="none")
-        means, begun = [], 0
+        found, begun = [], 0
         for one in group:
             here = slice(begun, begun + len(one.targets))
             if one.likeliest is None:
-                means.append(losses[here].mean())
+                found.append(losses[here])
             else:
-                means.append(one.likeliest.divergence(logits[0, here]).mean())
+                found.append(one.likeliest.divergence(logits[0, here]))
             begun += len(one.targets)
-        return torch.stack(means)
+        return found
 
     def _count(self, _name: str, result: UpdateResult) -> None:
         self._updates += 1
