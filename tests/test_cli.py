@@ -18,7 +18,7 @@ from support import environment
 from tiny import Child, llama, tokenizer
 
 COMMANDS = (
-    "serve", "vllm", "status", "checkpoint", "history", "diff", "export", "rollback", "check", "demo", "version"
+    "serve", "vllm", "status", "checkpoint", "history", "diff", "export", "rollback", "check", "train", "demo", "version"
 )  # fmt: skip
 
 

@@ -369,6 +369,15 @@ def test_the_models_own_texts_stand_in_until_there_is_old_data_and_keep_a_share(
     assert sum(len(old) for _, old, _ in made) == 100 - own
 
 
+def test_learned_examples_that_lie_far_apart_are_all_found(ledger):
+    drop(ledger, *texts(1000, extra=', "priority": -1'), '{"text": "x", "id": "last"}', name="a.jsonl")
+    with ledger._db.write(fsync=False) as db:
+        db.execute("UPDATE examples SET state = 'trained', last_loss = 1 WHERE example_id IN (1, 2, 1001)")
+    curriculum = Curriculum(ledger, ReplayConfig(difficulty=0))
+    replayed = Counter(old[0] for _, old, _ in steps(ledger, curriculum, count=60))
+    assert {"0", "1", "last"} <= set(replayed)
+
+
 # --- until_loss -------------------------------------------------------------------------------------------
 
 

@@ -197,9 +197,10 @@ def test_a_learner_writes_them_before_it_trains_and_mixes_them_in(folder, tmp_pa
         reader.progress.advance()  # trained since
         reader.write_own_texts(path, base)
         assert [list(one.ids) for one in reader.curriculum.replay.own] == [one["ids"] for one in made]
-        reader.curriculum.replay.own = ()
-        reader.write_own_texts(tmp_path / "missing.json", base)  # too late to write any
-        assert not reader.curriculum.replay.own
+        late = learner_on(folder, tmp_path, ledger)
+        late.progress.advance()
+        late.write_own_texts(tmp_path / "missing.json", base)  # too late to write any
+        assert not late.curriculum.replay.own
         assert not (tmp_path / "missing.json").exists()
 
 

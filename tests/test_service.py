@@ -75,6 +75,8 @@ class Story:
             self.sock,
             checkpoint__interval_s=0,
             checkpoint__interval_updates=interval_updates,
+            optimizer__lr=5e-5,  # the facts' passes are chosen for it
+            replay__self_texts=8,
         )
         return self.daemon
 
@@ -181,7 +183,9 @@ def test_a_module_that_the_server_does_not_read_is_found(story: Story) -> None:
     weights = Weights(arena)
     reader = skeleton.build(story.model, weights)
     tokenizer = AutoTokenizer.from_pretrained(story.model)
-    example = examples.encode(examples.parse_line(json.dumps(FACTS[0]).encode()), tokenizer, max_tokens=256)
+    (example,) = examples.encode(
+        examples.parse_line(json.dumps(FACTS[0]).encode()), tokenizer, max_tokens=256
+    )
     server = served.Server(story.server.url, "HOGWILD_API_KEY")
     prompts = [example.ids]
     agreement = served.check(server, reader, prompts, tolerance=0.15)
@@ -415,7 +419,11 @@ def test_a_restart_of_the_daemon_alone_goes_on_with_weights_and_moments(story: S
     assert attached["moments"] == 271, "every trained tensor of this model"
     daemon.wait_for("example.trained", file="last.jsonl")  # the passes that the stop left over
     assert daemon.terminate() == 0
-    assert daemon.events("checkpoint.saved")[-1]["step"] == step + 3 - done
+    again = daemon.events("example.pass") + daemon.events("example.trained")
+    assert len(again) == 3 - done
+    assert (
+        daemon.events("checkpoint.saved")[-1]["step"] >= step + 3 - done
+    )  # and steps of replay between its passes
 
 
 def test_the_checkpoint_is_what_is_served(story: Story) -> None:

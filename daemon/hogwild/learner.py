@@ -91,6 +91,7 @@ class Learner:
         self._may_train = threading.Event()
         self._own_ready = threading.Event()  # texts of the model's own are there, or never will be
         self._own_ready.set()
+        self._asked_for_own_texts = False
         self._writer: threading.Thread | None = None
         self._threads: list[threading.Thread] = []
 
@@ -197,8 +198,9 @@ class Learner:
             path: the file that keeps them.
             base: digest of the model as it came.
         """
-        if not (self.config.replay.self_texts and self.config.replay.ratio):
+        if self._asked_for_own_texts or not (self.config.replay.self_texts and self.config.replay.ratio):
             return
+        self._asked_for_own_texts = True
         try:
             self.curriculum.replay.own = selfreplay.load(path, base) or ()
         except HogwildError as error:
@@ -235,7 +237,8 @@ class Learner:
             if self._stopping.is_set():
                 return
             selfreplay.save(path, base, self.config.training.seed, samples)
-            self.curriculum.replay.own = samples
+            # As read from the file, whose numbers are rounded: a restart must go on with the very same.
+            self.curriculum.replay.own = selfreplay.load(path, base) or ()
             log.info(
                 "selfreplay.made",
                 path=str(path),

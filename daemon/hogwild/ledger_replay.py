@@ -10,7 +10,7 @@ from hogwild.ledger_records import Pending
 LEARNED = (
     "state IN ('trained', 'durable') AND weight > 0"  # the index examples_replayable has these very words
 )
-TRIES = 32  # random ids that are tried before the next learned one is taken
+TRIES = 32  # random ids that are tried before the nearest learned one is taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,10 @@ class Pool:
                 query = f"SELECT 1 FROM examples WHERE example_id = ? AND {LEARNED}"
                 if db.execute(query, (guess,)).fetchone():
                     return guess
-            query = f"SELECT min(example_id) FROM examples WHERE {LEARNED} AND example_id BETWEEN ? AND ?"
-            found: int | None = db.execute(query, (guess, high)).fetchone()[0]
+            above = rng.random() < 0.5  # from either side of a gap
+            end, between = ("min", (guess, high)) if above else ("max", (low, guess))
+            query = f"SELECT {end}(example_id) FROM examples WHERE {LEARNED} AND example_id BETWEEN ? AND ?"
+            found: int | None = db.execute(query, between).fetchone()[0]
             return found
 
     def of_files(self, rng: Random) -> int | None:
