@@ -5,8 +5,8 @@ SHELL := /bin/bash
 unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 
-.PHONY: setup demo test lint unit gpu-check chaos faults storms bench-update bench-learning bench-serving \ \
-  bench-history bench-forgetting lock clean
+.PHONY: setup demo test lint unit gpu-check chaos faults storms bench-update bench-learning bench-serving \
+  bench-history bench-forgetting bench-context bench-throughput lock clean
 
 setup:
 	@scripts/setup.sh
@@ -52,6 +52,12 @@ storms: setup          # tests/storms.py: 20,000 files under load, with and with
 
 bench-history: setup   # what a generation costs on disk and in time, and what training loses while a checkpoint runs
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/history.py
+
+bench-context: setup   # frozen context against gradients through it: time and memory by length
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/context.py
+
+bench-throughput: setup  # trained tokens per second, against a Hugging Face Trainer with AdamW
+	$(BIN)/python benchmarks/throughput.py
 
 # re-pin requirements.txt from pyproject.toml: names and versions only, whatever index or local folder they came from
 LOCK_ARGS ?= --torch-backend cpu

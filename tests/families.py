@@ -57,11 +57,15 @@ class Truth:
     """
 
     def __init__(
-        self, folder: Path, example: Encoded, constants: Literal["none", "linear", "everywhere"]
+        self,
+        folder: Path,
+        example: Encoded,
+        constants: Literal["none", "linear", "everywhere"],
+        dtype: torch.dtype | Literal["auto"] = "auto",
     ) -> None:
         """Where tokens that predict nothing trained are detached: nowhere, at the output of every linear layer, or
         also at that of norms and convolutions and on their way into the recurrence."""
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         ids, wanted = example.ids, torch.tensor(example.trained[1:])
         constant = ~wanted if constants != "none" else torch.zeros_like(wanted)
         for name, module in model.named_modules():

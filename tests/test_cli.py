@@ -18,7 +18,8 @@ from support import environment
 from tiny import Child, llama, tokenizer
 
 COMMANDS = (
-    "serve", "vllm", "status", "checkpoint", "history", "diff", "export", "rollback", "check", "train", "demo", "version"
+    "serve", "vllm", "status", "checkpoint", "history", "diff", "export", "rollback", "check", "train", "demo",
+    "version",
 )  # fmt: skip
 
 

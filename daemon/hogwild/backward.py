@@ -1,6 +1,6 @@
 """Updates each layer inside its own backward pass, so that no gradient matrix and no full backward graph is kept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -130,7 +130,12 @@ class Gather:
 
 
 def train_in_backward(
-    model: PreTrainedModel, optimizer: Optimizer, trainable: set[str], seed: int, on_update: OnUpdate
+    model: PreTrainedModel,
+    optimizer: Optimizer,
+    trainable: set[str],
+    seed: int,
+    on_update: OnUpdate,
+    sources: Mapping[str, torch.Tensor],
 ) -> Gather:
     """Make a backward pass through `model` update its weights.
 
@@ -139,6 +144,7 @@ def train_in_backward(
         trainable: names of the tensors that lie in the arena.
         seed: varies the rounding between threads.
         on_update: called after each weight's update, with its name and result.
+        sources: name -> the weight to update, of parameters of the model that are private copies.
 
     Returns:
         How several backward passes are made to end in one update, and what stays frozen.
@@ -172,23 +178,26 @@ def train_in_backward(
                 elif parameter.ndim == 2:
                     frozen[full] = f"a matrix of {type(module).__name__}, which is not a linear layer"
                 else:
-                    _train_small(full, parameter, optimizer, seed, on_update, gather)
+                    _train_small(
+                        full, parameter, sources.get(full, parameter.data), optimizer, seed, on_update, gather
+                    )
     return gather
 
 
 def _train_small(
     name: str,
     parameter: torch.nn.Parameter,
+    weight: torch.Tensor,
     optimizer: Optimizer,
     seed: int,
     on_update: OnUpdate,
     gather: Gather,
 ) -> None:
-    """Adam as soon as autograd has this parameter's whole gradient; the gradient is dropped at once."""
+    """Adam on `weight` as soon as autograd has this parameter's whole gradient, which is dropped at once."""
 
     def apply() -> None:
         if parameter.grad is not None:
-            on_update(name, optimizer.update_small(name, parameter.data, parameter.grad, seed))
+            on_update(name, optimizer.update_small(name, weight, parameter.grad, seed))
             parameter.grad = None
 
     def accumulated(_p: torch.Tensor) -> None:
