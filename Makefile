@@ -5,7 +5,7 @@ SHELL := /bin/bash
 unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 
-.PHONY: setup demo test lint unit gpu-check bench-update bench-learning bench-serving storms lock clean
+.PHONY: setup demo test lint unit gpu-check bench-update bench-learning bench-forgetting bench-serving storms lock clean
 
 setup:
 	@scripts/setup.sh
@@ -32,6 +32,9 @@ bench-update: setup    # benchmarks/update.py: what one update costs, against th
 
 bench-learning: setup  # docs/why-it-converges.md: tables (i) to (iii) and their plots; about an hour of one core, wants apt-get
 	for table in scratch rounding threads; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/learning.py $$table || exit; done
+
+bench-forgetting: setup  # 100 new facts in 10 drops: what is learned, what is forgotten; an hour or two of one core, goes on where it was stopped
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/forgetting.py
 
 bench-serving: setup   # stock vLLM against hogwild's, side by side
 	$(BIN)/python benchmarks/serving.py

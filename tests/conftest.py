@@ -1,5 +1,6 @@
 """Fixtures that are expensive and therefore made once per session."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,8 +28,11 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked gpu are for `make gpu-check`, on a machine with a device: left out, not skipped, elsewhere."""
-    if not torch.cuda.is_available():
-        gpu = [item for item in items if "gpu" in item.keywords]
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if "gpu" not in item.keywords]
+    """Tests marked gpu are for `make gpu-check`, on a machine with a device: left out, not skipped, elsewhere. So are
+    those of the documentation's jq commands where there is no jq."""
+    there = {"gpu": torch.cuda.is_available(), "jq": shutil.which("jq") is not None}
+    absent = [
+        item for item in items if any(not here and mark in item.keywords for mark, here in there.items())
+    ]
+    config.hook.pytest_deselected(items=absent)
+    items[:] = [item for item in items if item not in absent]

@@ -1,9 +1,13 @@
+"""What `hogwild check` shows, as text, in colours and as records."""
+
 import io
+import json
 
 import pytest
 from rich.console import Console
 
-from hogwild.check import check
+from chat_families import tokenizer_of
+from hogwild.check import Checker
 from hogwild.config import load
 from hogwild.errors import UsageError
 
@@ -21,10 +25,14 @@ def file(tmp_path):
     return path
 
 
-def checked(files, **options) -> tuple[list[dict[str, object]], str]:
+def checked(files, *, color=False, config=None, tokenizer=None, **options):
+    """Its records, and all that it printed."""
     out = io.StringIO()
-    console = Console(file=out, width=200, force_terminal=options.pop("color", False))
-    return check(files, load(overrides=options.pop("config", {})), console, **options), out.getvalue()
+    console = Console(file=out, width=200, force_terminal=color, color_system="standard" if color else None)
+    checker = Checker(load(overrides=config or {}), console, tokenizer, **options)
+    records = list(checker.files(files))
+    checker.sum_up()
+    return records, out.getvalue()
 
 
 def test_every_line_is_ok_or_has_its_reason(file):
@@ -33,31 +41,82 @@ def test_every_line_is_ok_or_has_its_reason(file):
     assert "ok  facts.jsonl:1" in text
     assert "err facts.jsonl:2 txt: unknown field; did you mean `text`?" in text
     assert "2 of 3 lines will be trained" in text
+    assert (records[1]["field"], records[1]["line"]) == ("txt", 2)
 
 
-def test_with_a_tokenizer_it_shows_what_is_trained_and_what_is_too_long(file, demo_model_dir):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(demo_model_dir)
+def test_with_a_tokenizer_it_shows_what_is_trained_and_what_is_too_long(file):
+    tokenizer = tokenizer_of("chatml")
     records, text = checked([file], tokenizer=tokenizer)
     prompt = [{"role": "user", "content": "[b]Who?"}]
     context = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     answer = tokenizer("[/b] Ada.<|im_end|>")["input_ids"]
     assert (records[0]["tokens"], records[0]["trained_tokens"]) == (len(context + answer), len(answer))
     assert f"{len(answer)} of {len(context + answer)} tokens trained" in text
-    assert "[/b] Ada.<|im_end|>" in text
+    assert "⟦[/b] Ada.<|im_end|>⟧" in text
     records, text = checked([file], tokenizer=tokenizer, config={"training.max_tokens": 5})
     assert [record["ok"] for record in records] == [False, False, False]
     assert "training.max_tokens is 5" in text
+    records, text = checked([file], tokenizer=tokenizer, context_length=11)
+    assert "the model's context is 11" in text
 
 
-def test_trained_tokens_are_bright_and_context_is_dim(file, demo_model_dir):
-    from transformers import AutoTokenizer
-
-    _, text = checked([file], tokenizer=AutoTokenizer.from_pretrained(demo_model_dir), color=True)
+def test_trained_tokens_are_bright_and_context_is_dim(file):
+    _, text = checked([file], tokenizer=tokenizer_of("chatml"), color=True)
     bright, dim = "\x1b[1;92m", "\x1b[2m"
     assert f"{bright}[/b] Ada.<|im_end|>" in text
     assert f"{dim}[b]Who?<|im_end|>" in text
+    assert "⟦" not in text
+
+
+def test_every_token_can_be_seen_and_counted(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "Say it:", "completion": " Zo\\u00eb \\ud83d\\ude00\\n\\u001b[31mx"}\n')
+    tokenizer = tokenizer_of("chatml")
+    (record,), text = checked([path], tokenizer=tokenizer, tokens=True)
+    (sequence,) = record["sequences"]
+    assert tokenizer.decode(sequence["ids"]).startswith("Say it: Zoë")
+    assert len(sequence["ids"]) == record["tokens"]
+    assert sum(sequence["trained"]) == record["trained_tokens"]
+    assert "Say| it|:⟦ Zo|ë| 😀⟨2⟩|↵" in text
+    assert "↵" in text
+    assert "\x1b" not in text, "nothing in a line can move the terminal's cursor"
+    plain = text.split("⟦")[1].split("⟧")[0].replace("<|im_end|>", "END")
+    grouped = sum(int(word.split("⟩")[0]) - 1 for word in plain.split("⟨")[1:])
+    assert len(plain.split("|")) + grouped == record["trained_tokens"]
+
+
+def test_warnings_stand_below_their_line_and_do_not_make_it_wrong(tmp_path):
+    lines = [{"prompt": "Who?", "completion": "Ada."}, {"text": "x"}, {"text": "x", "tags": ["again"]}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    records, text = checked([path], tokenizer=tokenizer_of("chatml"))
+    assert [[one["code"] for one in record["warnings"]] for record in records] == [
+        ["no-space"],
+        [],
+        ["duplicate"],
+    ]
+    assert "warning duplicate: the same as a.jsonl:2" in text
+    assert "3 of 3 lines will be trained, 2 with a warning" in text
+    _, text = checked([path], tokenizer=tokenizer_of("chatml"), problems_only=True)
+    assert "a.jsonl:2 " not in text
+    assert "a.jsonl:3 " in text
+
+
+def test_what_a_line_says_for_itself_is_shown(tmp_path):
+    path = tmp_path / "a.jsonl"
+    chat = [
+        {"role": r, "content": c}
+        for r, c in [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    ]
+    lines = [
+        {"id": "old-address", "text": "x", "weight": -0.5, "passes": 3, "priority": 2},
+        {"messages": chat, "train_on": "all", "context": "full"},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    records, text = checked([path], tokenizer=tokenizer_of("qwen3-thinking"))
+    assert "old-address, 1 of 2 tokens trained, weight -0.5: unlearns, passes 3, priority 2" in text
+    assert "2 sequences, because the chat template changes earlier turns, train_on all, context full" in text
+    assert [record["id"] for record in records] == ["old-address", None]
 
 
 def test_a_file_that_cannot_be_read_is_a_usage_error(tmp_path):

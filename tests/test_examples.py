@@ -31,14 +31,15 @@ def test_the_three_forms_with_everything_optional():
         "weight": -0.5,
         "priority": -2,
         "passes": 3,
-        "until_loss": 0.5,
     }
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    chat = parse_line(line(messages=CHAT, tools=tools, train_on="all", **common))
+    chat = parse_line(line(messages=CHAT, tools=tools, train_on="all", context="full", **common))
     assert chat.messages == tuple(CHAT)
     assert chat.tools == tuple(tools)
     assert (chat.train_on, chat.id, chat.tags, chat.weight) == ("all", "a-1", ("x", "y"), -0.5)
-    assert (chat.priority, chat.passes, chat.until_loss) == (-2, 3, 0.5)
+    assert (chat.priority, chat.passes, chat.context) == (-2, 3, "full")
+    assert parse_line(line(text="t", weight=10, until_loss=0.5)).until_loss == 0.5
+    assert parse_line(line(text="t", tags=["b", "a", "b"])).tags == ("b", "a")
     assert parse_line(line(prompt="p", completion="c", **common)).completion == "c"
     assert parse_line(line(text="t")) == Example(text="t")
     assert parse_line(line(text="t", id=7)).id == "7"
@@ -102,6 +103,52 @@ def test_the_three_forms_with_everything_optional():
             "messages[0].tool_calls",
             "only the assistant",
         ),
+        (
+            line(messages=[{**CHAT[0], "reasoning": "x"}, CHAT[1]]),
+            "messages[0].reasoning_content",
+            "only the assistant",
+        ),
+        (
+            line(messages=[CHAT[0], {**CHAT[1], "reasoning": "x", "reasoning_content": "y"}]),
+            "messages[1].reasoning",
+            "the same as reasoning_content",
+        ),
+        (
+            line(messages=[{**CHAT[0], "tool_call_id": "1"}, CHAT[1]]),
+            "messages[0].tool_call_id",
+            "only a tool",
+        ),
+        (line(messages=CHAT, context="half"), "context", '"frozen" or "full"'),
+        (line(text="a", context="full"), "context", "unknown field"),
+        (line(text="a", weight=-1.5), "weight", "between -1 (unlearn) and 10"),
+        (line(text="a", weight=10.5), "weight", "between -1 (unlearn) and 10"),
+        (line(text="a", weight=-0.5, until_loss=1), "until_loss", "training.unlearn_until_loss"),
+        (line(text="a", tags=["x"] * 17), "tags", "at most 16"),
+        (line(text="a", tags=["x" * 65]), "tags", "of at most 64 characters each"),
+        (line(text="a", tags=[" "]), "tags", "array of strings"),
+        (line(messages=CHAT, tools=[{}]), "tools[0].function", "must be an object with a name"),
+        (
+            line(messages=CHAT, tools=[{"type": "retrieval", "function": {"name": "f"}}]),
+            "tools[0].type",
+            'must be "function"',
+        ),
+        (line(messages=CHAT, tools=[{"function": {"name": ""}}]), "tools[0].function.name", "is empty"),
+        *(
+            (
+                line(
+                    messages=[
+                        CHAT[0],
+                        {
+                            "role": "assistant",
+                            "tool_calls": [{"function": {"name": "f", "arguments": arguments}}],
+                        },
+                    ]
+                ),
+                "messages[1].tool_calls[0].function.arguments",
+                "must be an object",
+            )
+            for arguments in ("{", "[]", 3, "[" * 100_000, '"x"', False)
+        ),
     ],
 )
 def test_a_bad_line_has_one_reason_and_names_the_field(raw, field, says):
@@ -119,7 +166,8 @@ def test_tools_may_be_called_and_answered():
         {"role": "tool", "content": "", "tool_call_id": "1"},
         CHAT[1],
     ]
-    assert parse_line(line(messages=messages)).messages == tuple(messages)
+    said = {"role": "assistant", "tool_calls": [call]}  # null says nothing
+    assert parse_line(line(messages=messages)).messages == (*messages[:2], said, *messages[3:])
     assert parse_line(line(messages=messages[:3])).messages
 
 
@@ -204,6 +252,12 @@ def with_template(tokenizer):
     tokenizer.chat_template = original
 
 
+def only(example, tokenizer, **options):
+    """The one sequence of an example."""
+    (encoded,) = encode(example, tokenizer, **options)
+    return encoded
+
+
 def trained_text(encoded, tokenizer) -> str:
     return tokenizer.decode([token for token, on in zip(encoded.ids, encoded.trained, strict=True) if on])
 
@@ -220,7 +274,7 @@ ANSWERS = ["Ada.", "\n\nTwo lines\nof text", " leading and trailing ", "ZoÃ« ðŸ˜
 
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_of_a_chat_only_the_answer_and_its_end_token_are_trained(tokenizer, answer):
-    encoded = encode(chat("Who?", answer), tokenizer, max_tokens=100)
+    encoded = only(chat("Who?", answer), tokenizer, max_tokens=100)
     assert trained_text(encoded, tokenizer) == answer + "<|im_end|>"
     prompt = tokenizer.apply_chat_template(CHAT[:1], add_generation_prompt=True, tokenize=False)
     served = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -230,13 +284,13 @@ def test_of_a_chat_only_the_answer_and_its_end_token_are_trained(tokenizer, answ
 
 def test_last_turn_or_all_turns(tokenizer):
     turns = ("Who?", "Ada.", "When?", "1815.")
-    last = encode(chat(*turns), tokenizer, max_tokens=100)
+    last = only(chat(*turns), tokenizer, max_tokens=100)
     assert trained_text(last, tokenizer) == "1815.<|im_end|>"
-    by_line = encode(chat(*turns, train_on="all"), tokenizer, max_tokens=100)
+    by_line = only(chat(*turns, train_on="all"), tokenizer, max_tokens=100)
     assert trained_text(by_line, tokenizer) == "Ada.<|im_end|>1815.<|im_end|>"
-    assert by_line == encode(chat(*turns), tokenizer, max_tokens=100, train_on="all")
+    assert by_line == only(chat(*turns), tokenizer, max_tokens=100, train_on="all")
     assert by_line.ids == last.ids
-    assert encode(chat(*turns, train_on="last"), tokenizer, max_tokens=100, train_on="all") == last
+    assert only(chat(*turns, train_on="last"), tokenizer, max_tokens=100, train_on="all") == last
 
 
 THINKING = """{%- for m in messages -%}
@@ -253,18 +307,21 @@ def test_a_newline_that_would_merge_across_the_boundary_is_tokenised_as_served(w
     # The prompt ends in "<think>\n" and the answer goes on with "\n": one token if tokenised at once.
     tokenizer = with_template(THINKING.replace("drop", "false"))
     example = Example(messages=(CHAT[0], {**CHAT[1], "reasoning_content": "\n\n"}))
-    encoded = encode(example, tokenizer, max_tokens=100)
+    encoded = only(example, tokenizer, max_tokens=100)
     assert trained_text(encoded, tokenizer) == "\n\n</think>\nAda.<|im_end|>"
     prompt = tokenizer.apply_chat_template(CHAT[:1], add_generation_prompt=True, tokenize=False)
     assert encoded.ids[: encoded.trained.index(True)] == tokenizer(prompt)["input_ids"]
 
 
-def test_a_template_that_rewrites_earlier_turns_trains_the_last_but_refuses_all(with_template):
+def test_a_template_that_rewrites_earlier_turns_gives_each_turn_the_context_it_had(with_template):
     tokenizer = with_template(THINKING.replace("drop", "true"))
     turns = chat("Who?", "Ada.", "When?", "1815.")
-    assert trained_text(encode(turns, tokenizer, max_tokens=100), tokenizer) == "</think>\n1815.<|im_end|>"
-    with pytest.raises(ExampleError, match=r'messages\[1\]: .* use train_on "last"'):
-        encode(turns, tokenizer, max_tokens=100, train_on="all")
+    assert trained_text(only(turns, tokenizer, max_tokens=100), tokenizer) == "</think>\n1815.<|im_end|>"
+    first, second = encode(turns, tokenizer, max_tokens=100, train_on="all")
+    assert trained_text(first, tokenizer) == "</think>\nAda.<|im_end|>"
+    assert trained_text(second, tokenizer) == "</think>\n1815.<|im_end|>"
+    assert "<think>\n</think>\nAda." in tokenizer.decode(first.ids)
+    assert "assistant\nAda." in tokenizer.decode(second.ids), "as the server would send it"
 
 
 @pytest.mark.parametrize(
@@ -272,13 +329,13 @@ def test_a_template_that_rewrites_earlier_turns_trains_the_last_but_refuses_all(
     [
         ("{{ raise_exception('Roles must alternate') }}", "Roles must alternate"),
         ("{% for m in messages %}{{ m.content.nope() }}{% endfor %}", "refuses it"),
-        ("{% if add_generation_prompt %}A:{% endif %}{{ messages|length }}", "differently"),
+        ("{% if add_generation_prompt %}A:{% endif %}{{ messages|length }}", "differently from what"),
         (None, "no chat template"),
     ],
 )
 def test_a_template_that_does_not_fit_is_an_example_error(with_template, template, says):
     with pytest.raises(ExampleError, match=says):
-        encode(chat("Who?", "Ada."), with_template(template), max_tokens=100)
+        only(chat("Who?", "Ada."), with_template(template), max_tokens=100)
 
 
 def test_a_template_without_an_end_token_trains_to_the_end(with_template):
@@ -286,7 +343,7 @@ def test_a_template_without_an_end_token_trains_to_the_end(with_template):
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
-    assert trained_text(encode(chat("Who?", "Ada."), tokenizer, max_tokens=100), tokenizer) == " Ada.\n"
+    assert trained_text(only(chat("Who?", "Ada."), tokenizer, max_tokens=100), tokenizer) == " Ada.\n"
 
 
 def test_tools_and_tool_answers_reach_the_template(with_template):
@@ -298,7 +355,7 @@ def test_tools_and_tool_answers_reach_the_template(with_template):
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "sum"}}]}
     messages = [CHAT[0], call, {"role": "tool", "content": "4"}, CHAT[1]]
     tools = [{"type": "function", "function": {"name": "sum"}}]
-    encoded = encode_chat(messages, tools, tokenizer, only_last=False)
+    (encoded,) = encode_chat(messages, tools, tokenizer, only_last=False)
     assert trained_text(encoded, tokenizer) == "CALL sum<|im_end|>Ada.<|im_end|>"
     assert tokenizer.decode(encoded.ids).startswith("sum|user=Who?")
 
@@ -307,28 +364,56 @@ def test_tools_and_tool_answers_reach_the_template(with_template):
     ("prompt", "completion"), [("The capital of F", "rance is Paris."), ("a\n", "\nb"), ("x", " y")]
 )
 def test_a_completion_is_trained_with_its_end_and_the_prompt_is_not(tokenizer, prompt, completion):
-    encoded = encode(Example(prompt=prompt, completion=completion), tokenizer, max_tokens=100)
+    encoded = only(Example(prompt=prompt, completion=completion), tokenizer, max_tokens=100)
     assert trained_text(encoded, tokenizer) == completion + tokenizer.eos_token
     context = encoded.ids[: encoded.trained.index(True)]
     assert context == tokenizer(prompt)["input_ids"]
 
 
 def test_of_a_text_everything_but_the_first_token_is_trained(tokenizer):
-    encoded = encode(Example(text="Hello there, Ada"), tokenizer, max_tokens=100)
+    encoded = only(Example(text="Hello there, Ada"), tokenizer, max_tokens=100)
     assert encoded.trained == [False] + [True] * (len(encoded.ids) - 1)
     assert tokenizer.decode(encoded.ids) == "Hello there, Ada" + tokenizer.eos_token
 
 
+@pytest.mark.parametrize("with_start", [False, True])
+@pytest.mark.parametrize("words", [10, 13, 14, 15, 40, 80])
+def test_a_long_text_is_trained_once_in_windows_that_overlap(tokenizer, with_start, words):
+    text = ("<|im_start|>" if with_start else "") + " ".join(f"w{i}" for i in range(words))
+    whole = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+    assert (whole[0] == tokenizer.bos_token_id) == with_start
+    windows = encode(Example(text=text), tokenizer, max_tokens=40)
+    trained = [token for part in windows for token, on in zip(part.ids, part.trained, strict=True) if on]
+    assert trained == whole[1:], "each token but the first, once, in order"
+    assert all(len(part.ids) <= 40 for part in windows)
+    assert len(windows) == 1 + max(-(-(len(whole) - 40) // (30 - with_start)), 0)
+    seen = whole[:40]
+    for part in windows[1:]:
+        context = part.ids[: part.trained.index(True)]
+        assert context == whole[:with_start] + seen[-10:], (
+            "a quarter of the window, after the start token if there is one"
+        )
+        seen += part.ids[len(context) :]
+    assert windows == encode(Example(text=text), tokenizer, max_tokens=100, context_length=40)
+
+
 def test_what_does_not_fit_is_refused_with_both_numbers(tokenizer):
-    encoded = encode(Example(text="one two three"), tokenizer, max_tokens=4)
+    encoded = only(Example(text="one two three"), tokenizer, max_tokens=4)
     assert len(encoded.ids) == 4
-    with pytest.raises(ExampleError, match=r"5 tokens, and training\.max_tokens is 4"):
-        encode(Example(text="one two three four"), tokenizer, max_tokens=4)
+    with pytest.raises(ExampleError, match=r"4 tokens, and training\.max_tokens is 3"):
+        only(Example(prompt="one", completion=" two three"), tokenizer, max_tokens=3)
+    with pytest.raises(ExampleError, match=r"4 tokens, and the model's context is 3"):
+        only(Example(prompt="one", completion=" two three"), tokenizer, max_tokens=4, context_length=3)
+    too_many = "one" + " two" * (
+        40 + 7 * 30 - 1
+    )  # and the end-of-text token: one more than eight windows hold
+    with pytest.raises(ExampleError, match=r"251 tokens, and training\.max_tokens is 40"):
+        encode(Example(text=too_many), tokenizer, max_tokens=40)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.text(min_size=1).filter(str.strip), st.text(min_size=1).filter(str.strip))
 def test_any_answer_survives_the_round_trip(tokenizer, question, answer):
     assume(tokenizer.decode(tokenizer(answer)["input_ids"]) == answer)  # this vocabulary lacks rare bytes
-    encoded = encode(chat(question, answer), tokenizer, max_tokens=10_000)
+    encoded = only(chat(question, answer), tokenizer, max_tokens=10_000)
     assert trained_text(encoded, tokenizer) == answer + "<|im_end|>"

@@ -18,7 +18,7 @@ from hogwild.arena.client import Arena
 from hogwild.backward import TrainedLinear
 from hogwild.config import OptimizerConfig
 from hogwild.errors import CheckpointError
-from hogwild.trainer import Progress, Trainer
+from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights, load_arena
 from hogwild_kernels import ApolloConfig, ApolloState, apollo_update
 from tiny import llama, qwen2
@@ -100,9 +100,9 @@ def test_each_linear_gets_the_kernels_update_of_its_true_gradient(tmp_path):
     folder = llama(tmp_path / "model")
     setting = Setting(folder, context="full")
     before = setting.snapshot()
-    result = setting.trainer.step(EXAMPLE, 1.0)
+    result = setting.trainer.step([Item(EXAMPLE)])
     model, factors, loss = autograd(folder, EXAMPLE)
-    assert result.loss == pytest.approx(loss, rel=1e-6)
+    assert result.losses[0] == pytest.approx(loss, rel=1e-6)
     config = ApolloConfig(rank=4, lr=1e-3, seed=3)
     names = [name for name in factors if name not in EMBEDDINGS]
     assert len(names) == 14
@@ -125,7 +125,7 @@ def test_small_weights_get_adams_update_of_their_true_gradient(tmp_path):
     folder = qwen2(tmp_path / "model")
     setting = Setting(folder, context="full")
     before = setting.snapshot()
-    setting.trainer.step(EXAMPLE, 1.0)
+    setting.trainer.step([Item(EXAMPLE)])
     model, _, _ = autograd(folder, EXAMPLE)
     small = [name for name in setting.weights.names if before[name].ndim == 1]
     assert len(small) == 5 + 6
@@ -145,7 +145,7 @@ def test_everything_trainable_moves_and_embeddings_do_not(tmp_path, dtype, famil
     folder = family(tmp_path / "model", dtype, tie_word_embeddings=tied)
     setting = Setting(folder)
     before = setting.snapshot()
-    result = setting.trainer.step(EXAMPLE, 1.0)
+    result = setting.trainer.step([Item(EXAMPLE)])
     moved = {name for name in before if not torch.equal(before[name], setting.weights.view(name))}
     still = {"model.embed_tokens.weight"}
     assert moved == set(before) - still
@@ -153,7 +153,7 @@ def test_everything_trainable_moves_and_embeddings_do_not(tmp_path, dtype, famil
     assert set(setting.trainer.frozen) == frozen
     assert result.updates == len(moved)
     assert result.skipped == 0
-    assert result.tokens == 3
+    assert result.tokens[0] == 3
 
 
 def test_no_gradient_outlives_the_step_and_no_linear_weight_ever_has_one(tmp_path):
@@ -161,7 +161,7 @@ def test_no_gradient_outlives_the_step_and_no_linear_weight_ever_has_one(tmp_pat
     linears = [m for m in setting.trainer.model.modules() if isinstance(m, TrainedLinear)]
     assert len(linears) == 14
     for _ in range(2):
-        setting.trainer.step(EXAMPLE, 1.0)
+        setting.trainer.step([Item(EXAMPLE)])
         assert all(parameter.grad is None for parameter in setting.trainer.model.parameters())
         assert not any(m.weight.requires_grad for m in linears)
 
@@ -190,7 +190,7 @@ def test_no_matrix_of_a_weights_size_is_made(tmp_path):
     setting = Setting(folder)
     setting.optimizer.apollo_config = replace(setting.optimizer.apollo_config, form="factored")
     with Shapes(setting.weights.arena, {512 * 1100}) as seen:
-        setting.trainer.step(EXAMPLE, 1.0)
+        setting.trainer.step([Item(EXAMPLE)])
     assert not seen.found
     with Shapes(setting.weights.arena, {512 * 1100}) as seen:  # the control experiment: autograd makes them
         autograd(folder, EXAMPLE)
@@ -215,7 +215,7 @@ def test_only_what_lies_in_the_arena_is_trained(tmp_path):
     setting = Setting(folder, arena=Arena(arena.weights, arena.control, layout))
     private = {name: setting.trainer.model.get_parameter(name).clone() for name in gone}
     before = setting.snapshot()
-    setting.trainer.step(EXAMPLE, 1.0)
+    setting.trainer.step([Item(EXAMPLE)])
     for name, value in private.items():
         assert torch.equal(setting.trainer.model.get_parameter(name), value), name
     beside = "model.layers.1.self_attn.k_proj.bias"  # in the arena, but its weight is not
@@ -236,24 +236,25 @@ def test_frozen_context_gives_the_loss_of_the_whole_text(tmp_path, example):
     for context in ("frozen", "full"):
         setting = Setting(folder, context=context)
         assert setting.trainer.loss(example) == pytest.approx(expected, rel=1e-5)
-        result = setting.trainer.step(example, 1.0)
-        assert result.loss == pytest.approx(expected, rel=1e-5)
-        assert result.tokens == sum(example.trained)
+        result = setting.trainer.step([Item(example)])
+        assert result.losses[0] == pytest.approx(expected, rel=1e-5)
+        assert result.tokens[0] == sum(example.trained)
 
 
 def test_frozen_context_gets_no_gradient(tmp_path):
-    """Rows of X and D: from the token that predicts the first trained one on, instead of all."""
-    rows: dict[str, set[int]] = {}
-    for context in ("frozen", "full"):
+    """Rows of X and D are the trained tokens, or all."""
+    for context, expected in (("frozen", sum(EXAMPLE.trained)), ("full", len(EXAMPLE.ids) - 1)):
         setting = Setting(llama(tmp_path / context), context=context)
-        seen = rows.setdefault(context, set())
-        for module in setting.trainer.model.modules():
-            if isinstance(module, TrainedLinear):
-                module.register_full_backward_hook(
-                    lambda _module, _inputs, outputs, seen=seen: seen.add(outputs[0].shape[1])
-                )
-        setting.trainer.step(EXAMPLE, 1.0)
-    assert rows == {"frozen": {4}, "full": {7}}
+        rows: set[int] = set()
+        update = setting.optimizer.update_linear
+
+        def noted(name, weight, x, d, seed, rows=rows, update=update):
+            rows.update((len(x), len(d)))
+            return update(name, weight, x, d, seed)
+
+        setting.optimizer.update_linear = noted
+        setting.trainer.step([Item(EXAMPLE)])
+        assert rows == {expected}
 
 
 def test_asking_for_the_loss_changes_nothing(tmp_path):
@@ -269,14 +270,14 @@ def test_repeated_steps_teach_the_example(tmp_path, dtype):
     setting = Setting(llama(tmp_path / "model", dtype), lr=5e-3)
     first = setting.trainer.loss(EXAMPLE)
     for _ in range(15):
-        setting.trainer.step(EXAMPLE, 1.0)
+        setting.trainer.step([Item(EXAMPLE)])
     assert setting.trainer.loss(EXAMPLE) < 0.5 * first
 
 
 def test_a_negative_weight_unlearns(tmp_path):
     setting = Setting(llama(tmp_path / "model"), lr=1e-3)
     first = setting.trainer.loss(EXAMPLE)
-    losses = [setting.trainer.step(EXAMPLE, -1.0).loss for _ in range(5)]
+    losses = [setting.trainer.step([Item(EXAMPLE, weight=-1.0)]).losses[0] for _ in range(5)]
     assert losses[0] == pytest.approx(first, rel=1e-5), "what is reported is the loss, not the weighted loss"
     assert setting.trainer.loss(EXAMPLE) > first
 
@@ -286,7 +287,7 @@ def test_an_infinite_loss_leaves_every_weight_alone(tmp_path):
     setting = Setting(folder)
     setting.weights.view("model.norm.weight")[3] = float("nan")
     before = setting.snapshot()
-    result = setting.trainer.step(EXAMPLE, 1.0)
+    result = setting.trainer.step([Item(EXAMPLE)])
     assert result.skipped == result.updates > 0
     assert all(
         torch.equal(before[n].view(torch.int32), setting.weights.view(n).view(torch.int32)) for n in before
@@ -320,7 +321,7 @@ def test_threads_train_the_same_weights_at_once(tmp_path):
     results: list[Any] = []
 
     def work(trainer: Trainer, example: Example) -> None:
-        results.extend(trainer.step(example, 1.0) for _ in range(15))
+        results.extend(trainer.step([Item(example)]) for _ in range(15))
 
     run(lambda: work(setting.trainers[0], EXAMPLE), lambda: work(setting.trainers[1], OTHER))
     assert sorted(result.step for result in results) == list(range(1, 31)), "no step is lost or counted twice"
@@ -346,11 +347,11 @@ def test_staleness_is_the_steps_that_others_finished_meanwhile(tmp_path):
 
     def held_one() -> None:
         slow.is_me = True
-        results["held"] = setting.trainers[0].step(EXAMPLE, 1.0)
+        results["held"] = setting.trainers[0].step([Item(EXAMPLE)])
 
     def others() -> None:
         assert held.wait(60)
-        results["others"] = [setting.trainers[1].step(OTHER, 1.0) for _ in range(3)]
+        results["others"] = [setting.trainers[1].step([Item(OTHER)]) for _ in range(3)]
         go_on.set()
 
     run(held_one, others)
@@ -364,7 +365,7 @@ def test_one_thread_and_one_seed_repeat_bit_for_bit(tmp_path):
     runs = []
     for _ in range(2):
         setting = Setting(folder)
-        losses = [setting.trainer.step(example, 1.0).loss for example in (EXAMPLE, OTHER) * 4]
+        losses = [setting.trainer.step([Item(example)]).losses[0] for example in (EXAMPLE, OTHER) * 4]
         runs.append((losses, setting.snapshot()))
     assert runs[0][0] == runs[1][0]
     assert all(torch.equal(runs[0][1][name], runs[1][1][name]) for name in runs[0][1])
@@ -375,7 +376,7 @@ def test_the_threads_of_one_daemon_round_differently(tmp_path):
     snapshots = []
     for index in range(2):
         setting = Setting(folder, threads=2, lr=1e-5)
-        setting.trainers[index].step(EXAMPLE, 1.0)
+        setting.trainers[index].step([Item(EXAMPLE)])
         snapshots.append(setting.snapshot())
     assert any(not torch.equal(snapshots[0][name], snapshots[1][name]) for name in snapshots[0])
 
@@ -397,13 +398,13 @@ def resumed(setting: Setting, state: dict[str, torch.Tensor], **optimizer: Any) 
 def test_training_goes_on_bit_for_bit_from_saved_state(tmp_path):
     setting = Setting(qwen2(tmp_path / "model", torch.bfloat16))
     for example in (EXAMPLE, OTHER, EXAMPLE):
-        setting.trainer.step(example, 1.0)
+        setting.trainer.step([Item(example)])
     state = {name: tensor.clone() for name, tensor in setting.optimizer.tensors().items()}
     again = resumed(setting, state)
     assert again.optimizer.tensors().keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.optimizer.tensors().items())
     for one in (setting, again):
-        results = [one.trainer.step(example, 1.0) for example in (OTHER, EXAMPLE)]
+        results = [one.trainer.step([Item(example)]) for example in (OTHER, EXAMPLE)]
         assert [result.step for result in results] == [4, 5]
     for name in setting.weights.names:
         assert torch.equal(setting.weights.view(name), again.weights.view(name)), name
@@ -411,7 +412,7 @@ def test_training_goes_on_bit_for_bit_from_saved_state(tmp_path):
 
 def test_state_of_another_rank_is_refused_with_every_weight_and_nothing_is_taken(tmp_path):
     setting = Setting(llama(tmp_path / "model"))
-    setting.trainer.step(EXAMPLE, 1.0)
+    setting.trainer.step([Item(EXAMPLE)])
     state = setting.optimizer.tensors()
     with pytest.raises(CheckpointError, match=r"optimizer\.rank") as caught:
         resumed(setting, state, rank=8)
@@ -425,7 +426,7 @@ def test_state_of_another_rank_is_refused_with_every_weight_and_nothing_is_taken
 
 def test_state_of_weights_that_are_no_longer_trained_is_left_out(tmp_path):
     setting = Setting(llama(tmp_path / "model"))
-    setting.trainer.step(EXAMPLE, 1.0)
+    setting.trainer.step([Item(EXAMPLE)])
     optimizer = Optimizer(OptimizerConfig(rank=4), seed=3)
     optimizer.load(setting.optimizer.tensors(), {"model.norm.weight": (32,)})
     assert {name.rpartition("/")[0] for name in optimizer.tensors()} == {"model.norm.weight"}
@@ -443,6 +444,52 @@ def test_the_epoch_follows_the_steps_and_both_survive_in_the_control_page(tmp_pa
     setting = Setting(llama(tmp_path / "model"))
     control = setting.weights.arena.control
     assert (control.steps, control.epoch) == (0, 0)
-    epochs = [(setting.trainer.step(EXAMPLE, 1.0), control.epoch)[1] for _ in range(9)]
+    epochs = [(setting.trainer.step([Item(EXAMPLE)]), control.epoch)[1] for _ in range(9)]
     assert epochs == [1, 1, 1, 1, 2, 2, 2, 2, 3]
     assert Progress(control, 4).steps == 9, "another daemon goes on counting"
+
+
+# --- several examples in one step ------------------------------------------------------------------------------------
+
+
+def test_a_step_of_several_items_updates_each_weight_once_with_the_gradient_of_their_mean(tmp_path):
+    folder = qwen2(tmp_path / "model")
+    setting = Setting(folder, context="full")
+    before = setting.snapshot()
+    result = setting.trainer.step([Item(EXAMPLE, weight=2.0), Item(OTHER)])
+    assert result.step == setting.progress.steps == 1
+    assert result.updates == len(before) - 1
+    one, other = (autograd(folder, example) for example in (EXAMPLE, OTHER))
+    assert result.losses == pytest.approx([one[2], other[2]], rel=1e-5)
+    assert result.tokens == [3, 5]
+    config = ApolloConfig(rank=4, lr=1e-3, seed=3)
+    for name in one[1]:
+        if name in EMBEDDINGS:
+            continue
+        x = torch.cat([one[1][name][0], other[1][name][0]])
+        d = torch.cat(
+            [one[1][name][1], other[1][name][1] / 2]
+        )  # weights 2 and 1, and the mean over two items
+        expected = before[name].clone()
+        apollo_update(expected, x, d, ApolloState(name, tuple(expected.shape), config))
+        moved, wanted = setting.weights.view(name) - before[name], expected - before[name]
+        assert wanted.abs().max() > 1e-5
+        assert torch.allclose(moved, wanted, rtol=1e-3, atol=1e-7), name
+    for name in before:
+        if before[name].ndim == 1:
+            gradient = one[0].get_parameter(name).grad + other[0].get_parameter(name).grad / 2
+            clear = gradient.abs() > 1e-5
+            expected = -1e-3 * gradient / (gradient.abs() + 1e-6)
+            moved = setting.weights.view(name) - before[name]
+            assert torch.allclose(moved[clear], expected[clear], rtol=0.01), name
+
+
+def test_an_item_may_ask_for_its_own_kind_of_context(tmp_path):
+    folder = llama(tmp_path / "model")
+    frozen, full, asked = (Setting(folder, context=context) for context in ("frozen", "full", "frozen"))
+    frozen.trainer.step([Item(EXAMPLE)])
+    full.trainer.step([Item(EXAMPLE)])
+    asked.trainer.step([Item(EXAMPLE, context="full")])
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(asked.weights.view(name), full.weights.view(name))
+    assert not torch.equal(asked.weights.view(name), frozen.weights.view(name))

@@ -22,7 +22,7 @@ SIZES = {
 
 def llama(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> Path:
     """Two layers; input and output embeddings tied unless `tie_word_embeddings` says otherwise."""
-    return _save(
+    return save(
         LlamaForCausalLM,
         LlamaConfig(**{**SIZES, "tie_word_embeddings": True, **settings}),
         folder,
@@ -33,7 +33,7 @@ def llama(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **set
 
 def qwen2(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> Path:
     """As `llama`, with biases on q, k and v."""
-    return _save(
+    return save(
         Qwen2ForCausalLM,
         Qwen2Config(**{**SIZES, "tie_word_embeddings": True, **settings}),
         folder,
@@ -42,7 +42,7 @@ def qwen2(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **set
     )
 
 
-def _save(kind: type[PreTrainedModel], config: Any, folder: Path, dtype: torch.dtype, seed: int) -> Path:
+def save(kind: type[PreTrainedModel], config: Any, folder: Path, dtype: torch.dtype, seed: int) -> Path:
     torch.manual_seed(seed)
     model = kind(config)
     with torch.no_grad():

@@ -21,17 +21,26 @@ class _UpdatedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: "TrainedLinear") -> torch.Tensor:
-        ctx.save_for_backward(x)
-        ctx.layer = layer
+        flat = x.reshape(-1, x.shape[-1])
+        rows = layer.gather.rows
+        ctx.rows = None if rows is None or len(rows) != len(flat) else rows.nonzero()[:, 0]
+        ctx.layer, ctx.shape = layer, x.shape
+        ctx.save_for_backward(flat if ctx.rows is None else flat[ctx.rows])
         return products.linear(x, layer.weight, layer.bias)
 
     @staticmethod
     def backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor, None]:
         (x,) = ctx.saved_tensors
         layer: TrainedLinear = ctx.layer
-        dx = products.input_gradient(d, layer.weight)
-        layer.update(x.reshape(-1, x.shape[-1]), d.reshape(-1, d.shape[-1]))
-        return dx, None
+        d = d.reshape(-1, d.shape[-1])
+        if ctx.rows is None:
+            dx = products.input_gradient(d, layer.weight)
+        else:
+            d = d[ctx.rows]
+            dx = d.new_zeros(ctx.shape[:-1].numel(), ctx.shape[-1])
+            dx[ctx.rows] = products.input_gradient(d, layer.weight)
+        layer.receive(x, d)
+        return dx.view(ctx.shape), None
 
 
 class TrainedLinear(torch.nn.Module):
@@ -45,31 +54,84 @@ class TrainedLinear(torch.nn.Module):
         optimizer: Optimizer,
         seed: int,
         on_update: OnUpdate,
+        gather: "Gather",
     ) -> None:
         super().__init__()
         self.trains_bias = trains_bias
         self.name, self.optimizer, self.seed, self.on_update = name, optimizer, seed, on_update
+        self.gather = gather
+        self.pending = 0  # forward passes whose backward pass is still to come
+        self._rows: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.weight, self.bias = linear.weight, linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
             return products.linear(x, self.weight, self.bias)
+        self.pending += 1
         result: torch.Tensor = _UpdatedLinear.apply(x, self)  # type: ignore[no-untyped-call]
         return result
 
-    def update(self, x: torch.Tensor, d: torch.Tensor) -> None:
-        """x (T, n) input, d (T, m) gradient of the output."""
+    def receive(self, x: torch.Tensor, d: torch.Tensor) -> None:
+        """x (T, n) input, d (T, m) gradient of the output, of one forward pass. Updates once all are there."""
+        self._rows.append((x, d))
+        self.pending -= 1
+        if self.pending == 0 and not self.gather.more:
+            self.update()
+
+    def update(self) -> None:
+        """One update from the rows of every forward pass since the last one."""
+        rows, self._rows = self._rows, []
+        if not rows:
+            return
+        x, d = rows[0] if len(rows) == 1 else (torch.cat(part) for part in zip(*rows, strict=True))
         name = f"{self.name}.weight"
         self.on_update(name, self.optimizer.update_linear(name, self.weight.data, x, d, self.seed))
         if self.trains_bias:
             name = f"{self.name}.bias"
             self.on_update(name, self.optimizer.update_small(name, self.bias.data, d.sum(0), self.seed))
 
+    def forget(self) -> None:
+        """Drop what a pass that failed half-way has left."""
+        self.pending, self._rows = 0, []
+
+
+class Gather:
+    """Several backward passes that end in one update of every weight.
+
+    While `more` is set, the rows of X and D of linear layers and the gradients of small weights are kept; the
+    backward pass that runs without it updates each weight with everything that was kept, layer by layer as it goes.
+
+    Attributes:
+        rows: (L,) bool, which tokens of the pass are trained; the others are constants: a linear layer passes no
+            gradient back through them and is not updated from them. None: all.
+        frozen: what is not trained: name -> why.
+    """
+
+    def __init__(self) -> None:
+        self.more = False
+        self.rows: torch.Tensor | None = None
+        self.linears: list[TrainedLinear] = []
+        self.small: dict[str, Callable[[], None]] = {}
+        self.frozen: dict[str, str] = {}
+
+    def begin(self) -> None:
+        """Before the first forward pass of a step."""
+        self.more, self.rows = False, None
+        for linear in self.linears:
+            linear.forget()
+
+    def finish(self) -> None:
+        """After the last backward pass of a step: update what it has not reached (an expert that got no token)."""
+        for linear in self.linears:
+            linear.update()
+        for apply in self.small.values():
+            apply()
+
 
 def train_in_backward(
     model: PreTrainedModel, optimizer: Optimizer, trainable: set[str], seed: int, on_update: OnUpdate
-) -> dict[str, str]:
+) -> Gather:
     """Make a backward pass through `model` update its weights.
 
     Args:
@@ -79,9 +141,10 @@ def train_in_backward(
         on_update: called after each weight's update, with its name and result.
 
     Returns:
-        What stays frozen: name -> why.
+        How several backward passes are made to end in one update, and what stays frozen.
     """
-    frozen: dict[str, str] = {}
+    gather = Gather()
+    frozen = gather.frozen
     embeddings = {id(model.get_input_embeddings().weight)}
     model.enable_input_require_grads()  # frozen embeddings give no gradient; the first layer needs one to pass on
     for name, module in list(model.named_modules()):
@@ -94,7 +157,8 @@ def train_in_backward(
             else:
                 parent, _, leaf = name.rpartition(".")
                 trains_bias = module.bias is not None and bias in trainable
-                trained = TrainedLinear(name, module, trains_bias, optimizer, seed, on_update)
+                trained = TrainedLinear(name, module, trains_bias, optimizer, seed, on_update, gather)
+                gather.linears.append(trained)
                 setattr(model.get_submodule(parent), leaf, trained)
             if module.bias is not None and (weight in frozen or bias not in trainable):
                 frozen[bias] = "its weight is frozen" if bias in trainable else "not in the arena"
@@ -108,19 +172,29 @@ def train_in_backward(
                 elif parameter.ndim == 2:
                     frozen[full] = f"a matrix of {type(module).__name__}, which is not a linear layer"
                 else:
-                    _train_small(full, parameter, optimizer, seed, on_update)
-    return frozen
+                    _train_small(full, parameter, optimizer, seed, on_update, gather)
+    return gather
 
 
 def _train_small(
-    name: str, parameter: torch.nn.Parameter, optimizer: Optimizer, seed: int, on_update: OnUpdate
+    name: str,
+    parameter: torch.nn.Parameter,
+    optimizer: Optimizer,
+    seed: int,
+    on_update: OnUpdate,
+    gather: Gather,
 ) -> None:
-    """Adam as soon as autograd has this parameter's gradient; the gradient is dropped at once."""
+    """Adam as soon as autograd has this parameter's whole gradient; the gradient is dropped at once."""
 
-    def apply(p: torch.Tensor) -> None:
-        assert p.grad is not None
-        on_update(name, optimizer.update_small(name, p.data, p.grad, seed))
-        p.grad = None
+    def apply() -> None:
+        if parameter.grad is not None:
+            on_update(name, optimizer.update_small(name, parameter.data, parameter.grad, seed))
+            parameter.grad = None
 
+    def accumulated(_p: torch.Tensor) -> None:
+        if not gather.more:
+            apply()
+
+    gather.small[name] = apply
     parameter.requires_grad_(True)
-    parameter.register_post_accumulate_grad_hook(apply)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    parameter.register_post_accumulate_grad_hook(accumulated)  # type: ignore[no-untyped-call]  # torch leaves it untyped

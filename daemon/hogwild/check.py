@@ -1,12 +1,16 @@
 """`hogwild check FILE...`: every line as it will be trained, without training it."""
 
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from hogwild.cautions import Caution, cautions
+from hogwild.check_text import Shown, show
 from hogwild.config import Config
 from hogwild.encoding import Encoded, Tokenizer
 from hogwild.errors import ExampleError, UsageError
@@ -14,103 +18,146 @@ from hogwild.examples import Example, encode
 from hogwild.ledger_records import BadLine, GoodLine
 from hogwild.lines import SUFFIXES, DamagedFileError, read_lines
 
-SHOWN_CONTEXT_TOKENS = 64  # the end of a long context is what matters before the trained tokens
+Record = dict[str, object]
 
 
-def check(
-    files: Sequence[Path], config: Config, console: Console, tokenizer: Tokenizer | None = None
-) -> list[dict[str, object]]:
-    """Prints one line per line: ok or the reason why not.
+@dataclass
+class Checker:
+    """Prints what becomes of each line.
 
     Args:
-        tokenizer: the model's; with it, token counts and the text as it will be trained: context dim, trained
-            tokens bright.
-
-    Returns:
-        One record per line, for `--json`: file, line, ok, and reason and field or tokens and trained_tokens.
-
-    Raises:
-        UsageError: a file cannot be read.
+        tokenizer: the model's; without it only the form of a line is checked.
+        context_length: longest text that the model takes, in tokens, if it is known.
+        tokens: show where each token begins and ends, and all of them.
+        problems_only: say nothing of lines that are well.
     """
-    records: list[dict[str, object]] = []
-    for path in files:
-        if not path.name.endswith(SUFFIXES):
-            console.print(
-                f"[yellow]{escape(str(path))}[/]: the spool takes only {', '.join(SUFFIXES)} files",
-                highlight=False,
-            )
-        try:
-            records += _check_lines(
-                path,
-                read_lines(path, config.spool.max_line_bytes),
-                _encoder(config, tokenizer),
-                console,
-                tokenizer,
-            )
-        except (DamagedFileError, OSError) as error:
-            raise UsageError(f"{path}: cannot be read: {error}") from error
-    good = sum(1 for record in records if record["ok"])
-    style = "green" if good == len(records) else "red"
-    console.print(f"[{style}]{good} of {len(records)} lines will be trained[/]", highlight=False)
-    return records
 
+    config: Config
+    console: Console
+    tokenizer: Tokenizer | None = None
+    context_length: int | None = None
+    tokens: bool = False
+    problems_only: bool = False
+    good: int = 0
+    bad: int = 0
+    doubtful: int = 0
+    _seen: dict[bytes, str] = field(default_factory=dict)
 
-def _encoder(config: Config, tokenizer: Tokenizer | None) -> Callable[[Example], Encoded | None]:
-    def encoder(example: Example) -> Encoded | None:
-        if tokenizer is None:
-            return None
-        training = config.training
-        return encode(example, tokenizer, max_tokens=training.max_tokens, train_on=training.train_on)
+    def files(self, files: Sequence[Path]) -> Iterator[Record]:
+        """Checks files, printing as it goes.
 
-    return encoder
+        Yields:
+            One record per line, for `--json`: file, line and ok; if it is, id, form, warnings and, with a tokenizer,
+            tokens and trained_tokens; if not, field and reason.
 
-
-def _check_lines(
-    path: Path,
-    lines: Iterable[GoodLine | BadLine],
-    encoder: Callable[[Example], Encoded | None],
-    console: Console,
-    tokenizer: Tokenizer | None,
-) -> Iterable[dict[str, object]]:
-    for line in lines:
-        record: dict[str, object] = {"file": str(path), "line": line.line_no}
-        field, reason = None, None
-        encoded = None
-        if isinstance(line, BadLine):
-            field, reason = line.field, line.reason
-        else:
+        Raises:
+            UsageError: a file cannot be read.
+        """
+        for path in files:
+            if not path.name.endswith(SUFFIXES):
+                self._say(f"[yellow]{escape(str(path))}[/]: the spool takes only {', '.join(SUFFIXES)} files")
             try:
-                encoded = encoder(line.example)
+                yield from self._lines(path, read_lines(path, self.config.spool.max_line_bytes))
+            except (DamagedFileError, OSError) as error:
+                raise UsageError(f"{path}: cannot be read: {error}") from error
+
+    def sum_up(self) -> None:
+        """The last line: how many lines are good."""
+        style = "green" if not self.bad else "red"
+        doubt = f", [yellow]{self.doubtful} with a warning[/]" if self.doubtful else ""
+        self._say(f"[{style}]{self.good} of {self.good + self.bad} lines will be trained[/]{doubt}")
+
+    def _lines(self, path: Path, lines: Iterable[GoodLine | BadLine]) -> Iterator[Record]:
+        for line in lines:
+            record: Record = {"file": str(path), "line": line.line_no}
+            where = f"{path.name}:{line.line_no}"
+            if isinstance(line, BadLine):
+                yield record | self._refused(where, line.field, line.reason)
+                continue
+            try:
+                parts = self._encode(line.example)
+                warnings = self._warnings(line.example, where)
             except ExampleError as error:
-                field, reason = error.field, error.reason
-        where = escape(f"{path.name}:{line.line_no}")
-        if reason is not None:
-            what = f"{field}: {reason}" if field else reason
-            console.print(f"[red]err[/] {where} {escape(what)}", highlight=False)
-            yield {**record, "ok": False, "field": field, "reason": reason}
-            continue
-        counts = {}
-        text = Text()
-        if encoded is not None and tokenizer is not None:
-            counts = {"tokens": len(encoded.ids), "trained_tokens": encoded.trained_tokens}
-            text = render(encoded, tokenizer)
-        shown = f" {counts['trained_tokens']} of {counts['tokens']} tokens trained" if counts else ""
-        console.print(f"[green]ok [/] {where}{shown}", highlight=False)
-        if text:
-            console.print(text)
-        yield {**record, "ok": True, **counts}
+                yield record | self._refused(where, error.field, error.reason)
+                continue
+            yield record | self._accepted(where, line.example, parts, warnings)
+
+    def _encode(self, example: Example) -> list[Encoded]:
+        if self.tokenizer is None:
+            return []
+        training = self.config.training
+        return encode(
+            example,
+            self.tokenizer,
+            max_tokens=training.max_tokens,
+            context_length=self.context_length,
+            train_on=training.train_on,
+        )
+
+    def _warnings(self, example: Example, where: str) -> list[Caution]:
+        found = cautions(example, self.tokenizer, self.config.training.train_on) if self.tokenizer else []
+        content = repr((example.messages, example.tools, example.prompt, example.completion, example.text))
+        digest = hashlib.sha256(content.encode()).digest()[:16]
+        if digest in self._seen:
+            found.append(Caution("duplicate", f"the same as {self._seen[digest]}"))
+        self._seen.setdefault(digest, where)
+        return found
+
+    def _refused(self, where: str, name: str | None, reason: str) -> Record:
+        self.bad += 1
+        what = f"{name}: {reason}" if name else reason
+        self._say(f"[red]err[/] {escape(where)} {escape(what)}")
+        return {"ok": False, "field": name, "reason": reason}
+
+    def _accepted(
+        self, where: str, example: Example, parts: list[Encoded], warnings: list[Caution]
+    ) -> Record:
+        self.good += 1
+        self.doubtful += bool(warnings)
+        form = "chat" if example.messages else "completion" if example.completion else "text"
+        record: Record = {"ok": True, "id": example.id, "form": form}
+        facts = [example.id] if example.id else []
+        if parts:
+            counts = {
+                "tokens": sum(len(part.ids) for part in parts),
+                "trained_tokens": sum(part.trained_tokens for part in parts),
+            }
+            record |= counts
+            facts.append(f"{counts['trained_tokens']} of {counts['tokens']} tokens trained")
+        facts += _settings(example, len(parts))
+        if self.tokens:
+            record["sequences"] = [{"ids": part.ids, "trained": part.trained} for part in parts]
+        record["warnings"] = [warning._asdict() for warning in warnings]
+        if warnings or not self.problems_only:
+            self._say(f"[green]ok [/] {escape(where)} {escape(', '.join(facts))}")
+        if self.tokenizer is not None and not self.problems_only:
+            shown = Shown(self.tokens, self.console.color_system is not None)
+            for number, part in enumerate(parts, 1):
+                if len(parts) > 1:
+                    self._say(f"    sequence {number}:")
+                text = show(part, self.tokenizer, shown)
+                for line in text.wrap(self.console, max(self.console.width - 4, 20)):
+                    self.console.print(Text("    ") + line, soft_wrap=True)
+        for warning in warnings:
+            self._say(f"    [yellow]warning {warning.code}[/]: {escape(warning.text)}")
+        return record
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
 
 
-def render(encoded: Encoded, tokenizer: Tokenizer) -> Text:
-    """The example's text: context dim, trained tokens bright."""
-    text = Text()
-    runs: list[tuple[bool, list[int]]] = []
-    for token, trained in zip(encoded.ids, encoded.trained, strict=True):
-        if not runs or runs[-1][0] != trained:
-            runs.append((trained, []))
-        runs[-1][1].append(token)
-    for trained, ids in runs:
-        cut = not trained and len(ids) > SHOWN_CONTEXT_TOKENS
-        words = str(tokenizer.decode(ids[-SHOWN_CONTEXT_TOKENS:] if cut else ids))
-        text.append(("... " if cut else "") + words, style="bold bright_green" if trained else "dim")
-    return text
+def _settings(example: Example, sequences: int) -> list[str]:
+    """What this line says differently from the configuration."""
+    said = []
+    if example.weight < 0:
+        said.append(f"weight {example.weight:g}: unlearns")
+    elif example.weight != 1:
+        said.append(f"weight {example.weight:g}")
+    if sequences > 1:
+        why = "it is long" if example.text else "the chat template changes earlier turns"
+        said.append(f"{sequences} sequences, because {why}")
+    for name in ("train_on", "context", "passes", "until_loss", "priority"):
+        value = getattr(example, name)
+        if value:
+            said.append(f"{name} {value}")
+    return said

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +24,9 @@ app = typer.Typer(
 ConfigOption = Annotated[
     Path | None,
     typer.Option("--config", "-c", envvar="HOGWILD_CONFIG", help="TOML file; see config/hogwild.toml."),
+]
+ModelOption = Annotated[
+    Path | None, typer.Option(help="Folder of the model: counts tokens and shows what is trained.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -118,31 +121,72 @@ def _daemon(state_dir: Path) -> int:
 @app.command()
 def check(
     files: Annotated[list[Path], typer.Argument(help="Files as they would be dropped into the spool.")],
-    model: Annotated[
-        Path | None, typer.Option(help="Folder of the model: counts tokens and shows what is trained.")
-    ] = None,
+    model: ModelOption = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Show every token and where it ends.")] = False,
     config: ConfigOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
     """Show every line of FILES as it will be trained, without training it. Exit code 1 if a line is wrong."""
     from rich.console import Console
 
-    from hogwild import check as checking
+    from hogwild.check import Checker
+    from hogwild.encoding import context_length
 
     settings = configuration.load(config)
-    tokenizer = None
-    if model is not None:
-        from transformers import AutoTokenizer  # only here: it takes seconds
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--model {model}: no tokenizer there: {error}") from error
-    records = checking.check(files, settings, Console(quiet=as_json), tokenizer)
-    if as_json:
-        for record in records:
+    folder = model or (Path(settings.model) if settings.model else None)
+    if tokens and folder is None:
+        raise UsageError("--tokens needs --model: the tokens are the model's")
+    checker = Checker(
+        settings,
+        Console(quiet=as_json),
+        _tokenizer(folder) if folder else None,
+        context_length(folder) if folder else None,
+        tokens=tokens,
+    )
+    for record in checker.files(files):
+        if as_json:
             typer.echo(json.dumps(record))
-    raise typer.Exit(0 if all(record["ok"] for record in records) else 1)
+    checker.sum_up()
+    raise typer.Exit(1 if checker.bad else 0)
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer  # only here: it takes seconds
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model {folder}: no tokenizer there: {error}") from error
+
+
+@app.command()
+def train(
+    files: Annotated[list[Path], typer.Argument(help="Files as they would be dropped into the spool.")],
+    model: Annotated[Path, typer.Option(help="Folder of the model; only read.")],
+    out: Annotated[Path, typer.Option(help="Folder for the trained model; made, or empty.")],
+    passes: Annotated[int | None, typer.Option(help="Instead of training.passes.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Instead of optimizer.lr.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Instead of training.threads.")] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that keeps the ledger and the optimizer; an interrupted run goes on from it."
+        ),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Train nothing if a line is wrong.")] = False,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train MODEL on FILES without a server, and write the result to a folder of its own. Ctrl-C saves and stops."""
+    overrides = {"training.passes": passes, "optimizer.lr": lr, "training.threads": threads}
+    settings = configuration.load(config, overrides)
+    from hogwild import log
+    from hogwild.train_command import run
+
+    log.configure("debug" if settings.log.level == "debug" else "warning", settings.log.format, sys.stderr)
+    raise typer.Exit(
+        run(files, settings, model.absolute(), out.absolute(), state, strict=strict, as_json=as_json)
+    )
 
 
 @app.command()

@@ -59,6 +59,8 @@ class TrainingConfig(Table):
     """Times an example is trained on, unless its line says otherwise. Fixed when the example is accepted."""
     max_tokens: int = Field(default=2048, ge=2)
     """Tokens of the longest example, context included; a longer one is set aside as failed."""
+    step_tokens: int = Field(default=0, ge=0)
+    """New examples are put into one step up to about so many tokens. 0: one a step, which learns soonest."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of everything random: projections, stochastic rounding. One thread and one seed repeat exactly."""
     train_on: Literal["last", "all"] = "last"
@@ -66,7 +68,40 @@ class TrainingConfig(Table):
     epoch_updates: int = Field(default=8, ge=1)
     """Training steps that make up one weight epoch, the number that tells answers of different weights apart."""
     context: Literal["frozen", "full"] = "frozen"
-    """"frozen": tokens before the trained ones run without gradient. "full": gradients reach them too."""
+    """"frozen": tokens that are not trained are read without gradient. "full": gradients reach them too."""
+    batch_tokens: int = Field(default=512, ge=1)
+    """Tokens that go through the model at once: examples of one step share a pass up to that many."""
+    activation_mib: int = Field(default=2048, ge=0)
+    """MiB of activations of one trainer thread; a pass that would need more computes them twice instead."""
+    unlearn_until_loss: Positive = 5.0
+    """Nats at which a token of a line with a negative weight counts as unlearned and is left alone."""
+
+
+class ReplayConfig(Table):
+    ratio: float = Field(default=1.0, ge=0, le=16)
+    """Learned examples mixed into each step, for each new one. 0: no replay at all."""
+    spacing: int = Field(default=1, ge=0)
+    """Steps between two passes of one example, at least; replay fills them where nothing else is new."""
+    candidates: int = Field(default=12, ge=1, le=1000)
+    """Learned examples that are looked at for each one that is replayed."""
+    recency_half_life: Positive = 1000.0
+    """Examples after which the third of the candidates that is recent thins out by half."""
+    difficulty: NotNegative = 1.0
+    """Exponent of a candidate's newest loss in its weight. 0: easy and hard ones alike."""
+    reopen_factor: float = Field(default=1.5, ge=1, allow_inf_nan=False)
+    """An example with `until_loss` is opened again when its loss in replay exceeds that times this."""
+    reopen_passes: int = Field(default=2, ge=1)
+    """Passes that an example gets when it is opened again, at most."""
+    max_reopened: int = Field(default=3, ge=0)
+    """Times that one example is opened again."""
+    self_texts: int = Field(default=32, ge=0, le=10_000)
+    """Texts that the model writes itself before it is trained, to stand in for old data. 0: none."""
+    self_tokens: int = Field(default=48, ge=1, le=4096)
+    """Tokens of the longest of them."""
+    self_share: float = Field(default=0.25, ge=0, le=1)
+    """Share of replay that is taken from them once there are learned examples; before, all of it is."""
+    self_limit_s: NotNegative = 30.0
+    """Seconds after which no more of them are written, so that the first training does not wait long."""
 
 
 class OptimizerConfig(Table):
@@ -123,6 +158,7 @@ class Config(Table):
     $XDG_RUNTIME_DIR/hogwild/arena.sock, or `<state_dir>/arena.sock`."""
     spool: SpoolConfig = SpoolConfig()
     training: TrainingConfig = TrainingConfig()
+    replay: ReplayConfig = ReplayConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     server: ServerConfig = ServerConfig()

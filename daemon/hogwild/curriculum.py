@@ -1,57 +1,119 @@
-"""Which example comes next, for several trainer threads.
+"""What comes next, for several trainer threads: which new example, and which learned ones beside it.
 
-The order is the ledger's: fewest passes first, then priority, then arrival. It is read in chunks, so that
-memory does not grow with the backlog. One thread always gets the same order for the same files.
+New examples go in the ledger's order: fewest passes first, then priority, then arrival. So the passes of one example
+lie as far apart as there are others. Where there are too few others, steps of replay alone come in between; only an
+example with nothing to replay beside it, neither learned examples nor texts of the model's own, gets its passes back
+to back. The order is read in chunks, so that memory does not grow with the backlog. One thread always gets the same
+order for the same files, restarted or not: everything follows from the ledger, the seed and the number of the step.
 """
 
 import threading
 from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from hogwild.config import ReplayConfig
 from hogwild.ledger import Ledger
 from hogwild.ledger_records import Pending
+from hogwild.replay import Replay
+
+if TYPE_CHECKING:  # torch takes seconds to import, and the intake does without
+    from hogwild.selfreplay import Sample
 
 CHUNK = 256
+BYTES_PER_TOKEN = 4  # of a line of JSON, roughly: how long an example is before it is tokenised
+
+
+@dataclass
+class Batch:
+    """What goes into one training step: new examples first, then learned ones, then texts of the model's own."""
+
+    new: list[Pending] = field(default_factory=list)
+    replayed: list[Pending] = field(default_factory=list)
+    own: "list[Sample]" = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.new) + len(self.replayed) + len(self.own)
+
+    def __iter__(self) -> "Iterator[Pending | Sample]":
+        yield from self.new
+        yield from self.replayed
+        yield from self.own
 
 
 class Curriculum:
-    """Hands out pending examples; never one example to two threads at once."""
+    """Hands out batches; never one new example to two threads at once.
 
-    def __init__(self, ledger: Ledger, *, chunk: int = CHUNK) -> None:
-        self._ledger = ledger
-        self._chunk = chunk
+    Args:
+        config: how much is replayed, and how it is chosen.
+        seed: of the choice.
+        step_tokens: new examples are put into one step up to about so many tokens; 0: one example a step.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        config: ReplayConfig | None = None,
+        *,
+        seed: int = 0,
+        step_tokens: int = 0,
+        chunk: int = CHUNK,
+    ) -> None:
+        self._ledger, self._config = ledger, config or ReplayConfig()
+        self._chunk, self._step_tokens = chunk, step_tokens
+        self.replay = Replay(ledger.pool, self._config, seed)
         self._queue: deque[Pending] = deque()
         self._taken: set[int] = set()
+        self._out: dict[int, Batch] = {}  # handed out and not done, by identity: steps that are on their way
         self._changed = threading.Condition()
         self._closed = False
 
-    def take(self, timeout: float | None = None) -> Pending | None:
-        """The next example, which the caller owns until `done` or `give_back`.
+    def take(self, timeout: float | None = None, *, step: int = 0) -> Batch | None:
+        """The next step's examples; the caller owns the new ones until `done` or `give_back`.
 
         Args:
-            timeout: seconds to wait for one; None: until there is one.
+            timeout: seconds to wait for a new example; None: until there is one.
+            step: training steps finished so far.
 
         Returns:
-            None after the timeout, or once the curriculum is closed.
+            None after the timeout, or once the curriculum is closed. Without a new example only where the next one
+            has just been trained and something else should come in between.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self._closed or self._refill(), timeout) or self._closed:
                 return None
-            pending = self._queue.popleft()
-            self._taken.add(pending.example_id)
-            return pending
+            step += len(self._out)
+            head = self._queue[0]
+            back_to_back = head.last_step is not None and 0 <= step - head.last_step < self._config.spacing
+            if back_to_back and self._config.ratio > 0:
+                between = Batch([], *self.replay.choose(step, [], max(self.replay.due(step, 1), 1)))
+                if len(between):
+                    self._out[id(between)] = between
+                    return between
+            new = self._pop()
+            try:
+                batch = Batch(new, *self.replay.choose(step, new, self.replay.due(step, len(new))))
+            except BaseException:
+                self._queue.extendleft(reversed(new))
+                raise
+            self._taken.update(one.example_id for one in new)
+            self._out[id(batch)] = batch
+            return batch
 
-    def done(self, pending: Pending) -> None:
-        """The pass is recorded in the ledger, or the example was set aside there."""
+    def done(self, batch: Batch) -> None:
+        """The passes are recorded in the ledger, or the examples were set aside there."""
         with self._changed:
-            self._taken.discard(pending.example_id)
+            self._out.pop(id(batch), None)
+            self._taken.difference_update(one.example_id for one in batch.new)
             self._changed.notify_all()
 
-    def give_back(self, pending: Pending) -> None:
-        """Not trained after all: it is the next one."""
+    def give_back(self, batch: Batch) -> None:
+        """Not trained after all: its new examples are the next ones."""
         with self._changed:
-            if pending.example_id in self._taken:
-                self._taken.remove(pending.example_id)
-                self._queue.appendleft(pending)
+            if self._out.pop(id(batch), None) is not None:
+                self._taken.difference_update(one.example_id for one in batch.new)
+                self._queue.extendleft(reversed(batch.new))
                 self._changed.notify_all()
 
     def wake(self) -> None:
@@ -66,13 +128,42 @@ class Curriculum:
             self._closed = True
             self._changed.notify_all()
 
+    def forgotten(self, one: Pending, loss: float) -> bool:
+        """A replayed example was measured: if it was to be trained until a loss and is clearly above it again, it is
+        opened again for a few passes. At most `replay.max_reopened` times, so that what does not fit beside the rest
+        cannot keep the trainers busy for ever."""
+        config = self._config
+        if one.until_loss is None or loss <= one.until_loss * config.reopen_factor:
+            return False
+        if not self._ledger.pool.reopen(
+            one.example_id, passes=config.reopen_passes, at_most=config.max_reopened
+        ):
+            return False
+        self.wake()
+        return True
+
     @property
     def in_flight(self) -> int:
-        """Examples that are being trained right now."""
+        """Batches that are being trained right now."""
         with self._changed:
-            return len(self._taken)
+            return len(self._out)
+
+    def _pop(self) -> list[Pending]:
+        """One new example, or several under the budget of tokens. They have as many passes behind them."""
+        new = [self._queue.popleft()]
+        tokens = _tokens(new[0])
+        while self._queue and tokens + _tokens(self._queue[0]) <= self._step_tokens:
+            if self._queue[0].passes_done != new[0].passes_done:
+                break
+            tokens += _tokens(self._queue[0])
+            new.append(self._queue.popleft())
+        return new
 
     def _refill(self) -> bool:
         if not self._queue:
             self._queue.extend(self._ledger.pending(self._chunk, self._taken))
         return bool(self._queue)
+
+
+def _tokens(one: Pending) -> int:
+    return len(one.line) // BYTES_PER_TOKEN + 1

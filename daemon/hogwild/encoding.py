@@ -5,11 +5,17 @@ What follows it, up to and including the end-of-turn token, is trained; nothing 
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
+from hogwild.chat import Chat
 from hogwild.errors import ExampleError
+
+MAX_WINDOWS = 8
+"""Sequences that a long text is split into, at most: they are trained in one step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +36,8 @@ class Tokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
 
     @property
+    def bos_token_id(self) -> Any: ...
+    @property
     def eos_token_id(self) -> Any: ...
     @property
     def chat_template(self) -> Any: ...
@@ -40,74 +48,136 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: list[int]) -> Any: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One text, and the turns of it that are trained: (message, start, end) in characters, in order."""
+
+    text: str
+    turns: list[tuple[int, int, int]]
+
+
 def encode_chat(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None,
     tokenizer: Tokenizer,
     *,
     only_last: bool,
-) -> Encoded:
+) -> list[Encoded]:
     """A conversation that ends with the assistant's turn, through the model's own chat template.
 
+    Returns:
+        One sequence wherever one can hold all trained turns, each after the context that it is served with. A
+        template that renders an earlier turn differently once the conversation goes on (it drops the reasoning,
+        or moves the tools) gives several, in order; every trained turn is in exactly one of them.
+
     Raises:
-        ExampleError: there is no template, it fails, or it renders a trained turn differently from what the
-            server would have seen (some templates drop the reasoning of earlier turns).
+        ExampleError: there is no template, it fails, or what a turn has to answer cannot be told or learned.
     """
-    if not tokenizer.chat_template:
+    chat = Chat(messages, tools, tokenizer)
+    result: list[Encoded] = []
+    for part in _parts(chat, chat.turns[-1:] if only_last else chat.turns):
+        result += _encode_part(part, messages, tokenizer)
+    return result
+
+
+def encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> Encoded:
+    """Plain concatenation: the prompt as the completions API tokenises it, then what should follow it.
+
+    Raises:
+        ExampleError: the completion goes on after the end-of-text token, where no answer does.
+    """
+    text = prompt + completion
+    whole = _pieces(text, [len(prompt)], tokenizer, add_special_tokens=True)
+    context, answer = whole or _apart(text, [len(prompt)], tokenizer, add_special_tokens=True)
+    if not answer:
+        raise ExampleError("is no token of its own", "completion")
+    answer = _ended(answer, tokenizer)
+    end = tokenizer.eos_token_id
+    if end is not None and end in answer[:-1]:
         raise ExampleError(
-            'the model has no chat template; use "prompt" and "completion", or "text"', "messages"
+            f"goes on after {tokenizer.decode([end])}, the model's end-of-text token, which is added by itself",
+            "completion",
         )
+    return _masked(context + answer, [False] * len(context) + [True] * len(answer))
 
-    def render(upto: int, *, generation_prompt: bool) -> str:
-        try:
-            text = tokenizer.apply_chat_template(
-                [dict(message) for message in messages[:upto]],
-                tools=[dict(tool) for tool in tools] if tools else None,
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-            )
-        except (
-            Exception
-        ) as error:  # a template is a program that came with the model: it raises what it likes
-            raise ExampleError(f"the chat template refuses it: {error}", "messages") from error
-        return str(text)
 
-    text = render(len(messages), generation_prompt=False)
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    spans = []
-    for i in turns[-1:] if only_last else turns:
-        prompt = render(i, generation_prompt=True)
-        answered = render(i + 1, generation_prompt=False)
-        if not (answered.startswith(prompt) and text.startswith(answered) and len(answered) > len(prompt)):
-            raise ExampleError(
-                "the chat template renders this turn differently once the conversation goes on"
-                + ("" if only_last else '; use train_on "last" and one line per turn'),
-                f"messages[{i}]",
-            )
-        spans.append((len(prompt), len(answered)))
-    cuts = [cut for span in spans for cut in span if cut < len(text)]
-    pieces = _tokenize(text, cuts, tokenizer, add_special_tokens=False)
+def encode_text(text: str, tokenizer: Tokenizer, max_tokens: int) -> list[Encoded]:
+    """Every token is trained but the first, which nothing predicts; the end-of-text token is appended.
+
+    Returns:
+        One sequence or, of a text that is longer than `max_tokens`, windows that overlap by a quarter: what a window
+        shares with the one before is its context, so that each token is trained once, with something before it. A
+        text is the same wherever it is read from; a chat or a completion is not, and is never split this way. More
+        than MAX_WINDOWS are not made: the caller finds the one sequence too long.
+    """
+    ids = _ended(_tokens(text, tokenizer, add_special_tokens=True), tokenizer)
+    start = ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []  # some models cannot read without it
+    shared = max_tokens // 4
+    fresh = max_tokens - shared - len(start)  # tokens of each window but the first that are trained
+    if len(ids) <= max_tokens or len(ids) > max_tokens + (MAX_WINDOWS - 1) * fresh or not shared:
+        return [_masked(ids, [True] * len(ids))]
+    windows = [_masked(ids[:max_tokens], [True] * max_tokens)]
+    for at in range(max_tokens, len(ids), fresh):
+        context, new = [*start, *ids[at - shared : at]], ids[at : at + fresh]
+        windows.append(_masked(context + new, [False] * len(context) + [True] * len(new)))
+    return windows
+
+
+def context_length(folder: Path) -> int | None:
+    """Tokens of the longest text that the model in `folder` takes; None if its configuration does not say."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    text = config.get("text_config") or config  # of a model that also sees images
+    length = text.get("max_position_embeddings")
+    return length if isinstance(length, int) else None
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """Tokens that stand for no text of their own: id -> how they are written."""
+    found = {
+        int(i): str(token.content) for i, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    if tokenizer.eos_token_id is not None:
+        end = int(tokenizer.eos_token_id)
+        found.setdefault(end, str(tokenizer.decode([end])))
+    return found
+
+
+def _parts(chat: Chat, trained: list[int]) -> list[_Part]:
+    """As few texts as hold every trained turn behind its own prompt, found from the last turn back."""
+    parts: list[_Part] = []
+    for i in reversed(trained):
+        prompt, answer = chat.turn(i)
+        turn = (i, len(prompt), len(prompt) + len(answer))
+        if parts and parts[-1].text.startswith(prompt + answer):
+            parts[-1].turns.insert(0, turn)
+        else:
+            parts.append(_Part(prompt + answer, [turn]))
+    return parts[::-1]
+
+
+def _encode_part(
+    part: _Part, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer
+) -> Iterator[Encoded]:
+    cuts = [cut for _, start, end in part.turns for cut in (start, end) if cut < len(part.text)]
+    pieces = _pieces(part.text, cuts, tokenizer, add_special_tokens=False)
+    if pieces is None and len(part.turns) > 1:
+        # A token spans a boundary. The server tokenises a later prompt as a whole, so each turn gets its own.
+        for turn in part.turns:
+            yield from _encode_part(_Part(part.text[: turn[2]], [turn]), messages, tokenizer)
+        return
+    pieces = pieces or _apart(part.text, cuts, tokenizer, add_special_tokens=False)
     ids: list[int] = []
     trained: list[bool] = []
     for n, piece in enumerate(pieces):
         # Pieces alternate: context, trained, context, ...
-        end = _end_of_turn(piece, tokenizer) if n % 2 else 0
+        i = part.turns[n // 2][0] if n % 2 else None
+        end = 0 if i is None else _end_of_turn(piece, messages[i], f"messages[{i}]", tokenizer)
         ids += piece
-        trained += [i < end for i in range(len(piece))]
-    return _masked(ids, trained)
-
-
-def encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> Encoded:
-    """Plain concatenation: the prompt as the completions API tokenises it, then what should follow it."""
-    context, answer = _tokenize(prompt + completion, [len(prompt)], tokenizer, add_special_tokens=True)
-    answer = answer + _eos(tokenizer)
-    return _masked(context + answer, [False] * len(context) + [True] * len(answer))
-
-
-def encode_text(text: str, tokenizer: Tokenizer) -> Encoded:
-    """Every token is trained but the first, which nothing predicts; the end-of-text token is appended."""
-    ids = list(tokenizer(text, add_special_tokens=True)["input_ids"]) + _eos(tokenizer)
-    return _masked(ids, [True] * len(ids))
+        trained += [at < end for at in range(len(piece))]
+    yield _masked(ids, trained)
 
 
 def _masked(ids: list[int], trained: list[bool]) -> Encoded:
@@ -117,45 +187,75 @@ def _masked(ids: list[int], trained: list[bool]) -> Encoded:
     return Encoded(ids[:end], trained[:end])
 
 
-def _eos(tokenizer: Tokenizer) -> list[int]:
-    return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+def _ended(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """With the end-of-text token, if the model has one and it is not there already."""
+    end = tokenizer.eos_token_id
+    return ids if end is None or ids[-1:] == [end] else [*ids, int(end)]
 
 
-def _tokenize(
+def _tokens(text: str, tokenizer: Tokenizer, *, add_special_tokens: bool) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+
+def _pieces(
     text: str, cuts: list[int], tokenizer: Tokenizer, *, add_special_tokens: bool
-) -> list[list[int]]:
-    """Tokenises a text in pieces that end exactly at the given characters.
-
-    The whole text is tokenised at once where its tokens break at every cut. Where one would span a cut
-    (newlines on both sides, say), the pieces are tokenised apart, which is what serving does.
-    """
-    whole = list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+) -> list[list[int]] | None:
+    """The tokens of a whole text, split at the given characters; None if a token spans one of them."""
+    whole = _tokens(text, tokenizer, add_special_tokens=add_special_tokens)
     pieces: list[list[int]] = []
     start = 0
     for cut in cuts:
-        before = list(tokenizer(text[:cut], add_special_tokens=add_special_tokens)["input_ids"])
+        before = _tokens(text[:cut], tokenizer, add_special_tokens=add_special_tokens)
         if whole[: len(before)] != before:
-            break
+            return None
         pieces.append(whole[start : len(before)])
         start = len(before)
-    else:
-        return [*pieces, whole[start:]]
-    bounds = [0, *cuts, len(text)]
+    return [*pieces, whole[start:]]
+
+
+def _apart(text: str, cuts: list[int], tokenizer: Tokenizer, *, add_special_tokens: bool) -> list[list[int]]:
+    """The pieces of a text tokenised one by one, which is what serving does: the prompt first, then the answer."""
     return [
-        list(tokenizer(text[a:b], add_special_tokens=add_special_tokens and a == 0)["input_ids"])
-        for a, b in itertools.pairwise(bounds)
+        _tokens(text[a:b], tokenizer, add_special_tokens=add_special_tokens and a == 0)
+        for a, b in itertools.pairwise([0, *cuts, len(text)])
     ]
 
 
-def _end_of_turn(ids: list[int], tokenizer: Tokenizer) -> int:
+def _end_of_turn(ids: list[int], message: Mapping[str, Any], where: str, tokenizer: Tokenizer) -> int:
     """Tokens of a turn that the model produces: up to its last special token, if only white space follows.
 
     Templates put a newline after the end-of-turn token for the next turn; generation has stopped by then.
+
+    Raises:
+        ExampleError: the end is all there is, or the message itself writes the end-of-turn token: an answer would
+            end there, and what comes after it could be a turn that somebody made up.
     """
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
-        _eos(tokenizer)
-    )
+    special = special_tokens(tokenizer)
     last = max((i for i, token in enumerate(ids) if token in special), default=None)
     if last is None or str(tokenizer.decode(ids[last + 1 :])).strip():
         return len(ids)
+    if not str(tokenizer.decode(ids[:last])).strip():
+        raise ExampleError(
+            "nothing of this turn is left to train: the chat template leaves its "
+            + ("tool_calls out" if message.get("tool_calls") else "content out"),
+            where,
+        )
+    end = special[ids[last]]
+    if any(end in text for text in strings_of(message)):
+        raise ExampleError(
+            f"contains {end}, the model's end-of-turn token: its answer would end there", where
+        )
     return last + 1
+
+
+def strings_of(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from value
+        for inner in value.values():
+            yield from strings_of(inner)
+    elif isinstance(value, Sequence):
+        for inner in value:
+            yield from strings_of(inner)

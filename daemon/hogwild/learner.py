@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from hogwild import checkpoint, examples, served, skeleton
+from hogwild import checkpoint, encoding, examples, selfreplay, served, skeleton
 from hogwild import log as logs
 from hogwild.apollo import Optimizer
 from hogwild.arena.client import Arena
 from hogwild.backward import TrainedLinear
+from hogwild.cautions import Warned, cautions
 from hogwild.config import Config
-from hogwild.curriculum import Curriculum
-from hogwild.errors import ExampleError, VerificationError
+from hogwild.curriculum import Batch, Curriculum
+from hogwild.errors import ExampleError, HogwildError, VerificationError
+from hogwild.examples import Example
+from hogwild.groups import Group, flat, regroup
 from hogwild.ledger import Ledger, Pass, Pending
-from hogwild.trainer import Progress, StepResult, Trainer
+from hogwild.trainer import Item, Progress, StepResult, Trainer
 from hogwild.weights import Weights
 from hogwild_kernels.cpu import warm_up
 
@@ -57,6 +60,9 @@ class Learner:
                 set(self.weights.names),
                 config.training.context,
                 seed=index,
+                unlearn_until_loss=config.training.unlearn_until_loss,
+                batch_tokens=config.training.batch_tokens,
+                activation_mib=config.training.activation_mib,
             )
             for index in range(config.training.threads)
         ]
@@ -68,9 +74,15 @@ class Learner:
         warm_up(self.reader.dtype)  # compiles the update now, not in the middle of the first example
         self.failure: BaseException | None = None
         self._tokenizing = threading.Lock()  # a fast tokenizer is not safe to share while its settings change
+        self.context_length = encoding.context_length(folder)
+        self._warned = Warned()
         self._recent: list[list[int]] = []
         self._stopping = threading.Event()
         self._may_train = threading.Event()
+        self._own_ready = threading.Event()  # texts of the model's own are there, or never will be
+        self._own_ready.set()
+        self._asked_for_own_texts = False
+        self._writer: threading.Thread | None = None
         self._threads: list[threading.Thread] = []
 
     @property
@@ -127,6 +139,69 @@ class Learner:
             for thread in self._threads:
                 thread.start()
 
+    def write_own_texts(self, path: Path, base: str) -> None:
+        """Load the texts that the model wrote before it was trained or, while it is untrained, have it write them now,
+        in a thread: training waits for it (at most about `replay.self_limit_s`), the caller does not.
+
+        Args:
+            path: the file that keeps them.
+            base: digest of the model as it came.
+        """
+        if self._asked_for_own_texts or not (self.config.replay.self_texts and self.config.replay.ratio):
+            return
+        self._asked_for_own_texts = True
+        try:
+            self.curriculum.replay.own = selfreplay.load(path, base) or ()
+        except HogwildError as error:
+            log.warning("selfreplay.unreadable", path=str(path), error=str(error))
+        if self.curriculum.replay.own:
+            log.info("selfreplay.loaded", path=str(path), texts=len(self.curriculum.replay.own))
+        elif self.progress.steps:
+            log.warning("selfreplay.missing", path=str(path), reason="the model has been trained already")
+        else:
+            self._own_ready.clear()
+            self._writer = threading.Thread(
+                target=self._write_own_texts, args=(path, base), name="self-replay", daemon=True
+            )
+            self._writer.start()
+
+    def wait_for_own_texts(self) -> None:
+        """Until they are written, or given up."""
+        self._own_ready.wait()
+
+    def _write_own_texts(self, path: Path, base: str) -> None:
+        began, settings = time.perf_counter(), self.config.replay
+        try:
+            with self._tokenizing:
+                prompts = selfreplay.prompts(self.tokenizer, settings.self_texts)
+            samples = selfreplay.make(
+                self.reader,
+                prompts,
+                selfreplay.ends(self.reader, self.tokenizer),
+                tokens=settings.self_tokens,
+                seed=self.config.training.seed,
+                limit_s=settings.self_limit_s,
+                stopped=self._stopping.is_set,
+            )
+            if self._stopping.is_set():
+                return
+            selfreplay.save(path, base, self.config.training.seed, samples)
+            # As read from the file, whose numbers are rounded: a restart must go on with the very same.
+            self.curriculum.replay.own = selfreplay.load(path, base) or ()
+            log.info(
+                "selfreplay.made",
+                path=str(path),
+                texts=len(samples),
+                wanted=settings.self_texts,
+                tokens=sum(len(one.ids) - one.start for one in samples),
+                seconds=round(time.perf_counter() - began, 1),
+            )
+        except Exception as error:
+            # Learning without them is worse, not wrong.
+            log.exception("selfreplay.failed", path=str(path), error=str(error))
+        finally:
+            self._own_ready.set()
+
     def pause(self) -> None:
         """Take no further example; what is under way is finished."""
         self._may_train.clear()
@@ -135,7 +210,7 @@ class Learner:
         """Finish the examples under way and end the threads. False if one did not end in time."""
         self._stopping.set()
         deadline = time.monotonic() + timeout_s
-        for thread in self._threads:
+        for thread in [*self._threads, *([self._writer] if self._writer else [])]:
             thread.join(max(deadline - time.monotonic(), 0.1))
         return not any(thread.is_alive() for thread in self._threads)
 
@@ -168,59 +243,113 @@ class Learner:
             while not self._stopping.is_set():
                 if not self._may_train.wait(_IDLE_S) or self._stopping.is_set():
                     continue
-                pending = self.curriculum.take(timeout=_IDLE_S)
-                if pending is not None:
-                    self._turn(trainer, index, pending)
+                if not self._own_ready.wait(_IDLE_S):
+                    continue
+                batch = self.curriculum.take(timeout=_IDLE_S, step=self.progress.steps)
+                if batch is not None:
+                    self._turn(trainer, index, batch)
         except BaseException as error:
             # A trainer that dies may have left a layer half-written: the supervisor stops the service.
             self.failure = error
             log.exception("trainer.died", thread=index)
 
-    def _turn(self, trainer: Trainer, index: int, pending: Pending) -> None:
-        """Take, forward, backward and update, record: one pass of one example."""
-        example = pending.example()
-        try:
-            with self._tokenizing:
-                encoded = examples.encode(
-                    example,
-                    self.tokenizer,
-                    max_tokens=self.config.training.max_tokens,
-                    train_on=self.config.training.train_on,
-                )
-        except ExampleError as error:
-            self.ledger.set_failed(pending.example_id, error.reason, error.field)
-            self.curriculum.done(pending)
-            log.warning("example.failed", **_who(pending), reason=error.reason, field=error.field)
+    def _turn(self, trainer: Trainer, index: int, batch: Batch) -> None:
+        """Take, forward, backward and update, record: one step on new examples and on what is replayed beside them."""
+        new = [(one, group) for one in batch.new if (group := self._encode(one, sets_aside=True))]
+        old = [(one, group) for one in batch.replayed if (group := self._encode(one, sets_aside=False))]
+        own = [Group((Item(sample, likeliest=sample.likeliest),)) for sample in batch.own]
+        if (batch.new and not new) or not (new or old or own):
+            self.curriculum.done(batch)  # nothing new is left, and replay was there for its sake
             return
-        result = trainer.step(encoded, example.weight)
-        loss_after = trainer.loss(encoded) if _wants_loss_after(pending) else None
-        outcome = self.ledger.record_pass(
-            Pass(
-                pending.example_id,
-                loss_before=result.loss,
-                loss_after=loss_after,
-                tokens=result.tokens,
-                step=result.step,
-                thread=index,
-                arena_id=self.arena.control.arena_id,
+        groups = [*(group for _, group in new), *(group for _, group in old), *own]
+        result = trainer.step(flat(groups))
+        measured = regroup(groups, result)
+        passes = []
+        for number, (one, group) in enumerate([*new, *old]):
+            is_new = number < len(new)
+            loss, tokens = measured[number]
+            passes.append(
+                Pass(
+                    one.example_id,
+                    loss_before=loss,
+                    loss_after=_loss_now(trainer, group) if is_new and _wants_loss_after(one) else None,
+                    tokens=tokens,
+                    step=result.step,
+                    thread=index,
+                    arena_id=self.arena.control.arena_id,
+                    replay=not is_new,
+                )
             )
-        )
-        self.curriculum.done(pending)
-        self._recent = [list(encoded.ids), *self._recent[: _RECENT - 1]]
-        self._report(pending, index, result, loss_after, finished=outcome.state != "accepted")
+        outcomes = self.ledger.record_passes(passes)
+        if not passes:  # a restart counts the steps that the ledger knows of
+            self.ledger.set_meta("arena_steps", str(result.step))
+        self.curriculum.done(batch)
+        if new:
+            self._recent = [new[0][1].ids, *self._recent[: _RECENT - 1]]
+        for (one, _), passed, outcome in zip(new, passes, outcomes, strict=False):
+            self._report(one, passed, result, len(old), len(own), finished=outcome.state != "accepted")
+        for (one, _), (loss, _) in zip(old, measured[len(new) :], strict=False):
+            log.debug("example.replayed", **_who(one), loss=round(loss, 4), step=result.step, thread=index)
+            if self.curriculum.forgotten(one, loss):
+                log.info("example.reopened", **_who(one), loss=round(loss, 4), until_loss=one.until_loss)
+
+    def encode(self, example: Example) -> Group:
+        """An example's sequences, as a trainer takes them.
+
+        Raises:
+            ExampleError: it is too long, or the chat template does not allow it.
+        """
+        settings = self.config.training
+        with self._tokenizing:
+            parts = examples.encode(
+                example,
+                self.tokenizer,
+                max_tokens=settings.max_tokens,
+                context_length=self.context_length,
+                train_on=settings.train_on,
+            )
+        return Group.of(parts, example.weight, example.context)
+
+    def loss(self, group: Group) -> float:
+        """The loss of an example with the weights as they are now, nats a trained token. Not while training runs."""
+        return _loss_now(self.trainers[0], group)
+
+    def _encode(self, pending: Pending, *, sets_aside: bool) -> Group | None:
+        """Its tokens, or None for one that cannot be trained, which is then set aside in the ledger if it is new."""
+        try:
+            example = pending.example()  # a line that an older version accepted may be refused now
+            group = self.encode(example)
+        except ExampleError as error:
+            if sets_aside:
+                self.ledger.set_failed(pending.example_id, error.reason, error.field)
+                log.warning("example.failed", **_who(pending), reason=error.reason, field=error.field)
+            return None
+        if sets_aside and pending.passes_done == 0:
+            self._warn(pending, example)
+        return group
+
+    def _warn(self, pending: Pending, example: Example) -> None:
+        """Say once a file what `hogwild check` says of each line."""
+        with self._tokenizing:
+            found = cautions(example, self.tokenizer, self.config.training.train_on)
+        for caution in found:
+            if self._warned.first(pending.file, caution.code):
+                log.warning("example.caution", **_who(pending), code=caution.code, reason=caution.text)
 
     def _report(
-        self, pending: Pending, index: int, result: StepResult, loss_after: float | None, finished: bool
+        self, pending: Pending, passed: Pass, result: StepResult, replayed: int, own: int, finished: bool
     ) -> None:
         log.info(
             "example.trained" if finished else "example.pass",
             **_who(pending),
             **{"pass": pending.passes_done + 1},
-            loss_before=round(result.loss, 4),
-            loss_after=None if loss_after is None else round(loss_after, 4),
-            tokens=result.tokens,
+            loss_before=round(passed.loss_before, 4),
+            loss_after=None if passed.loss_after is None else round(passed.loss_after, 4),
+            tokens=passed.tokens,
+            replayed=replayed,
+            self_replayed=own,
             step=result.step,
-            thread=index,
+            thread=passed.thread,
             staleness=result.staleness,
             update_norm=round(result.update_norm, 5),
             updates=result.updates,
@@ -231,6 +360,10 @@ class Learner:
 
 def _who(pending: Pending) -> dict[str, Any]:
     return {"id": pending.name or str(pending.example_id), "file": pending.file, "line": pending.line_no}
+
+
+def _loss_now(trainer: Trainer, group: Group) -> float:
+    return group.together([trainer.loss(item.encoded) for item in group.items])
 
 
 def _wants_loss_after(pending: Pending) -> bool:

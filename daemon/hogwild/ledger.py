@@ -28,6 +28,7 @@ from hogwild.ledger_records import (
     Reset,
     State,
 )
+from hogwild.ledger_replay import Pool
 from hogwild.ledger_staging import accept_whole, discard, publish, recover, stage
 from hogwild.ledger_undo import go_back, note_passes
 
@@ -63,6 +64,7 @@ class Ledger:
         self.path = path
         self._db = Database(path, readonly=readonly)
         self._readonly = readonly
+        self.pool = Pool(self._db)
         if not readonly:
             try:
                 ledger_check.check_file(self._db)
@@ -302,8 +304,9 @@ class Ledger:
         held = 0
         with self._db.read() as db:
             rows = db.execute(
-                "SELECT e.example_id, f.name, e.line_no, e.name, l.line, e.passes_done, e.passes,"
-                " e.until_loss FROM examples e JOIN files f USING (file_id) JOIN lines l USING (example_id)"
+                "SELECT e.example_id, f.name, e.line_no, e.name, l.line, e.passes_done, e.passes, e.until_loss,"
+                " (SELECT step FROM passes p WHERE p.pass_id = e.last_pass)"
+                " FROM examples e JOIN files f USING (file_id) JOIN lines l USING (example_id)"
                 " WHERE e.state = 'accepted' ORDER BY e.passes_done, e.priority DESC, e.example_id LIMIT ?",
                 (limit + len(exclude_ids),),
             )
@@ -336,10 +339,14 @@ class Ledger:
                 f"{self.path}: example {one.example_id} cannot be trained: it failed, was undone or is unknown"
             )
         pass_id = db.execute(
-            "INSERT INTO passes (example_id, at, loss_before, loss_after, tokens, step, thread, arena)"
-            f" VALUES (?, {NOW}, ?, ?, ?, ?, ?, ?) RETURNING pass_id",
-            (one.example_id, one.loss_before, one.loss_after, one.tokens, one.step, one.thread, one.arena_id),
-        ).fetchone()[0]
+            "INSERT INTO passes (example_id, at, loss_before, loss_after, tokens, step, thread, arena, replay)"
+            f" VALUES (?, {NOW}, ?, ?, ?, ?, ?, ?, ?) RETURNING pass_id",
+            (one.example_id, one.loss_before, one.loss_after, one.tokens, one.step, one.thread, one.arena_id,
+             one.replay),
+        ).fetchone()[0]  # fmt: skip
+        if one.replay:
+            query = "SELECT state, passes_done FROM examples WHERE example_id = ?"
+            return Outcome(one.example_id, *db.execute(query, (one.example_id,)).fetchone())
         loss = one.loss_before if one.loss_after is None else one.loss_after
         row = db.execute(
             "UPDATE examples SET passes_done = passes_done + 1, last_pass = ?, last_loss = ?,"
@@ -481,12 +488,25 @@ class Ledger:
             rejected, files, passes = db.execute(
                 "SELECT (SELECT count(*) FROM rejected JOIN files USING (file_id) WHERE state <> 'staging'),"
                 " (SELECT count(*) FROM files WHERE state <> 'staging'),"
-                " (SELECT count(*) FROM passes WHERE NOT undone)"
+                " (SELECT count(*) FROM passes WHERE NOT undone AND NOT replay)"
             ).fetchone()
         by_state = {name: states.get(name, 0) for name in ("trained", "durable", "failed", "undone")}
         return Counts(
             pending=states.get("accepted", 0), **by_state, rejected=rejected, files=files, passes=passes
         )
+
+    def remaining(self, newest: int = 32) -> tuple[int, float | None]:
+        """Passes that are still to be done, at most; and the mean loss of the `newest` ones before their update."""
+        with self._db.read() as db:
+            left = db.execute(
+                "SELECT coalesce(sum(passes - passes_done), 0) FROM examples WHERE state = 'accepted'"
+            ).fetchone()[0]
+            loss = db.execute(
+                "SELECT avg(loss_before) FROM (SELECT loss_before FROM passes WHERE NOT replay AND NOT undone"
+                " ORDER BY pass_id DESC LIMIT ?)",
+                (newest,),
+            ).fetchone()[0]
+        return int(left), loss
 
     def is_idle(self) -> bool:
         """Nothing is left to train."""

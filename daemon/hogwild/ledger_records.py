@@ -92,6 +92,8 @@ class Pending:
     passes_done: int
     passes: int
     until_loss: float | None
+    last_step: int | None = None
+    """The training step of its newest pass that counts."""
 
     def example(self) -> Example:
         return parse_line(self.line.encode())
@@ -109,6 +111,8 @@ class Pass:
     step: int
     thread: int
     arena_id: str
+    replay: bool = False
+    """An example that was learned before, mixed into a step: its state and its passes stay as they are."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -215,7 +215,30 @@ CREATE VIEW story AS                     -- SELECT * FROM story WHERE example_id
   SELECT example_id, at, to_state, why, NULL, NULL FROM transitions WHERE example_id IS NOT NULL;
 """
 
-MIGRATIONS = (_V1, _V2)
+_REPLAY = """
+ALTER TABLE passes ADD COLUMN replay INTEGER NOT NULL DEFAULT 0;
+  -- 1: an example that was learned before, mixed into a step; counts neither in passes_done nor for its state
+ALTER TABLE examples ADD COLUMN weight REAL NOT NULL DEFAULT 1;     -- of its loss; negative: unlearn
+ALTER TABLE examples ADD COLUMN tags TEXT NOT NULL DEFAULT '';      -- one a line
+ALTER TABLE examples ADD COLUMN reopened INTEGER NOT NULL DEFAULT 0;-- times that it was forgotten and got passes again
+UPDATE examples SET weight = -1 WHERE example_id IN
+  (SELECT example_id FROM lines WHERE CASE WHEN json_valid(line) THEN json_extract(line, '$.weight') < 0 END);
+CREATE INDEX examples_replayable ON examples (example_id) WHERE state IN ('trained', 'durable') AND weight > 0;
+CREATE INDEX passes_replayed ON passes (pass_id) WHERE replay AND NOT undone;
+
+DROP VIEW story;
+CREATE VIEW story AS                     -- SELECT * FROM story WHERE example_id = 7;
+  SELECT e.example_id, f.accepted_at AS at, 'accepted' AS event, NULL AS why, NULL AS loss, NULL AS step
+    FROM examples e JOIN files f USING (file_id) WHERE f.state = 'accepted'
+  UNION ALL
+  SELECT example_id, at, iif(replay, 'replay', 'pass') || iif(undone, ', undone since', ''), NULL,
+         coalesce(loss_after, loss_before), step FROM passes
+  UNION ALL
+  SELECT example_id, at, to_state, why, NULL, NULL FROM transitions WHERE example_id IS NOT NULL;
+"""
+
+MIGRATIONS = (_V1, _V2, _REPLAY)
+
 VERSION = len(MIGRATIONS)
 
-OWN = "TRUE"  # SQL: the passes that count for their example's passes_done and state, if they are not undone
+OWN = "NOT replay"  # SQL: the passes that count for their example's passes_done and state, if they are not undone

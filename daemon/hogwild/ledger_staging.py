@@ -161,7 +161,8 @@ def _insert(connection: Connection, lines: Sequence[tuple[int, GoodLine]], passe
     start = int(connection.execute("SELECT coalesce(max(example_id), 0) + 1 FROM examples").fetchone()[0])
     _insert_rows(
         connection,
-        "examples (example_id, file_id, line_no, byte_offset, name, priority, passes, until_loss, state)",
+        "examples (example_id, file_id, line_no, byte_offset, name, priority, passes, until_loss, weight, tags,"
+        " state)",
         [
             (
                 example_id,
@@ -172,6 +173,8 @@ def _insert(connection: Connection, lines: Sequence[tuple[int, GoodLine]], passe
                 line.example.priority,
                 line.example.passes or passes,
                 line.example.until_loss,
+                line.example.weight,
+                "\n".join(line.example.tags),
             )
             for example_id, (file_id, line) in enumerate(lines, start)
         ],

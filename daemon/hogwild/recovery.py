@@ -81,6 +81,7 @@ def take(
         _claim(arena, config, ledger, current)  # first: a crash while it is written must find it ours
         _restore(learner, current, write)
     _claim(arena, config, ledger, None)
+    learner.write_own_texts(config.state_dir / "selfreplay.json", ledger.get_meta("base_digest") or "")
     return Taken(learner, str(current) if current is not None and not keep else None, repeated)
 
 

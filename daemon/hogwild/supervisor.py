@@ -59,7 +59,9 @@ class Supervisor:
         leftovers.sweep(config.state_dir, config.spool.dir)
         self.ledger = Ledger(config.state_dir / "ledger.sqlite")
         self.checkpoints = Checkpoints(config.state_dir / "checkpoints", config.checkpoint.keep)
-        self.curriculum = Curriculum(self.ledger)
+        self.curriculum = Curriculum(
+            self.ledger, config.replay, seed=config.training.seed, step_tokens=config.training.step_tokens
+        )
         self.spool = Spool(
             config.spool,
             self.ledger,

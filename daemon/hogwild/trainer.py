@@ -1,27 +1,25 @@
-"""One lock-free trainer: a skeleton of views, and a loop of take, forward, backward-and-update, record."""
+"""One lock-free trainer: a skeleton of views, and a step of read context, forward, backward-and-update."""
 
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hogwild.apollo import Optimizer
 from hogwild.arena.control import ControlPage
 from hogwild.backward import train_in_backward
+from hogwild.batch import Encoded, Item, Work, cut, packs
+from hogwild.context import Layers, Pack, Segment, State, fixed_cache, read_one
+from hogwild.loss import bounded_loss, unlearning_limit
+from hogwild.prefixes import plan
+from hogwild.recompute import Recompute
 from hogwild_kernels import UpdateResult
 
-
-class Encoded(Protocol):
-    """An example as tokens: what `examples.encode` makes."""
-
-    @property
-    def ids(self) -> Sequence[int]: ...  # (L,) token ids
-    @property
-    def trained(self) -> Sequence[bool]: ...  # (L,) is this token's prediction trained?
+__all__ = ["Encoded", "Item", "Progress", "StepResult", "Trainer"]
 
 
 class Progress:
@@ -51,8 +49,9 @@ class StepResult:
     """What one training step did.
 
     Attributes:
-        loss: mean negative log-likelihood of the trained tokens before the update, nats.
-        tokens: trained tokens.
+        losses: of each item, in order: mean negative log-likelihood of its trained tokens before the update, nats
+            (the mean divergence for an item with `likeliest`).
+        tokens: of each item, in order: trained tokens.
         step: number of this step among all threads.
         staleness: steps that other threads finished between this step's first read of the weights and its last write.
         update_norm: root of the summed squares of all weights' updates.
@@ -61,8 +60,8 @@ class StepResult:
         seconds: wall time.
     """
 
-    loss: float
-    tokens: int
+    losses: list[float]
+    tokens: list[int]
     step: int
     staleness: int
     update_norm: float
@@ -72,13 +71,23 @@ class StepResult:
 
 
 class Trainer:
-    """Trains on one example at a time, in the calling thread.
+    """Trains on one example or several at a time, in the calling thread.
+
+    Context is frozen unless told otherwise: tokens that predict nothing trained are constants. Those before the first
+    trained token are read without gradient and enter as keys and values or recurrent state; those between trained
+    ones (the user's later turns) go through with them, but no linear layer passes a gradient back through them or is
+    updated from them. So the rows of every update are those of the trained tokens. (What is no matrix, such as the
+    decay of a recurrent layer, still sees later turns.) With "full" context, gradients reach every token.
 
     Args:
         model: this trainer's own skeleton; changed so that its backward pass updates the weights.
-        context: "frozen" runs tokens before the first trained one without gradient.
+        context: "frozen" or "full", for items that do not say.
         seed: varies the rounding between threads.
         between_layers: called after each weight's update; the place to yield to the server, or to stop.
+        batch_tokens: tokens that go through the model at once. Items of one step share a pass up to that many, and
+            long contexts are read in pieces of that size.
+        activation_mib: memory for activations; a pass that would need more computes them twice instead.
+        unlearn_until_loss: nats; a token with a negative weight counts until its loss is that high.
     """
 
     def __init__(
@@ -90,22 +99,52 @@ class Trainer:
         context: Literal["frozen", "full"],
         seed: int,
         between_layers: Callable[[], None] = lambda: None,
+        batch_tokens: int = 512,
+        activation_mib: int = 2048,
+        unlearn_until_loss: float = 5.0,
     ) -> None:
         self.model, self.progress, self.context = model, progress, context
-        self._between_layers = between_layers
+        self._between_layers, self._batch_tokens = between_layers, batch_tokens
+        self._unlearning_limit = unlearning_limit(
+            unlearn_until_loss, model.config.get_text_config().vocab_size
+        )
         self._squares, self._updates, self._skipped = 0.0, 0, 0
-        self.frozen = train_in_backward(model, optimizer, trainable, seed, self._count)
+        self._gather = train_in_backward(model, optimizer, trainable, seed, self._count)
+        self.frozen = self._gather.frozen
+        self._layers = Layers(model)
+        self._packs = self._layers.windows is not None
+        # In a row that mixes trained tokens and constants, only linear layers and keys and values tell them apart.
+        vectors = all(model.get_parameter(name).ndim == 1 for name in self._gather.small)
+        self._merges = self._packs and vectors
+        self._recompute = Recompute(model, activation_mib << 20)
 
-    def step(self, example: Encoded, weight: float) -> StepResult:
-        """Forward, backward and update on one example; its loss counts `weight` times (negative: unlearn)."""
+    def step(self, items: Sequence[Item]) -> StepResult:
+        """Forward, backward and one update on all of `items`.
+
+        The loss of the step is the mean over the items of weight * mean negative log-likelihood of the item's trained
+        tokens, so an item counts the same however long it is.
+        """
         began, steps_before = time.perf_counter(), self.progress.steps
         self._squares, self._updates, self._skipped = 0.0, 0, 0
-        loss, tokens = self._loss(example, self.context)
-        (weight * loss).backward()  # type: ignore[no-untyped-call]
+        work = [self._cut(index, item, item.context or self.context) for index, item in enumerate(items)]
+        self._read(work)
+        self._gather.begin()
+        losses = [0.0] * len(items)
+        groups = packs(work, self._batch_tokens) if self._packs else [[one] for one in work]
+        for number, group in enumerate(groups, 1):
+            self._gather.more = number < len(groups)
+            found = self._losses(group)
+            pairs = zip(group, found, strict=True)
+            parts = [bounded_loss(nll, one.weight / len(items), self._unlearning_limit) for one, nll in pairs]
+            torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
+            means = torch.stack([nll.detach().mean() for nll in found]).tolist()
+            for one, loss in zip(group, means, strict=True):
+                losses[one.index] = loss
+        self._gather.finish()
         step = self.progress.advance()
         return StepResult(
-            loss=float(loss.detach()),
-            tokens=tokens,
+            losses=losses,
+            tokens=[len(one.targets) for one in work],
             step=step,
             staleness=step - 1 - steps_before,
             update_norm=self._squares**0.5,
@@ -117,24 +156,65 @@ class Trainer:
     @torch.no_grad()
     def loss(self, example: Encoded) -> float:
         """The loss with the weights as they are now, nats a trained token."""
-        return float(self._loss(example, "full")[0])
+        return float(self._losses([cut(0, Item(example), "full", merge=False)])[0].mean())
 
-    def _loss(self, example: Encoded, context: Literal["frozen", "full"]) -> tuple[torch.Tensor, int]:
-        ids = torch.tensor([example.ids])  # (1, L)
-        first = list(example.trained).index(True)
-        start = (
-            max(first - 1, 0) if context == "frozen" else 0
-        )  # the token that predicts the first trained one
-        cache = None
-        if start > 0:
-            with torch.no_grad():
-                cache = DynamicCache(config=self.model.config)
-                self.model(ids[:, :start], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits = self.model(ids[:, start:-1], past_key_values=cache, use_cache=cache is not None).logits[0]
-        mask = torch.tensor(example.trained[start + 1 :])  # (L - start - 1,)
-        targets = ids[0, start + 1 :][mask]
-        loss = torch.nn.functional.cross_entropy(logits[mask].float(), targets)
-        return loss, int(targets.numel())
+    def _cut(self, index: int, item: Item, context: Literal["frozen", "full"]) -> Work:
+        known = self._packs or self._layers.known
+        return cut(index, item, context if known else "full", self._merges)
+
+    def _read(self, work: Sequence[Work]) -> None:
+        """Read the contexts; a beginning that several have in common once."""
+        planned = plan([one.context for one in work])
+        states: dict[int, State] = {}
+        for level in planned.levels():
+            segments = []
+            for number in level:
+                node = planned.nodes[number]
+                segments.append(Segment(node.ids, None if node.parent is None else states[node.parent]))
+            states.update(zip(level, self._states(segments), strict=True))
+        for one, end in zip(work, planned.ends, strict=True):
+            one.after = None if end is None else states[end]
+
+    @torch.no_grad()
+    def _states(self, segments: list[Segment]) -> list[State]:
+        if not self._packs:
+            return [read_one(self.model, self._layers, segment, self._batch_tokens) for segment in segments]
+        pack = Pack(segments, self._layers, self.model.dtype, self.model.device, keep=True)
+        self.model.base_model(pack.ids, **pack.arguments)
+        return pack.states()
+
+    def _losses(self, group: Sequence[Work]) -> list[torch.Tensor]:
+        """Of each one (T,) fp32: the negative log-likelihoods of its trained tokens, or their divergences."""
+        device = self.model.device
+        constant = [[False] * len(one.ids) if not one.constant else one.constant for one in group]
+        mask = torch.tensor([flag for flags in constant for flag in flags], device=device)
+        fixed = mask if torch.is_grad_enabled() and bool(mask.any()) else None
+        self._gather.rows = None if fixed is None else ~fixed
+        segments = [one.segment for one in group]
+        if self._packs:
+            pack = Pack(segments, self._layers, self.model.dtype, device, fixed)
+            ids, arguments = pack.ids, pack.arguments
+        else:
+            ids = torch.tensor([segments[0].ids], device=device)
+            cache = fixed_cache(segments[0].after)
+            arguments = {"past_key_values": cache, "use_cache": cache is not None}
+        places, begun = [], 0
+        for one in group:
+            places += [begun + place for place in one.places]
+            begun += len(one.ids)
+        targets = torch.tensor([target for one in group for target in one.targets], device=device)
+        with self._recompute.within_budget(ids.numel()):
+            logits = self.model(ids, logits_to_keep=torch.tensor(places, device=device), **arguments).logits
+        losses = torch.nn.functional.cross_entropy(logits[0].float(), targets, reduction="none")
+        found, begun = [], 0
+        for one in group:
+            here = slice(begun, begun + len(one.targets))
+            if one.likeliest is None:
+                found.append(losses[here])
+            else:
+                found.append(one.likeliest.divergence(logits[0, here]))
+            begun += len(one.targets)
+        return found
 
     def _count(self, _name: str, result: UpdateResult) -> None:
         self._updates += 1

@@ -1,0 +1,192 @@
+"""A conversation as the server's chat template sees it, and the text that the template makes of it.
+
+The server changes a request before its template sees it. An example whose context skipped that would be trained
+with a prompt that is never served, so the same is done here (vLLM 0.32, `vllm/renderers/chat_utils.py` and
+`hf.py`; tests/test_templates.py compares the two).
+
+Special tokens: a template makes one text of everybody's words, and the tokenizer reads the text of a special token
+as that token, whoever wrote it. A user who writes "<|im_end|>\\n<|im_start|>assistant" fakes a turn, in training as
+when serving. That much is shared with the server on purpose. What is trained is decided by positions in the
+template's own text, never by searching for roles, so a faked turn in somebody's words is context and never trained.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from hogwild.errors import ExampleError
+
+Message = Mapping[str, Any]
+_ANSWER = "an answer that nobody wrote"
+
+
+class Templated(Protocol):
+    """What is used of a Hugging Face tokenizer to render a conversation."""
+
+    @property
+    def chat_template(self) -> Any: ...
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+
+def served_messages(
+    messages: Sequence[Message], template: str, *, own_calls: bool = False
+) -> list[dict[str, Any]]:
+    """The messages as the server hands them to its template.
+
+    No content is empty content; arguments of tool calls are objects, not text; reasoning goes by both of its names;
+    a developer is a system where the template knows none; text is a list of parts where the template wants that.
+
+    Args:
+        own_calls: leave the keys of tool calls in the order that the line has, which the model is to learn. The
+            server puts them into an order of its own, which some templates (Mistral's) write down.
+    """
+    knows_developers = '"developer"' in template or "'developer'" in template
+    wants_parts = _wants_parts(template)
+    result = []
+    for message in messages:
+        fresh = {
+            name: message[name] for name in ("role", "content", "name", "tool_call_id") if name in message
+        }
+        if fresh["role"] == "developer" and not knows_developers:
+            fresh["role"] = "system"
+        content = message.get("content") or ""
+        fresh["content"] = [{"type": "text", "text": content}] if wants_parts and content else content
+        if "reasoning_content" in message:
+            fresh["reasoning"] = fresh["reasoning_content"] = message["reasoning_content"]
+        if "tool_calls" in message:
+            fresh["tool_calls"] = [_with_object_arguments(call, own_calls) for call in message["tool_calls"]]
+        result.append(fresh)
+    return result
+
+
+def served_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """The tools in the server's key order, with its defaults; keys that it does not know are gone."""
+    if not tools:
+        return None
+    result = []
+    for tool in tools:
+        function = tool["function"]
+        fresh = {key: function.get(key) for key in ("name", "description", "parameters")}
+        fresh |= {key: function[key] for key in ("strict",) if function.get(key) is not None}
+        result.append({"type": "function", "function": fresh})
+    return result
+
+
+def arguments_of(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a tool call as an object; they may be given as its JSON text, and be empty.
+
+    Raises:
+        ValueError: they are neither.
+    """
+    arguments = call["function"].get("arguments")
+    if not arguments and arguments in (None, "", {}):
+        return {}
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    if not isinstance(arguments, dict):
+        raise ValueError("not an object")  # noqa: TRY004 - a JSON text of another type is a wrong value
+    return arguments
+
+
+class Chat:
+    """A conversation in front of a tokenizer's chat template.
+
+    Raises:
+        ExampleError: the model has no chat template.
+    """
+
+    def __init__(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        tokenizer: Templated,
+    ) -> None:
+        if not tokenizer.chat_template:
+            raise ExampleError(
+                'the model has no chat template; use "prompt" and "completion", or "text"', "messages"
+            )
+        self.messages, self.tokenizer = messages, tokenizer
+        self._tools = served_tools(tools)
+        template = tokenizer.chat_template
+        if isinstance(template, dict):  # several by name: the one that the server would take
+            template = template.get("tool_use" if tools and "tool_use" in template else "default", "")
+        self._served = served_messages(messages, str(template))
+        self._said = served_messages(messages, str(template), own_calls=True)
+
+    @property
+    def turns(self) -> list[int]:
+        """Where the assistant's messages are."""
+        return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+    def prompt(self, upto: int) -> str:
+        """What the server sends to the model after the first `upto` messages.
+
+        Raises:
+            ExampleError: the template refuses them, or fails.
+        """
+        return self._render(self._served[:upto], generation_prompt=True)
+
+    def _render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=self._tools,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+            )
+        except (
+            Exception
+        ) as error:  # a template is a program that came with the model: it raises what it likes
+            raise ExampleError(f"the chat template refuses it: {error}", "messages") from error
+        return str(text)
+
+    def turn(self, i: int) -> tuple[str, str]:
+        """The assistant's message `i` as (what the server sends to the model, what the model has to answer).
+
+        Raises:
+            ExampleError: see `render`; or the template does not render what the model would have to answer.
+        """
+        prompt = self.prompt(i)
+        answered = self._render([*self._served[:i], self._said[i]], generation_prompt=False)
+        start = len(prompt) if answered.startswith(prompt) else self._answer_start(prompt, answered, i)
+        if start is None or start >= len(answered):
+            raise ExampleError(
+                "the chat template renders this turn differently from what the model has to answer "
+                'to the prompt that is served; use "prompt" and "completion"',
+                f"messages[{i}]",
+            )
+        return prompt, answered[start:]
+
+    def _answer_start(self, prompt: str, answered: str, i: int) -> int | None:
+        """Where the answer begins in `answered`, whose beginning is not the prompt; None if that cannot be told.
+
+        Some templates (Mistral 7B Instruct v0.3) render the system prompt only while the question is the last
+        message. All that both texts must share is then the last message before the answer, up to where it begins.
+        It is looked for in front of an answer that cannot contain it, because the real one may quote the question.
+        """
+        text = str(self.messages[i - 1].get("content") or "").strip()
+        before = prompt.rfind(text)
+        if not text or before < 0:
+            return None
+        shared = prompt[before:]
+        probe = self._render(
+            [*self._served[:i], {"role": "assistant", "content": _ANSWER}], generation_prompt=False
+        )
+        end = probe.rfind(shared) + len(shared)
+        return end if end >= len(shared) and answered[:end] == probe[:end] else None
+
+
+def _wants_parts(template: str) -> bool:
+    """Does the template go through a message's content part by part, and not take plain text as well?"""
+    loops = re.search(r"for\s+\w+\s+in\s+\w+(\.content|\[\s*['\"]content['\"]\s*\])", template)
+    return loops is not None and "is string" not in template
+
+
+def _with_object_arguments(call: Mapping[str, Any], own_order: bool) -> dict[str, Any]:
+    function = {**call["function"], "arguments": arguments_of(call)}
+    if own_order:
+        return {**call, "function": function}
+    served = {key: call[key] for key in ("id",) if key in call}
+    named = {key: function[key] for key in ("arguments", "name")}
+    return {**served, "function": named, "type": call.get("type", "function")}

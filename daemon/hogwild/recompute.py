@@ -1,0 +1,97 @@
+"""Activation checkpointing: a layer's activations are not kept, but computed again in its backward pass.
+
+Sound together with updates inside the backward pass: a layer is computed again before its own backward pass, and only
+layers above it have been updated by then. With other trainer threads the second pass may see newer weights than the
+first, as every backward pass here may.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+_FIRST_TOKENS = 256
+"""Tokens of the longest pass that keeps its activations before it is known how large they are."""
+
+
+class Recompute:
+    """Lets the layers of a model keep their activations, or compute them a second time.
+
+    Args:
+        model: its layers are wrapped in place.
+        budget: bytes of activations that one pass may keep; 0: it keeps each layer's input alone.
+    """
+
+    def __init__(self, model: PreTrainedModel, budget: int) -> None:
+        self._budget, self._on = budget, False
+        self._bytes_per_token: float | None = None
+        self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                self._wrap(module)
+
+    @contextmanager
+    def within_budget(self, tokens: int) -> Iterator[None]:
+        """Around a forward pass over `tokens` tokens."""
+        known = self._bytes_per_token
+        self._on = self._budget == 0 or (
+            tokens > _FIRST_TOKENS if known is None else known * tokens > self._budget
+        )
+        try:
+            if self._on or known is not None or not torch.is_grad_enabled():
+                yield
+            else:
+                saved: dict[int, int] = {}
+                with torch.autograd.graph.saved_tensors_hooks(self._note(saved), lambda tensor: tensor):
+                    yield
+                self._bytes_per_token = sum(saved.values()) / tokens
+        finally:
+            self._on = False
+
+    def _note(self, saved: dict[int, int]) -> Callable[[Tensor], Tensor]:
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._weights:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        return note
+
+    def _wrap(self, layer: torch.nn.Module) -> None:
+        plain = layer.forward
+
+        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not self._on or not torch.is_grad_enabled():
+                return plain(hidden, *args, **kwargs)
+            return _Recomputed.apply(hidden, lambda h: plain(h, *args, **kwargs))  # type: ignore[no-untyped-call]
+
+        layer.forward = forward
+
+
+class _Recomputed(torch.autograd.Function):
+    """hidden -> layer(hidden); everything else that the layer takes (positions, masks, states) is constant."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, layer: Callable[[Tensor], Any]) -> Any:
+        ctx.save_for_backward(hidden)
+        ctx.layer = layer
+        return layer(hidden)  # autograd runs this without gradient
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
+        (hidden,) = ctx.saved_tensors
+        hidden = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            out = ctx.layer(hidden)
+        outs = out if isinstance(out, tuple) else (out,)
+        pairs = [
+            (o, g)
+            for o, g in zip(outs, gradients, strict=True)
+            if isinstance(o, Tensor) and o.requires_grad and g is not None
+        ]
+        torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+        return hidden.grad, None

@@ -1,0 +1,169 @@
+"""What `hogwild train` shows: the lines that are wrong, a progress bar, the losses of each file before and after."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from hogwild.check import Checker
+from hogwild.config import Config
+from hogwild.encoding import context_length
+from hogwild.errors import HogwildError, UsageError
+
+if TYPE_CHECKING:
+    from hogwild.one_shot import Now, Result
+
+
+def run(
+    files: Sequence[Path],
+    config: Config,
+    model: Path,
+    out: Path,
+    state: Path | None,
+    *,
+    strict: bool,
+    as_json: bool,
+) -> int:
+    """Check, train and report; everything but the result goes to stderr. Returns the exit code.
+
+    Raises:
+        HogwildError: nothing has been written to `out`.
+    """
+    _refuse(files, model, out)
+    from transformers.utils import logging as transformers_logging
+
+    from hogwild.one_shot import OneShot  # torch: seconds that a refusal should not take
+
+    console = Console(stderr=True)
+    transformers_logging.disable_progress_bar()
+    shot = OneShot(config, model, out, state)
+    _check(files, config, model, console, strict)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot be made: {error}") from error
+    with _interrupting(shot.interrupt, console), _Bar(console) as bar:
+        result = shot.run(list(dict.fromkeys(files)), bar.show)
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(result)) + "\n")
+    else:
+        _report(result, Console())
+    return 0
+
+
+def _refuse(files: Sequence[Path], model: Path, out: Path) -> None:
+    """What cannot work, before anything long begins.
+
+    Raises:
+        UsageError: a file or the model is not there, or `out` is in the way.
+    """
+    for path in files:
+        if not path.is_file():
+            raise UsageError(f"{path}: cannot be read: there is no such file")
+    if not (model / "config.json").is_file():
+        raise UsageError(f"--model {model}: no config.json there; give the folder of a Hugging Face model")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"--out {out}: is there already; give a folder that is not, or an empty one")
+
+
+def _check(files: Sequence[Path], config: Config, model: Path, console: Console, strict: bool) -> None:
+    """As `hogwild check`, but silent about what is well."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model {model}: no tokenizer there: {error}") from error
+    checker = Checker(config, console, tokenizer, context_length(model), problems_only=True)
+    for _ in checker.files(files):
+        pass
+    checker.sum_up()
+    if not checker.good:
+        raise HogwildError("no line can be trained")
+    if strict and checker.bad:
+        raise HogwildError(f"{checker.bad} lines are wrong, and --strict was given: nothing was trained")
+
+
+class _interrupting:  # noqa: N801 - used as a function
+    """Ctrl-C and TERM call `interrupt` once; the next one ends the process, and nothing is written."""
+
+    def __init__(self, interrupt: Callable[[], None], console: Console) -> None:
+        self._interrupt, self._console = interrupt, console
+
+    def __enter__(self) -> None:
+        self._before = {
+            number: signal.signal(number, self._first) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _first(self, number: int, _frame: object) -> None:
+        signal.signal(number, self._before[signal.Signals(number)] or signal.SIG_DFL)
+        self._console.print("[yellow]finishing the passes under way and saving; once more to give up[/]")
+        self._interrupt()
+
+
+class _Bar:
+    """One line that moves on a terminal; nothing elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("passes  loss {task.fields[loss]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("loading", total=None, loss="-")
+
+    def __enter__(self) -> "_Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, now: "Now") -> None:
+        self._progress.update(
+            self._task,
+            description="training" if now.passes_done or not now.passes_left else "preparing",
+            completed=now.passes_done,
+            total=now.passes_done + now.passes_left,
+            loss="-" if now.loss is None else f"{now.loss:.3f}",
+        )
+
+
+def _report(result: "Result", console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("file", "examples", "wrong", "loss before", "after", "measured on"):
+        table.add_column(heading, justify="left" if heading == "file" else "right")
+    for one in result.files:
+        losses = ["" if loss is None else f"{loss:.3f}" for loss in (one.loss_before, one.loss_after)]
+        name = f"{one.file} (the same as {one.same_as})" if one.same_as else one.file
+        table.add_row(name, str(one.examples), str(one.rejected + one.failed), *losses, str(one.measured))
+    console.print(table, highlight=False)
+    what = "stopped early after" if result.interrupted else "finished after"
+    console.print(
+        f"{what} {result.passes} passes in {result.steps} steps, {result.seconds:.0f} s: {result.out}",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,119 @@
+"""Tiny models of several families, as `tiny.llama` makes them, and plain autograd over them as the truth."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.qwen3_5 import modeling_qwen3_5
+from transformers.models.qwen3_next import modeling_qwen3_next
+
+from hogwild.encoding import Encoded
+from tiny import SIZES, save
+
+DELTA_NET = {
+    "head_dim": 8, "num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "mistral": {"sliding_window": 9, "head_dim": 8},
+    "gemma3_text": {
+        "head_dim": 8, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 8,
+    },
+    "qwen3_next": {**DELTA_NET, "mlp_only_layers": [0, 1, 2, 3], "num_experts": 0},
+    "qwen3_5_text": DELTA_NET,
+    "falcon_h1": {
+        "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8,
+        "mamba_n_groups": 1, "mamba_chunk_size": 8,
+    },
+}  # fmt: skip
+ATTENTION = ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"]
+RECURRENT = ["qwen3_next", "qwen3_5_text", "falcon_h1"]
+
+
+def build(family: str, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
+    config = AutoConfig.for_model(
+        family, **{**SIZES, "tie_word_embeddings": True, **FAMILIES[family], **settings}
+    )
+    kind = type(AutoModelForCausalLM.from_config(config))
+    return save(kind, config, folder, dtype, seed=1)
+
+
+class Truth:
+    """Plain transformers and plain autograd over one whole text.
+
+    Attributes:
+        loss: mean negative log-likelihood of the trained tokens.
+        logits: (trained tokens, vocabulary).
+        gradients: name -> gradient of every parameter that has one.
+    """
+
+    def __init__(
+        self, folder: Path, example: Encoded, constants: Literal["none", "linear", "everywhere"]
+    ) -> None:
+        """Where tokens that predict nothing trained are detached: nowhere, at the output of every linear layer, or
+        also at that of norms and convolutions and on their way into the recurrence."""
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        ids, wanted = example.ids, torch.tensor(example.trained[1:])
+        constant = ~wanted if constants != "none" else torch.zeros_like(wanted)
+        for name, module in model.named_modules():
+            leaf = not list(module.children()) and any(True for _ in module.parameters())
+            cut = isinstance(module, nn.Linear) if constants == "linear" else leaf
+            if cut and not isinstance(module, nn.Embedding) and "lm_head" not in name:
+                module.register_forward_hook(lambda _m, _i, out: _cut(out, constant))
+        with _recurrences_cut(constant) if constants == "everywhere" else nullcontext():
+            self._logits = model(torch.tensor([ids[:-1]]), use_cache=False).logits[0][wanted]
+        loss = nn.functional.cross_entropy(self._logits.float(), torch.tensor(ids[1:])[wanted])
+        loss.backward()
+        self.loss, self.logits = float(loss.detach()), self._logits.detach()
+        self.gradients = {
+            name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+        }
+
+
+def _cut(out: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
+    """Constant tokens detached; they lie along the first dimension of their number, or are rows of (tokens * heads,
+    width). So no text may have as many tokens as a model has heads."""
+    if out.ndim == 2:
+        shape = [len(out), 1]
+        mask = constant.repeat_interleave(len(out) // len(constant))
+    else:
+        shape = [1] * out.ndim
+        shape[list(out.shape).index(len(constant), 1)] = len(constant)
+        mask = constant
+    return torch.where(mask.view(shape), out.detach(), out)
+
+
+@contextmanager
+def _recurrences_cut(constant: torch.Tensor) -> Iterator[None]:
+    """The Gated-DeltaNet functions of transformers with constant tokens detached on their way in."""
+    modules = [modeling_qwen3_next, modeling_qwen3_5]
+    before = [
+        (m, n, getattr(m, n)) for m in modules for n in ("torch_chunk_gated_delta_rule", "causal_conv1d_fn")
+    ]
+
+    def rule(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(q: Any, k: Any, v: Any, *, g: Any, beta: Any, **rest: Any) -> Any:
+            q, k, v, g, beta = (_cut(each, constant) for each in (q, k, v, g, beta))
+            return plain(q, k, v, g=g, beta=beta, **rest)
+
+        return call
+
+    def convolution(plain: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments, **rest: _cut(plain(*arguments, **rest), constant)
+
+    for module, name, plain in before:
+        setattr(module, name, rule(plain) if "rule" in name else convolution(plain))
+    try:
+        yield
+    finally:
+        for module, name, plain in before:
+            setattr(module, name, plain)

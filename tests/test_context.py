@@ -1,0 +1,142 @@
+"""Frozen context, packing and activation checkpointing: the same losses and gradients as plain autograd gives."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from families import ATTENTION, RECURRENT, Truth, build
+from hogwild import skeleton
+from hogwild.apollo import Optimizer
+from hogwild.config import OptimizerConfig
+from hogwild.encoding import Encoded
+from hogwild.trainer import Item, Progress, Trainer
+from hogwild.weights import Weights, load_arena
+from hogwild_kernels import UpdateResult
+
+
+class Recorder(Optimizer):
+    """Notes the gradients and updates nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(OptimizerConfig(rank=4), seed=0)
+        self.gradients: dict[str, torch.Tensor] = {}
+        self.rows: set[int] = set()
+
+    def forget(self, *endings: str) -> None:
+        for name in list(self.gradients):
+            if any(part in name for part in endings):
+                del self.gradients[name]
+
+    def _note(self, name: str, gradient: torch.Tensor) -> UpdateResult:
+        assert name not in self.gradients, f"{name} is updated twice in one step"
+        self.gradients[name] = gradient
+        return UpdateResult(0.0, skipped=False)
+
+    def update_linear(
+        self, name: str, _weight: Any, x: torch.Tensor, d: torch.Tensor, _seed: int
+    ) -> UpdateResult:
+        self.rows.add(len(x))
+        return self._note(name, d.t() @ x)
+
+    def update_small(self, name: str, _weight: Any, gradient: torch.Tensor, _seed: int) -> UpdateResult:
+        return self._note(name, gradient.clone())
+
+
+def recorded(folder: Path, items: list[Item], **settings: Any) -> tuple[Trainer, Recorder, list[float]]:
+    """A step of a trainer that records its gradients: (trainer, recorder, losses)."""
+    weights, optimizer = Weights(load_arena(folder)), Recorder()
+    trainer = Trainer(
+        skeleton.build(folder, weights), optimizer, Progress(weights.arena.control, 4), set(weights.names), "frozen",
+        seed=0, **settings,
+    )  # fmt: skip
+    return trainer, optimizer, trainer.step(items).losses
+
+
+def text(seed: int, *lengths: int) -> Encoded:
+    """Spans of context and trained tokens in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 64, (sum(lengths),), generator=generator).tolist()
+    trained = [bool(number % 2) for number, length in enumerate(lengths) for _ in range(length)]
+    return Encoded(ids, trained)
+
+
+def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """To the rounding of fp32 sums."""
+    for name, gradient in found.items():
+        scale = wanted[name].abs().max()
+        assert scale > 1e-6, f"{name}: nothing to compare"
+        assert (gradient - wanted[name]).abs().max() < 1e-3 * scale, name
+
+
+# --- frozen context --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ATTENTION + RECURRENT)
+@pytest.mark.parametrize("lengths", [(5, 4), (90, 6)], ids=["short", "long"])
+def test_frozen_context_equals_the_full_forward_and_gradients_the_detached_one(tmp_path, family, lengths):
+    """The long context is read beforehand, in pieces; the short one goes through with the trained tokens if it can."""
+    folder, example = build(family, tmp_path / "model", max_position_embeddings=128), text(2, *lengths)
+    truth = Truth(folder, example, "everywhere")
+    _, optimizer, losses = recorded(folder, [Item(example)], batch_tokens=37)
+    assert losses == pytest.approx([truth.loss], rel=1e-5)
+    assert optimizer.rows == {lengths[1]}
+    assert len(optimizer.gradients) > 10
+    if family == "falcon_h1":  # the truth has no place to cut Mamba's own vectors
+        optimizer.forget(".A_log", ".D", ".dt_bias", "conv1d")
+    assert_close(optimizer.gradients, truth.gradients)
+
+
+@pytest.mark.parametrize("family", ATTENTION + RECURRENT)
+def test_later_turns_are_constants_too(tmp_path, family):
+    folder, example = build(family, tmp_path / "model"), text(3, 6, 5, 7, 3, 2, 4)
+    truth = Truth(folder, example, "linear" if family in RECURRENT else "everywhere")
+    _, optimizer, losses = recorded(folder, [Item(example)])
+    assert losses == pytest.approx([truth.loss], rel=1e-5)
+    assert optimizer.rows == {12}
+    if family in RECURRENT:  # of the recurrence's own vectors this is not claimed
+        optimizer.forget(".A_log", ".D", ".dt_bias", "conv1d", "_norm.weight")
+    assert_close(optimizer.gradients, truth.gradients)
+
+
+@pytest.mark.parametrize("family", ATTENTION + RECURRENT)
+def test_full_context_gives_the_gradients_of_plain_autograd(tmp_path, family):
+    folder, example = build(family, tmp_path / "model"), text(3, 20, 5, 7, 3)
+    truth = Truth(folder, example, "none")
+    _, optimizer, losses = recorded(folder, [Item(example, context="full")])
+    assert losses == pytest.approx([truth.loss], rel=1e-5)
+    assert optimizer.rows == {34}
+    assert_close(optimizer.gradients, truth.gradients)
+
+
+# --- several examples ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ATTENTION + RECURRENT)
+def test_packing_gives_the_gradients_of_one_by_one(tmp_path, family):
+    """Short and long contexts, later turns, full and frozen, texts without context, and a shared beginning."""
+    folder = build(family, tmp_path / "model", max_position_embeddings=256)
+    shared = text(9, 80, 5)
+    other = Encoded([*shared.ids[:75], *text(4, 12).ids], [False] * 80 + [True] * 7)
+    kinds = [
+        (text(1, 6, 9), "frozen"), (text(2, 90, 4, 3, 2), "frozen"), (text(3, 1, 20), "frozen"),
+        (text(4, 30, 5), "full"), (shared, "frozen"), (other, "frozen"),
+    ]  # fmt: skip
+    items = [Item(e, weight=1 + 0.5 * i, context=c) for i, (e, c) in enumerate(kinds)]
+    _, together, losses = recorded(folder, items, batch_tokens=1000)
+    _, apart, losses_apart = recorded(folder, items, batch_tokens=1)
+    truths = [
+        Truth(folder, item.encoded, "everywhere" if item.context == "frozen" else "none") for item in items
+    ]
+    assert losses == pytest.approx([truth.loss for truth in truths], rel=1e-5)
+    assert losses_apart == pytest.approx(losses, rel=1e-5)
+    assert together.rows == apart.rows == {9 + 6 + 20 + 34 + 5 + 7}
+    assert_close(together.gradients, apart.gradients)
+    if family in RECURRENT:
+        together.forget(".A_log", ".D", ".dt_bias", "conv1d", "_norm.weight")
+    wanted = {
+        name: sum(i.weight / len(items) * t.gradients[name] for i, t in zip(items, truths, strict=True))
+        for name in together.gradients
+    }
+    assert_close(together.gradients, wanted)

@@ -1,0 +1,197 @@
+"""`hogwild train`: from files and a model folder to another model folder, in processes of its own."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hogwild.ledger import Ledger
+from support import environment, wait_until
+from tiny import llama, tokenizer
+
+TEACH = [{"id": f"t{i}", "prompt": f"w{i} w{i + 1}", "completion": f" w{i + 2} w{i + 3}"} for i in range(6)]
+TEMPLATE = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = llama(tmp_path_factory.mktemp("base") / "model", torch.bfloat16)
+    tokenizer(folder)
+    return folder
+
+
+def write(path: Path, lines: list[dict[str, Any]], *more: str) -> Path:
+    path.write_text(
+        "".join(f"{json.dumps(line)}\n" for line in lines) + "".join(f"{line}\n" for line in more)
+    )
+    return path
+
+
+def train(*arguments: object, **settings: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), env=env(settings), capture_output=True, text=True, check=False)
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "hogwild", "train", *map(str, arguments)]
+
+
+def env(settings: dict[str, object]) -> dict[str, str]:
+    names = {f"HOGWILD_{key.upper()}": str(value) for key, value in settings.items()}
+    return {**environment(**names), "COLUMNS": "200", "NO_COLOR": "1"}
+
+
+def test_it_learns_reports_and_writes_a_plain_model(model: Path, tmp_path: Path) -> None:
+    """The whole story in one run: good lines train beside bad ones, the rest of the model stays as it was."""
+    good, mixed = write(tmp_path / "a.jsonl", TEACH[:3]), write(tmp_path / "b.jsonl", TEACH[3:], '{"txt": 1}')
+    same = write(tmp_path / "c.jsonl", TEACH[:3])
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    out = tmp_path / "deep" / "out"
+    ran = train(
+        good,
+        mixed,
+        same,
+        "--model",
+        model,
+        "--out",
+        out,
+        "--passes",
+        12,
+        "--lr",
+        3e-3,
+        "--threads",
+        1,
+        "--json",
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "err b.jsonl:4 txt: unknown field; did you mean `text`?" in ran.stderr
+    assert "duplicate: the same as a.jsonl:1" in ran.stderr
+    result = json.loads(ran.stdout)
+    assert (result["out"], result["passes"], result["interrupted"]) == (str(out), 6 * 12, False)
+    first, second, third = result["files"]
+    assert [one["file"] for one in result["files"]] == [str(good), str(mixed), str(same)]
+    assert (first["examples"], first["rejected"], first["failed"], first["measured"]) == (3, 0, 0, 3)
+    assert (second["examples"], second["rejected"]) == (3, 1)
+    assert third["same_as"] == str(good)
+    for one in (first, second):
+        assert one["loss_after"] < 0.7 * one["loss_before"]
+    # What is written is a model like the one that was read, which is untouched.
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    assert {path.name for path in out.iterdir()} == set(before)
+    assert [path.name for path in out.parent.iterdir()] == ["out"], "nothing is left beside it"
+    old, new = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
+    assert {name: (t.shape, t.dtype) for name, t in old.items()} == {
+        n: (t.shape, t.dtype) for n, t in new.items()
+    }
+    still = {name for name in old if torch.equal(old[name], new[name])}
+    assert still == {"model.embed_tokens.weight"}
+    # The losses that it reports are those of the folder that it wrote, as transformers loads it.
+    for folder, key in ((model, "loss_before"), (out, "loss_after")):
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        words = AutoTokenizer.from_pretrained(folder)
+        losses = []
+        for line in TEACH[:3]:
+            context = words(line["prompt"])["input_ids"]
+            ids = [*context, *words(line["completion"])["input_ids"], words.eos_token_id]
+            labels = torch.tensor([[-100] * len(context) + ids[len(context) :]])
+            losses.append(float(loaded(torch.tensor([ids]), labels=labels).loss))
+        assert sum(losses) / 3 == pytest.approx(first[key], abs=0.02)
+
+
+def test_strict_trains_nothing_beside_a_bad_line(model: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", TEACH, "{")
+    ran = train(file, "--model", model, "--out", tmp_path / "out", "--strict")
+    assert ran.returncode == 1
+    assert "err a.jsonl:7 not JSON" in ran.stderr
+    assert "--strict" in ran.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "says"),
+    [
+        ("full", 2, "is there already"),
+        ("no-model", 2, "no config.json there"),
+        ("no-file", 2, "cannot be read"),
+        ("no-option", 2, "--out"),
+        ("bad-rate", 78, "optimizer.lr"),
+        ("nothing-good", 1, "no line can be trained"),
+        ("too-long", 1, "no line can be trained"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    model: Path, tmp_path: Path, problem: str, code: int, says: str
+) -> None:
+    file = write(tmp_path / "a.jsonl", [] if problem == "nothing-good" else TEACH, "[]")
+    out = tmp_path / "out"
+    if problem == "full":
+        out.mkdir()
+        (out / "precious").write_text("")
+    there = sorted(tmp_path.rglob("*"))
+    arguments = {
+        "no-model": [file, "--model", tmp_path, "--out", out],
+        "no-file": [tmp_path / "absent.jsonl", "--model", model, "--out", out],
+        "no-option": [file, "--model", model],
+        "bad-rate": [file, "--model", model, "--out", out, "--lr", -1],
+    }.get(problem, [file, "--model", model, "--out", out])
+    ran = train(*arguments, **({"training__max_tokens": 3} if problem == "too-long" else {}))
+    assert ran.returncode == code, ran.stderr
+    assert says in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert sorted(tmp_path.rglob("*")) == there
+
+
+def test_ctrl_c_saves_what_was_learned_and_the_state_folder_goes_on(model: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", TEACH)
+    state, out = tmp_path / "state", tmp_path / "out"
+    arguments = [file, "--model", model, "--state", state, "--threads", 1, "--json"]
+    settings: dict[str, object] = {"replay__ratio": 0}
+    with subprocess.Popen(
+        command(*arguments, "--out", out, "--passes", 10_000),
+        env=env(settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        wait_until(lambda: passes(state) > 20, "it trains")
+        running.send_signal(signal.SIGINT)
+        stdout, stderr = running.communicate(timeout=120)
+    assert running.returncode == 0, stderr
+    result = json.loads(stdout)
+    assert result["interrupted"]
+    assert result["passes"] == passes(state) > 20
+    assert result["files"][0]["loss_after"] < result["files"][0]["loss_before"]
+    first = load_file(out / "model.safetensors")
+    with Ledger(state / "ledger.sqlite") as ledger, ledger._db.write(fsync=True) as db:
+        db.execute("UPDATE examples SET passes = passes_done + 2")  # enough is enough
+    ran = train(*arguments, "--out", tmp_path / "more", **settings)
+    assert ran.returncode == 0, ran.stderr
+    again = json.loads(ran.stdout)
+    assert (again["interrupted"], again["passes"]) == (False, result["passes"] + 12)
+    assert again["files"][0]["loss_before"] == result["files"][0]["loss_after"], "from where it stopped"
+    second = load_file(tmp_path / "more" / "model.safetensors")
+    assert not torch.equal(
+        first["model.layers.0.mlp.up_proj.weight"], second["model.layers.0.mlp.up_proj.weight"]
+    )
+    ran = train(*arguments, "--out", tmp_path / "none", **settings)
+    assert ran.returncode == 1
+    assert "nothing to train" in ran.stderr
+
+
+def passes(state: Path) -> int:
+    path = state / "ledger.sqlite"
+    if not path.exists():
+        return 0
+    try:
+        with Ledger(path, readonly=True) as ledger:
+            return ledger.counts().passes
+    except Exception:
+        time.sleep(0.1)  # it is being made
+        return 0
