@@ -141,8 +141,8 @@ def test_kill_9_keeps_accepted_files_whole_and_forgets_half_read_ones(path):
 
 KILLED_WHILE_SHOWING = """
 import os, signal, sys
-import hogwild.ledger
-hogwild.ledger.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+import hogwild.ledger_files
+hogwild.ledger_files.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
