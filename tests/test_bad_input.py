@@ -45,7 +45,8 @@ BAD = {
     ),
     # These are seen only by who has the model: at training.
     "longer than training.max_tokens": (
-        json.dumps({"text": words(50)}).encode(), None, "50 tokens, and training.max_tokens is 40",
+        json.dumps({"prompt": words(50), "completion": "w1"}).encode(),
+        None, "51 tokens, and training.max_tokens is 40",
     ),
     "nothing to train on": (b'{"text": "w1"}', None, "no token to train on"),
     "a chat, and the model has no template": (
@@ -140,6 +141,21 @@ def test_every_kind_of_bad_input_is_set_aside_and_its_neighbours_train(tmp_path)
         assert content[offset:].startswith(error["excerpt"].encode()[:8]) or "UTF-8" in what
         assert len(error["excerpt"]) <= 200
     assert not list(trained.spool.failed.glob(".*"))
+
+
+def test_an_example_that_the_model_cannot_hold_is_set_aside_whatever_the_configuration_allows(tmp_path):
+    with Trained(tmp_path, max_tokens=4096) as trained:
+        (trained.spool.incoming / "long.jsonl").write_text(
+            json.dumps({"prompt": words(200), "completion": "w1"})
+            + "\n"
+            + json.dumps({"text": words(20)})
+            + "\n"
+        )
+        trained.wait(files=1)
+        assert trained.ledger.counts().trained == 1
+        (error,) = errors_of(trained.spool, "long.jsonl")
+    assert error["line"] == 1
+    assert error["reason"] == "201 tokens, and the model's context is 64"
 
 
 def test_errors_that_a_crash_kept_from_being_written_are_written_by_the_next_start(tmp_path):

@@ -141,8 +141,8 @@ def test_kill_9_keeps_accepted_files_whole_and_forgets_half_read_ones(path):
 
 KILLED_WHILE_SHOWING = """
 import os, signal, sys
-import hogwild.ledger
-hogwild.ledger.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+import hogwild.ledger_files
+hogwild.ledger_files.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -659,7 +659,11 @@ def test_what_follows_from_passes_and_checkpoints_is_repaired_and_said(path, use
         ),
         ("DELETE FROM files", "examples belong to no file (1, 2, 3, 4, 5, ...)"),
         ("DELETE FROM passes", "checkpoints hold passes that the ledger has never seen (1)"),
-        ("INSERT INTO passes VALUES (99, 77, '', 1, 1, 1, 1, 1, 'a', 0)", "passes belong to no example (99)"),
+        (
+            "INSERT INTO passes (pass_id, example_id, at, tokens, step, thread, arena)"
+            " VALUES (99, 77, '', 1, 1, 1, 'a')",
+            "passes belong to no example (99)",
+        ),
     ],
 )
 def test_what_cannot_be_repaired_is_refused_in_one_message_and_left_as_it_is(path, statement, says):

@@ -18,6 +18,7 @@ from pathlib import Path
 from hogwild.errors import LedgerError
 from hogwild.ledger_schema import APPLICATION_ID, MIGRATIONS, VERSION
 
+NOW = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"  # SQL: UTC, to the millisecond
 BUSY_TIMEOUT_MS = 30_000  # someone else's sqlite3 shell may hold the write lock for a moment
 
 
