@@ -13,6 +13,7 @@ processes interleave.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -539,11 +540,14 @@ class Chaos:
         return "\n".join(f"  {name:58} {value}" for name, value in rows)
 
 
-def arena_bytes(pid: int) -> bytes:
-    """The weights that a server serves, from its own memory."""
-    for fd in (Path("/proc") / str(pid) / "fd").iterdir():
-        if str(fd.readlink()).startswith("/memfd:hogwild-weights"):
-            return fd.read_bytes()
+def arena_bytes(session: int) -> bytes:
+    """The weights that a server serves, from the memory of its engine, which is a process of the same session."""
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if os.getsid(int(entry.name)) == session:
+                for fd in (entry / "fd").iterdir():
+                    if str(fd.readlink()).startswith("/memfd:hogwild-weights"):
+                        return fd.read_bytes()
     raise AssertionError("the server has no arena")
 
 
