@@ -5,7 +5,7 @@ SHELL := /bin/bash
 unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 
-.PHONY: setup demo test lint unit gpu-check chaos faults bench-update bench-learning bench-serving lock clean
+.PHONY: setup demo test lint unit gpu-check chaos faults bench-update bench-learning bench-serving bench-history lock clean
 
 setup:
 	@scripts/setup.sh
@@ -42,6 +42,9 @@ bench-learning: setup  # docs/why-it-converges.md: tables (i) to (iii) and their
 
 bench-serving: setup   # stock vLLM against hogwild's, side by side
 	$(BIN)/python benchmarks/serving.py
+
+bench-history: setup   # what a generation costs on disk and in time, and what training loses while a checkpoint runs
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/history.py
 
 # re-pin requirements.txt from pyproject.toml: names and versions only, whatever index or local folder they came from
 LOCK_ARGS ?= --torch-backend cpu

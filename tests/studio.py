@@ -87,7 +87,7 @@ class Studio:
         assert saved is not None
         assert not isinstance(saved, Exception), saved
         self.keeper.start_tidying()
-        self.keeper._thread.submit(lambda: None).result()
+        self.keeper.background(lambda: None).result()  # in history, too
         return saved.generation
 
     def roll_back(self, generation: int, *, retrain: bool = False) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -115,6 +116,7 @@ class Daemon(Process):
             "HOGWILD_SOCKET": str(sock),
             **{f"HOGWILD_{key.upper()}": str(value) for key, value in settings.items()},
         }
+        self.settings = env
         log = root / "daemon.log"
         self._skip = log.stat().st_size if log.exists() else 0
         super().__init__([sys.executable, "-m", "hogwild", "serve"], environment(**env), log)
@@ -142,6 +144,23 @@ class Daemon(Process):
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.tail()}") from None
         return result
+
+    def command(self, *arguments: object) -> "subprocess.CompletedProcess[str]":
+        """A command line of the same user, such as `hogwild rollback 3`."""
+        return subprocess.run(
+            [sys.executable, "-m", "hogwild", *map(str, arguments)],
+            env=environment(**self.settings, COLUMNS="200", NO_COLOR="1"),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def ask(self, *arguments: object) -> Any:
+        """What such a command says with --json."""
+        ran = self.command(*arguments, "--json")
+        assert ran.returncode == 0, ran.stderr
+        return json.loads(ran.stdout)
 
     def drop(self, name: str, examples: Sequence[Mapping[str, Any]] | bytes) -> None:
         """Put a file into the spool the way a careful user does: rename it in."""
@@ -198,6 +217,21 @@ class Server(Process):
         ).raise_for_status()
         return str(response.json()["choices"][0]["message"]["content"]).strip()
 
+    def tokens(self, question: str) -> list[str]:
+        """The answer at temperature 0, token by token."""
+        response = httpx.post(
+            f"{self.url}/v1/chat/completions",
+            json={
+                "model": "demo",
+                "messages": [{"role": "user", "content": question}],
+                "max_tokens": 32,
+                "temperature": 0,
+                "logprobs": True,
+            },
+            timeout=DEADLINE_S,
+        ).raise_for_status()
+        return [item["token"] for item in response.json()["choices"][0]["logprobs"]["content"]]
+
     def arena(self) -> Path:
         """The memfd of the weights, as a path under /proc that can be read."""
         for pid in self.group():
@@ -229,3 +263,37 @@ def shared_mappings(pid: int, name: str) -> Iterator[tuple[str, int]]:
 def copy_model(model: Path, folder: Path) -> Path:
     shutil.copytree(model, folder)
     return folder
+
+
+class Client:
+    """Somebody who streams answers all the time, and minds every fault."""
+
+    def __init__(self, url: str) -> None:
+        self._url, self.faults, self.answers, self.tokens = url, list[str](), 0, 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            body = {
+                "model": "demo", "max_tokens": 24, "temperature": 0.7, "stream": True,
+                "messages": [{"role": "user", "content": f"Tell me about the number {self.answers}."}],
+            }  # fmt: skip
+            try:
+                with httpx.stream(
+                    "POST", f"{self._url}/v1/chat/completions", json=body, timeout=DEADLINE_S
+                ) as response:
+                    lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+                if response.status_code != 200 or lines[-1] != "[DONE]":
+                    self.faults.append(f"{response.status_code}: {lines}")
+                for line in lines[:-1]:
+                    chunk = json.loads(line)
+                    self.tokens += bool(chunk["choices"])
+            except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
+                self.faults.append(repr(error))
+            self.answers += 1
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(DEADLINE_S)

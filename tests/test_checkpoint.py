@@ -25,6 +25,7 @@ from hogwild import generation
 from hogwild.arena.client import Arena
 from hogwild.checkpoint import Checkpoints, folder_bytes, read_optimizer, read_state
 from hogwild.errors import CheckpointError
+from hogwild.files import paced, rest
 from hogwild.weights import Weights, load_arena, read_tensors
 from test_permissions import unprivileged
 from tiny import Child, llama, tokenizer
@@ -227,7 +228,8 @@ def test_a_number_is_never_used_again_and_the_parent_is_what_was_current(tmp_pat
     for step in (10, 20, 30):
         save(checkpoints, weights, base, step)
     checkpoints.point_current_at(1)
-    shutil.rmtree(tmp_path / "c" / "generation-00000003")
+    checkpoints.keep = 1
+    assert checkpoints.prune() == [3, 2]
     saved = save(Checkpoints(tmp_path / "c", keep=9), weights, base, 11)
     assert saved.name == "generation-00000004"
     assert read_state(saved)["parent"] == 1
@@ -463,3 +465,20 @@ def test_damage_is_recognised_and_named(tmp_path, weights, base, file, damage):
         path.write_bytes(data)
     with pytest.raises(CheckpointError, match=str(path)):
         generation.verify(saved)
+
+
+# --- giving way ----------------------------------------------------------------------------------------------------
+
+
+def test_a_paced_thread_rests_in_proportion_to_its_work_unless_there_is_a_hurry():
+    hurry = threading.Event()
+    with paced(0.2, hurry):
+        began, cpu = time.perf_counter(), time.thread_time()
+        while time.thread_time() - cpu < 0.02:
+            pass
+        rest()
+        assert time.perf_counter() - began >= 5 * 0.02, "four times as long as it worked"
+    with paced(1e-9, hurry):  # a rest would be endless, were it not bounded or in a hurry
+        hurry.set()
+        rest()
+    rest()  # outside there is no pace

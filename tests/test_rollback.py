@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 from hogwild import generation, rollback
 from hogwild.arena.client import Arena
 from hogwild.errors import CheckpointError
+from hogwild.ledger import Pass
+from hogwild.weights import read_tensors
 from studio import Studio, model
 from tiny import Child
 
@@ -25,7 +28,7 @@ def root(tmp_path: Path) -> Path:
 
 def story(studio: Studio) -> dict[int, dict[str, bytes]]:
     """Three files, a generation after each; what every generation was, and 0."""
-    versions = {0: {name: bits for name, bits in studio.bits().items()}}
+    versions = {0: studio.bits()}
     for number, name in enumerate(("a", "b", "c"), 1):
         studio.drop(name, 4)
         studio.train()
@@ -83,6 +86,17 @@ def test_with_retrain_what_was_undone_is_trained_again(root):
     assert studio.states() == {"pending": 8, "trained": 0, "durable": 4, "failed": 0, "undone": 0}
     studio.train()
     assert studio.states()["trained"] == 8
+    studio.close()
+
+
+def test_what_an_earlier_rollback_set_aside_is_trained_when_that_is_asked_for_afterwards(root):
+    studio = Studio(root)
+    story(studio)
+    studio.roll_back(1)
+    assert studio.states()["undone"] == 8
+    done = studio.roll_back(1, retrain=True)
+    assert done["examples_reopened"] == 8
+    assert (studio.states()["pending"], studio.states()["undone"]) == (8, 0)
     studio.close()
 
 
@@ -155,6 +169,113 @@ def _offline(root: Path) -> tuple[Any, Any]:
     return Ledger(root / "state" / "ledger.sqlite"), Keeper(config)
 
 
+# --- the start -------------------------------------------------------------------------------------------------------
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_current_checkpoint_is_made_anew_from_history(root):
+    studio = Studio(root)
+    versions = story(studio)
+    studio.close()
+    damage(root / "state" / "checkpoints" / "generation-00000003" / "model.safetensors")
+    damage(root / "state" / "checkpoints" / "generation-00000003" / "hogwild" / "optimizer.safetensors")
+    studio = Studio(root)
+    assert studio.bits() == versions[3]
+    assert studio.states()["durable"] == 12
+    studio.close()
+
+
+def test_where_that_is_impossible_the_last_good_one_is_current_and_the_rest_is_trained_again(root, capsys):
+    studio = Studio(root)
+    versions = story(studio)
+    studio.close()
+    for path in (
+        "checkpoints/generation-00000003/model.safetensors",
+        "history/generation-00000003/delta.bin",
+    ):
+        damage(root / "state" / path)
+    studio = Studio(root)
+    assert "history.fell_back" in capsys.readouterr().out
+    assert studio.keeper.checkpoints.current_generation() == 2
+    assert studio.bits() == versions[2]
+    assert studio.states() == {"pending": 4, "trained": 0, "durable": 8, "failed": 0, "undone": 0}
+    studio.train()
+    assert studio.save() == 4, "the number of what was lost is not used again"
+    studio.close()
+
+
+def test_nothing_falls_back_to_the_untrained_model_by_itself(root):
+    studio = Studio(root)
+    studio.drop("a", 2)
+    studio.train()
+    studio.save()
+    studio.close()
+    for path in (
+        "checkpoints/generation-00000001/model.safetensors",
+        "history/generation-00000001/delta.bin",
+    ):
+        damage(root / "state" / path)
+    with pytest.raises(CheckpointError, match="the last good one before it is generation 0"):
+        Studio(root)
+
+
+# --- the snapshot ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_marked_durable_is_in_the_checkpoint_that_is_written_meanwhile(root):
+    """A writer puts its own number into every weight and then books the pass; checkpoints are written meanwhile.
+
+    Every element must then hold the number of a pass: at least the one that the checkpoint claims, since that was
+    booked before the writing began.
+    """
+    studio = Studio(root, training__passes=1000)
+    studio.drop("a", 1)
+    (pending,) = studio.ledger.pending(1)
+    weights, stop = studio.learner.weights, threading.Event()
+
+    def write() -> None:
+        for number in range(1, 257):  # bf16 holds these exactly
+            for name in weights.names:
+                weights.view(name).fill_(float(number))
+            studio.ledger.record_pass(
+                Pass(
+                    pending.example_id,
+                    1.0,
+                    None,
+                    tokens=1,
+                    step=number,
+                    thread=0,
+                    arena_id=studio.arena.control.arena_id,
+                )
+            )
+            if stop.wait(0.01):
+                return
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        claims = []
+        for _ in range(5):
+            number = studio.save()
+            folder = studio.keeper.checkpoints.folders()[number]
+            claims.append(generation.read_state(folder)["ledger_position"])
+            for name, tensor in read_tensors(folder):
+                values = tensor.float()
+                assert bool((values == values.round()).all()), name
+                assert float(values.min()) >= claims[-1], name
+                assert float(values.max()) <= 256, name
+        assert len(set(claims)) > 1, "it wrote on meanwhile"
+    finally:
+        stop.set()
+        writer.join()
+    studio.close()
+
+
 # --- killed in the middle --------------------------------------------------------------------------------------------
 
 _WATCHED = tuple(
@@ -223,7 +344,7 @@ def test_killed_anywhere_it_is_either_not_begun_or_finished_at_the_next_start(ro
 
     done, total = attempt(10**9)
     assert done
-    outcomes = [attempt(total * part // 24 + 1)[0] for part in range(24)]
+    outcomes = [attempt(total * part // 16 + 1)[0] for part in range(16)]
     assert not outcomes[0]
     assert outcomes == sorted(outcomes), "not begun first, finished from some moment on"
-    assert 2 <= sum(outcomes) <= 22, "the kills fell on both sides of the intent"
+    assert 2 <= sum(outcomes) <= 14, "the kills fell on both sides of the intent"

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from hogwild.config import OptimizerConfig
 from hogwild.errors import VerificationError
 from hogwild.trainer import Progress, Trainer
 from hogwild.weights import Weights, load_arena, read_tensors
-from support import Daemon, Server, copy_model, digest, shared_mappings, wait_until
+from support import Client, Daemon, Server, copy_model, digest, shared_mappings, wait_until
 
 pytestmark = pytest.mark.vllm
 
@@ -95,6 +96,12 @@ def story(tmp_path_factory: pytest.TempPathFactory, demo_model_dir: Path) -> Ite
 def probed(story: Story) -> dict[str, str]:
     """What the untrained model says."""
     return {question: story.server.ask(question) for question, _ in (CONTROL, FACT)}
+
+
+@pytest.fixture(scope="module")
+def untrained(story: Story, probed: dict[str, str]) -> dict[str, list[str]]:
+    """The same, token by token."""
+    return {question: story.server.tokens(question) for question in probed}
 
 
 # --- before anything is trained ------------------------------------------------------------------------------------
@@ -194,6 +201,7 @@ def test_a_module_that_the_server_does_not_read_is_found(story: Story) -> None:
 # --- learning ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("untrained")
 def test_the_daemon_attaches_to_a_running_server_and_verifies_it(
     story: Story, probed: dict[str, str]
 ) -> None:
@@ -232,6 +240,56 @@ def test_a_dropped_file_changes_the_answer_of_the_live_server(story: Story) -> N
     assert CONTROL[1] in story.server.ask(CONTROL[0])
     assert not (story.running.spool / "incoming" / "facts.jsonl").exists()
     assert (story.running.spool / "done" / "facts.jsonl").exists()
+
+
+def test_rollback_while_a_client_streams(
+    story: Story, untrained: dict[str, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Back to the model as it came, with the server serving on: no error, and its very words from before training.
+    What was undone stays out; with --retrain it is learned again."""
+    daemon = story.running
+    learned = daemon.ask("checkpoint")["generation"]
+    assert story.server.tokens(FACT[0]) != untrained[FACT[0]]
+    client = Client(story.server.url)
+    try:
+        wait_until(lambda: client.answers >= 1, "the client is served")
+        before = client.tokens
+        began = time.monotonic()
+        done = daemon.ask("rollback", 0)
+        seconds = time.monotonic() - began
+        answers = client.answers
+        wait_until(lambda: client.answers >= answers + 2, "the client is served on")
+    finally:
+        client.stop()
+    assert not client.faults
+    assert client.tokens > before
+    assert done["live"]
+    assert done["examples_undone"] == len(FACTS)
+    assert {question: story.server.tokens(question) for question in untrained} == untrained
+    (started,), (finished,) = daemon.events("rollback.started"), daemon.events("rollback.done")
+    assert (started["left"], finished["generation"]) == (learned, 0)
+    passes = len(daemon.events("example.pass"))
+    assert daemon.ask("status")["training"]
+    with capsys.disabled():
+        print(
+            f"\n  rollback of live weights ({story.server.arena().stat().st_size >> 20} MiB): {done['ms']} ms in the"
+            f" daemon (training paused for {done['paused_ms']} ms) after {done['waited_ms']} ms in its queue,"
+            f" {seconds * 1000:.0f} ms for the command; {client.answers} streamed answers, no fault"
+        )
+
+    generations = {record["generation"]: record for record in daemon.ask("history")}
+    assert generations[0]["current"]
+    assert generations[learned]["undone"]
+    assert generations[learned]["restorable"]
+    moved = daemon.ask("diff", 0, learned)
+    assert all(record["change"] > 0 for record in moved if record["layer"].startswith("model.layers."))
+
+    assert len(daemon.events("example.pass")) == passes, "what was undone stays out"
+    again = daemon.ask("rollback", 0, "--retrain")
+    assert again["examples_reopened"] == len(FACTS)
+    wait_until(lambda: not daemon.ask("status")["pending"], "they are trained again")
+    wait_until(lambda: FACT[1] in story.server.ask(FACT[0]), "and known again")
+    assert CONTROL[1] in story.server.ask(CONTROL[0])
 
 
 def test_checkpoints_are_periodic_and_each_is_checked(story: Story) -> None:

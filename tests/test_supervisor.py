@@ -69,6 +69,18 @@ def test_hup_takes_over_what_can_change_and_refuses_what_is_wrong(idle):
     assert reloaded["needs_restart"] == ["training"], "what cannot change live is named, and only that"
 
 
+def test_commands_before_there_is_anything_to_command(idle):
+    for command, reason in (
+        (("checkpoint",), "no server has brought its weights yet"),
+        (("rollback", 3), "there is no generation 3"),
+    ):
+        ran = idle.daemon.command(*command)
+        assert ran.returncode == 1
+        assert reason in ran.stderr
+        assert "Traceback" not in ran.stderr
+    assert idle.daemon.alive
+
+
 def test_an_arena_that_another_daemon_trained_is_refused_and_not_touched(idle):
     server = idle.world.server(trained=True)
     before = sums(server)

@@ -388,7 +388,7 @@ def resumed(setting: Setting, state: dict[str, torch.Tensor], **optimizer: Any) 
     again = Setting(setting.folder, **optimizer)
     for name in again.weights.names:
         again.weights.view(name).copy_(setting.weights.view(name))
-    again.progress.resume(setting.progress.steps)
+    again.progress.resume(setting.progress.steps, setting.progress.epoch)
     shapes = {name: tuple(again.weights.view(name).shape) for name in again.weights.names}
     again.optimizer.load(state, shapes)
     return again

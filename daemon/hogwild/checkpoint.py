@@ -3,7 +3,7 @@
     <root>/generation-00000012/   model.safetensors, config.json, tokenizer: what `vllm serve` and transformers load
                        hogwild/   optimizer.safetensors, state.json (see generation.py)
     <root>/current -> generation-00000012   a symbolic link, swapped by rename
-    <root>/last-generation        the highest number that was ever given
+    <root>/last-generation        the highest number whose folder is gone: none is given twice
 
 The order on disk is: write into a folder that no name leads to, fsync every file, fsync the folders, rename, fsync the
 parent, swap the link, fsync the parent. A crash at any moment leaves the previous checkpoint current and whole.
@@ -112,10 +112,6 @@ class Checkpoints:
             sums[str(OPTIMIZER)] = write_tensors(folder / OPTIMIZER, dict(optimizer))
             return {**full, "checksums": sums}
 
-        try:
-            self._note_last(number)
-        except OSError as error:
-            raise self._unwritten(number, error) from error
         folder = self.put(number, fill)
         self.point_current_at(number)
         return folder
@@ -190,19 +186,23 @@ class Checkpoints:
         return gone
 
     def _next_generation(self) -> int:
+        return 1 + max([self._last(), *self.folders()])
+
+    def _last(self) -> int:
+        """The highest number among those whose folders are gone; 0 if none is."""
         try:
-            last = int((self.root / LAST).read_text())
+            return int((self.root / LAST).read_text())
         except (OSError, ValueError):
-            last = 0
-        return 1 + max([last, *self.folders()])
+            return 0
 
     def _note_last(self, number: int) -> None:
         """Durably: a number must not come back after its folder is gone."""
-        fresh = self.unfinished(LAST)
-        fresh.unlink(missing_ok=True)
-        new_file(fresh, lambda sink: sink.write(f"{number}\n".encode()))
-        fresh.rename(self.root / LAST)
-        fsync(self.root)
+        if number > self._last():
+            fresh = self.unfinished(LAST)
+            fresh.unlink(missing_ok=True)
+            new_file(fresh, lambda sink: sink.write(f"{number}\n".encode()))
+            fresh.rename(self.root / LAST)
+            fsync(self.root)
 
     def _unwritten(self, number: int, error: Exception) -> CheckpointError:
         return CheckpointError(
@@ -214,6 +214,7 @@ class Checkpoints:
         """Remove a checkpoint; half-removed, it no longer bears the name of one."""
         unfinished = self.unfinished(f"old-{folder.name}")
         try:
+            self._note_last(generations.number(folder) or 0)
             remove(unfinished)
             folder.rename(unfinished)
             remove(unfinished)

@@ -8,6 +8,7 @@ The asker waits until the daemon has done it; the session's thread waits with it
 import queue
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,14 @@ class Command:
 
     def __init__(self, name: str, arguments: dict[str, Any]) -> None:
         self.name, self.arguments = name, arguments
+        self._received = time.monotonic()
         self._answer: dict[str, Any] = {}
         self._answered = threading.Event()
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since it was received."""
+        return time.monotonic() - self._received
 
     def done(self, **what: Any) -> None:
         """Answer that it has been done."""

@@ -1,11 +1,39 @@
 """Files that are written once, hashed on the way, and durable when they are closed. Imports no torch."""
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PIECE = 8 << 20  # bytes that are held at once
+_LONGEST_REST_S = 5.0
+_pace = threading.local()
+
+
+@contextlib.contextmanager
+def paced(share: float, hurry: threading.Event) -> Iterator[None]:
+    """Inside, this thread takes no more than a share of one core's time, as long as nobody is in a hurry.
+
+    Not by a lower priority: a thread that holds the interpreter lock and gets no processor keeps all others waiting.
+    """
+    _pace.rest = (share, hurry, time.thread_time())
+    try:
+        yield
+    finally:
+        _pace.rest = None
+
+
+def rest() -> None:
+    """Called after every piece of work: sleep as long as the pace asks for; without one, not at all."""
+    if (pace := getattr(_pace, "rest", None)) is None:
+        return
+    share, hurry, since = pace
+    if share < 1.0 and not hurry.is_set():
+        hurry.wait(min((time.thread_time() - since) * (1.0 / share - 1.0), _LONGEST_REST_S))
+    _pace.rest = (share, hurry, time.thread_time())
 
 
 class Sink:
@@ -23,6 +51,7 @@ class Sink:
         self.nbytes += len(view)
         while view:
             view = view[os.write(self._fd, view) :]
+        rest()
 
     def close(self) -> str:
         """Fsync; returns the sha256 of what was written, hex."""
@@ -61,8 +90,12 @@ def copy_file(source: Path, target: Path) -> str:
 
 def hash_file(path: Path) -> str:
     """sha256 of a file, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sha = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(PIECE):
+            sha.update(piece)
+            rest()
+    return sha.hexdigest()
 
 
 def fsync(path: Path) -> None:

@@ -72,7 +72,7 @@ class History:
             CheckpointError: the folder cannot be made or written.
         """
         self.root, self.checkpoints, self.config = root, checkpoints, config
-        self.broken: Broken = set()
+        self.broken: Broken = {}
         self.interrupt = threading.Event()
         if readonly:
             return
@@ -98,32 +98,41 @@ class History:
     # --- writing ---------------------------------------------------------------------------------------------------
 
     def record(self) -> list[Recorded]:
-        """Take up every complete checkpoint folder that is not in history yet, oldest first.
+        """Take up every complete checkpoint folder that is newer than what is in history, oldest first.
 
         Raises:
             CheckpointError: one could not be; what is in history stays as it is.
         """
         if not self.config.keep:
             return []
-        done = []
-        for number, folder in self.checkpoints.folders().items():
-            if not (self.root / generations.name(number)).is_dir():
-                done.append(self._record(number, folder))
-        return done
+        newest = self._newest()
+        folders = self.checkpoints.folders().items()
+        return [self._record(number, folder) for number, folder in folders if number > newest]
+
+    def _newest(self) -> int:
+        """The newest generation that was recorded: what is older and not here has been forgotten."""
+        return max(generations.numbered(self.root), default=0)
 
     def _record(self, number: int, folder: Path) -> Recorded:
         began = time.perf_counter()
         state = generations.read_state(folder)
         parent = state["parent"]
-        if parent == 0:
+        if parent == 0 and "base_path" in state:
             self.know_base(Path(state["base_path"]), state.get("base_digest"))
         every = self.config.base_every
         wants_base = bool(every) and number % every == 0
         try:
-            entry = self._put(number, folder, state, parent, wants_base)
-        except BrokenLinkError as error:
-            self.note(error.part, error)
+            reader = self.reader(parent)
+        except CheckpointError as error:  # the parent is lost: this one stands on its own
+            log.error("history.damaged", part="parent", generation=parent, error=str(error))
             entry = self._put(number, folder, state, None, True)
+        else:
+            with reader:
+                try:
+                    entry = self._put(number, folder, state, reader, wants_base)
+                except BrokenLinkError as error:
+                    self.note(error.part, error)
+                    entry = self._put(number, folder, state, None, True)
         return Recorded(
             number,
             folder_bytes(self.root / generations.name(number)),
@@ -161,20 +170,19 @@ class History:
         number: int,
         folder: Path,
         state: Mapping[str, Any],
-        parent: int | None,
+        parent: Reader | None,
         wants_base: bool,
         headers: Mapping[str, bytes] = {},
     ) -> Entry:
         """Write the entry of a generation from its complete folder, durably."""
         unfinished = self.root / f"{_UNFINISHED}{generations.name(number)}"
-        reader = self.reader(parent) if parent is not None else None
-        base = wants_base or (reader is None and number > 0)
+        base = wants_base or (parent is None and number > 0)
         text = generations.encode_state(state)
         try:
             remove(unfinished)
             unfinished.mkdir(parents=True)
             new_file(unfinished / "state.json", lambda sink: sink.write(text))
-            writer = Writer(folder, state, reader, base, self.interrupt, zero=number == 0, headers=headers)
+            writer = Writer(folder, state, parent, base, self.interrupt, zero=number == 0, headers=headers)
             entry, index = writer.write(unfinished, self.root / BLOBS)
             new_file(unfinished / INDEX, lambda sink: sink.write(seal(index)))
             new_file(unfinished / ENTRY, lambda sink: sink.write(entry_json(entry)))
@@ -190,9 +198,6 @@ class History:
         except CheckpointError:
             remove(unfinished, ignore_errors=True)
             raise
-        finally:
-            if reader is not None:
-                reader.close()
         return entry
 
     # --- reading ---------------------------------------------------------------------------------------------------
@@ -232,8 +237,9 @@ class History:
         Raises:
             CheckpointError: it cannot be restored; says what is broken, and which older generation is whole.
         """
+        self.broken.clear()  # somebody may have mended it
         folder = self.checkpoints.folders().get(number)
-        if folder is not None and ("folder", number) not in self.broken:
+        if folder is not None:
             try:
                 generations.verify(folder)
                 return folder
@@ -242,7 +248,7 @@ class History:
         made = self.use(
             number, lambda reader: self.checkpoints.put(number, lambda to: fill(to, reader, self.root))
         )
-        self.broken.discard(("folder", number))
+        self.broken.pop(("folder", number), None)
         return made
 
     def export(self, number: int, target: Path) -> None:
@@ -262,6 +268,7 @@ class History:
             fsync(target / "hogwild")
             fsync(target)
 
+        self.broken.clear()
         try:
             target.mkdir(parents=True, exist_ok=True)
             self.use(number, write)
@@ -286,15 +293,14 @@ class History:
 
     def note(self, part: tuple[str, int], error: Exception) -> None:
         """Something is damaged: say so, and use it no more."""
-        self.broken.add(part)
+        self.broken[part] = str(error)
         log.error("history.damaged", part=part[0], generation=part[1], error=str(error))
 
     def _lost(self, number: int, nodes: Mapping[int, Node], problems: Mapping[int, str]) -> str:
-        if number not in nodes and number not in problems:
+        if number not in {*nodes, *problems, *(which for _, which in self.broken)}:
             known = ", ".join(map(str, nodes)) or "none"
             return f"there is no generation {number} in {self.root}; there are: {known}"
-        bad = sorted(f"the {kind} of generation {which}" for kind, which in self.broken)
-        reasons = [*problems.values(), *([f"damaged: {', '.join(bad)}"] if bad else [])]
+        reasons = [*problems.values(), *self.broken.values()]
         good = self.last_good(number)
         advice = "no older one can" if good is None else f"the last good one before it is generation {good}"
         return "\n  - ".join([f"generation {number} cannot be restored; {advice}", *reasons])
@@ -333,13 +339,16 @@ class History:
         """Does history hold all that it holds also without this complete checkpoint folder?"""
         if not self.config.keep:
             return True
+        if number > self._newest():
+            return False  # not recorded yet
         nodes = self.nodes()
         node = nodes.get(number)
         if node is None:
             return True  # damaged
         before = Links(nodes).restorable()
         node.folder = None
-        return node.entry is not None and before <= Links(nodes).restorable()
+        forgotten = set() if node.entry is not None else {number}
+        return before - forgotten <= Links(nodes).restorable()
 
     def _forget(self, number: int) -> None:
         entry = self.root / generations.name(number)

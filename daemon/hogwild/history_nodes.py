@@ -26,8 +26,8 @@ from hogwild.errors import CheckpointError
 DELTA, BASE, ENTRY, INDEX, BLOBS = "delta.bin", "base.bin", "entry.json", "index.json", "blobs"
 LINKED = ("xor", "same")  # codings that need the parent
 
-Broken = set[tuple[str, int]]
-"""What has turned out to be damaged: ("folder" | "delta" | "base" | "index", generation)."""
+Broken = dict[tuple[str, int], str]
+"""What has turned out to be damaged: ("folder" | "delta" | "base" | "index", generation) -> how."""
 
 
 @dataclass(frozen=True)

@@ -63,12 +63,17 @@ class Reader:
 
     Args:
         path: the generation first, a whole copy last.
+
+    Attributes:
+        node: the generation.
+        spare: complete folders, of whatever generation: most have the same tokenizer.
     """
 
     def __init__(self, nodes: dict[int, Node], path: list[int]) -> None:
         """Raises BrokenLinkError."""
         self._nodes = [nodes[number] for number in path]
         self.node = self._nodes[0]
+        self.spare = [node.folder for node in nodes.values() if node.folder is not None]
         self._open = ExitStack()
         self._fds: dict[Path, int] = {}
         self._folder: TensorFolder | None = None

@@ -12,7 +12,7 @@ import zstandard
 from hogwild.checkpoint import remove
 from hogwild.delta import Bytes, encode
 from hogwild.errors import CheckpointError
-from hogwild.files import Sink, copy_file, new_file
+from hogwild.files import Sink, copy_file, new_file, rest
 from hogwild.generation import OPTIMIZER
 from hogwild.history_nodes import BASE, BLOBS, DELTA, LINKED, Entry
 from hogwild.history_read import BrokenLinkError, Reader, TensorFolder
@@ -59,6 +59,7 @@ class Writer:
                     if self._interrupt.is_set():
                         raise PutOffError("recording was broken off")
                     tensors[one.name] = self._tensor(one, moments, delta, base)
+                    rest()
             delta.close()
             if base is not None:
                 base.close()
@@ -146,15 +147,21 @@ def fill(target: Path, reader: Reader, root: Path) -> dict[str, Any]:
 
             if new_file(path, write) != expected:
                 raise BrokenLinkError("delta", node, f"{file} is not what was saved")
-        else:
-            blob = root / BLOBS / expected
-            try:
-                right = copy_file(blob, path) == expected
-            except FileNotFoundError:
-                right = False
-            if not right:
-                raise BrokenLinkError("delta", node, f"{blob} ({file}) is missing or damaged")
+        elif not _copy_same([root / BLOBS / expected, *(one / file for one in reader.spare)], path, expected):
+            raise BrokenLinkError("delta", node, f"{root / BLOBS / expected} ({file}) is missing or damaged")
     return node.state
+
+
+def _copy_same(sources: list[Path], target: Path, expected: str) -> bool:
+    """Copy the first of these files that has the hash; False: none has."""
+    for source in sources:
+        try:
+            if copy_file(source, target) == expected:
+                return True
+        except FileNotFoundError:
+            pass
+        remove(target)
+    return False
 
 
 def _pack(raw: bytes) -> str:

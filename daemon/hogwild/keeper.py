@@ -1,27 +1,32 @@
-"""Checkpoints and history together, on one thread of low priority: training and serving go first.
+"""Checkpoints and history together, on one thread that takes a small share of the machine: training and serving go
+first.
 
 A save is durable before anything is compressed: first the checkpoint, then its entry in history, then what is too old
-goes.
+goes. The checkpoint may take the larger share, because what it holds is the more of one moment the sooner it is
+written. Nothing is held back while somebody waits for it.
 """
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hogwild import log as logs
 from hogwild.checkpoint import Checkpoints
 from hogwild.config import CheckpointConfig, Config
 from hogwild.errors import CheckpointError
+from hogwild.files import paced
 from hogwild.history import History
 from hogwild.history_write import PutOffError
 from hogwild.learner import Learner, Saved
 
 log = logs.get(__name__)
 
-_NICE = 10  # weight 110 against 1024 of a trainer thread that wants the same core
+T = TypeVar("T")
+
+SAVING, TIDYING = 0.125, 0.03  # of all cores
 
 
 class Keeper:
@@ -36,7 +41,8 @@ class Keeper:
         self.checkpoints = Checkpoints(root / "checkpoints", config.checkpoint.keep)
         self.history = History(root / "history", self.checkpoints, config.history)
         self.configure(config)
-        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_give_way)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self.hurry = threading.Event()
         self._saving: Future[Saved] | None = None
 
     def configure(self, config: Config) -> None:
@@ -47,18 +53,29 @@ class Keeper:
         self.checkpoints.max_bytes = int(settings.max_gib * 2**30)
         self.history.config = config.history
 
+    def background(self, work: Callable[[], T], share: float = 1.0) -> Future[T]:
+        """Have the thread do this after what it has to do already, in a share of all cores' time."""
+
+        def run() -> T:
+            with paced(min(share * (os.cpu_count() or 1), 1.0), self.hurry):
+                return work()
+
+        return self._thread.submit(run)
+
     @property
     def saving(self) -> bool:
         """Is a checkpoint being written?"""
         return self._saving is not None
 
-    def start_saving(self, learner: Learner, about: Mapping[str, Any]) -> None:
-        """Begin a checkpoint; `saved` will tell what became of it."""
+    def start_saving(self, learner: Learner, about: Mapping[str, Any], *, urgent: bool = False) -> None:
+        """Begin a checkpoint; `saved` will tell what became of it. `urgent`: somebody waits for it."""
         assert self._saving is None
-        self._saving = self._thread.submit(learner.save, self.checkpoints, about)
+        self._saving = self.background(
+            lambda: learner.save(self.checkpoints, about), 1.0 if urgent else SAVING
+        )
 
     def save(self, learner: Learner, about: Mapping[str, Any]) -> Saved | CheckpointError:
-        """Write a checkpoint in the calling thread, at its priority; nothing else may be under way but tidying."""
+        """Write a checkpoint in the calling thread, at once; nothing else may be under way but tidying."""
         self.settle()
         try:
             return learner.save(self.checkpoints, about)
@@ -74,16 +91,19 @@ class Keeper:
         if self._saving is None or not (wait or self._saving.done()):
             return None
         future, self._saving = self._saving, None
+        self.hurry.set()
         try:
             saved = future.result()
         except CheckpointError as error:
             return error
+        finally:
+            self.hurry.clear()
         self.start_tidying()
         return saved
 
     def start_tidying(self) -> None:
         """Bring history up to date in the background."""
-        self._thread.submit(self.tidy)
+        self.background(self.tidy, TIDYING)
 
     def tidy(self) -> None:
         """Bring history up to date, and let go of what is too old. Failures are logged: nothing depends on them."""
@@ -97,26 +117,31 @@ class Keeper:
                     base=recorded.base,
                     ms=round(recorded.seconds * 1000),
                 )
+            folders = self.checkpoints.prune(self.history.may_go)
+            forgotten = self.history.prune()
+            if folders or forgotten:
+                log.info("checkpoint.pruned", folders=folders, forgotten=forgotten)
         except PutOffError:
-            return  # it is done at the next chance
+            pass  # it is done at the next chance
         except CheckpointError as error:
             log.error("history.failed", error=str(error))
-        folders = self.checkpoints.prune(self.history.may_go)
-        forgotten = self.history.prune()
-        if folders or forgotten:
-            log.info("checkpoint.pruned", folders=folders, forgotten=forgotten)
+        except Exception as error:  # nobody else looks at what this thread does
+            log.exception("history.failed", error=repr(error))
 
     def settle(self) -> None:
         """Wait until the thread has nothing to do. Tidying is put off, a checkpoint is finished."""
         self.history.interrupt.set()
+        self.hurry.set()
         try:
-            self._thread.submit(lambda: None).result()
+            self.background(lambda: None).result()
         finally:
             self.history.interrupt.clear()
+            self.hurry.clear()
 
     def close(self) -> None:
         """Put off what can wait, and end the thread."""
         self.history.interrupt.set()
+        self.hurry.set()
         self._thread.shutdown(wait=True)
 
     def restore_current(self) -> Path | None:
@@ -143,12 +168,3 @@ class Keeper:
         if number != asked:
             self.checkpoints.point_current_at(number)
         return folder
-
-
-def _give_way() -> None:
-    """Lower this thread's priority. Linux has one for each thread; what cannot be lowered stays as it is."""
-    try:
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICE)
-    except OSError as error:
-        log.warning("checkpoint.priority", error=str(error))

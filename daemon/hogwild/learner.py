@@ -208,8 +208,7 @@ class Learner:
         began = time.perf_counter()
         marker = self.ledger.begin_checkpoint()
         step, epoch = self.progress.steps, self.progress.epoch
-        before = checkpoints.current()
-        since = generation.read_state(before)["ledger_position"] if before is not None else 0
+        since = self.ledger.durable_marker()
         path = checkpoints.save(
             self.weights,
             self.folder,

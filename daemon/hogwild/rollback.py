@@ -41,6 +41,7 @@ class Intent:
         left: the generation that was current.
         marker: its place in the ledger.
         retrain: what is undone is trained again.
+        again: the weights were these already, so that `retrain` means what an earlier rollback to them had set aside.
         applied: ledger and `current` are done; an arena that survived may still hold the old weights.
     """
 
@@ -48,6 +49,7 @@ class Intent:
     left: int
     marker: int
     retrain: bool
+    again: bool = False
     applied: bool = False
 
 
@@ -71,6 +73,7 @@ def finish_on_disk(ledger: Ledger, keeper: Keeper) -> None:
     """
     intent = pending(ledger)
     if intent is not None and not intent.applied:
+        keeper.history.restore(intent.generation)
         undone = _apply(intent, ledger, keeper)
         log.warning("rollback.finished", **undone, reason="the daemon had ended in the middle of it")
 
@@ -91,6 +94,7 @@ def roll_back(
     began = time.perf_counter()
     number, folder = _folder(generation, ledger, keeper)
     training = learner is not None and learner.training
+    paused = time.perf_counter()
     whole = True  # weights, ledger and disk say the same
     try:
         if learner is not None:
@@ -101,7 +105,8 @@ def roll_back(
         keeper.settle()
         state = generations.read_state(folder)
         left = keeper.checkpoints.current_generation() or 0
-        intent = Intent(number, left, state["ledger_position"], retrain)
+        marker = state["ledger_position"]
+        intent = Intent(number, left, marker, retrain, left == number and marker == ledger.begin_checkpoint())
         log.info(
             "rollback.started", generation=number, asked=generation, left=left, retrain=retrain,
             live=learner is not None, step=learner.progress.steps if learner is not None else None,
@@ -118,8 +123,13 @@ def roll_back(
     finally:
         if learner is not None and training and whole:
             learner.start()
-    took = round((time.perf_counter() - began) * 1000)
-    done = {**undone, "asked": generation, "live": learner is not None, "ms": took}
+    done = {
+        **undone,
+        "asked": generation,
+        "live": learner is not None,
+        "paused_ms": round((time.perf_counter() - paused) * 1000),
+        "ms": round((time.perf_counter() - began) * 1000),
+    }
     log.info("rollback.done", **done)
     return done
 
@@ -145,8 +155,9 @@ def _folder(generation: int, ledger: Ledger, keeper: Keeper) -> tuple[int, Path]
 
 def _apply(intent: Intent, ledger: Ledger, keeper: Keeper) -> dict[str, Any]:
     """Ledger and `current`; may be done any number of times."""
-    keeper.history.restore(intent.generation)
     reset = ledger.roll_back(intent.marker, retrain=intent.retrain)
+    if intent.retrain and intent.again:
+        reset = replace(reset, examples_reopened=ledger.retrain())
     keeper.checkpoints.point_current_at(intent.generation)
     _note(ledger, replace(intent, applied=True))
     return {"generation": intent.generation, "left": intent.left, "retrain": intent.retrain, **asdict(reset)}

@@ -153,7 +153,9 @@ class Supervisor:
             current = self.keeper.restore_current()  # mended, where it is damaged
             taken = recovery.take(arena, self.config, self.ledger, self.keeper.checkpoints, self.curriculum)
             learner = taken.learner
-            self._saved_step = generation.read_state(current)["step"] if current is not None else 0
+            # What was written into the arena just now is on disk; what outlived the last daemon may not be.
+            saved = generation.read_state(current)["step"] if current is not None else 0
+            self._saved_step = saved if taken.restored is None else learner.progress.steps
             self._tried_step, self._tried_at = self._saved_step, time.monotonic()
             self.learner = learner
         log.info(
@@ -235,8 +237,7 @@ class Supervisor:
         if type(number) is not int or number < 0 or type(retrain) is not bool:
             command.refuse(f"not a generation: {command.arguments!r:.100}")
             return
-        if (saved := self.keeper.saved(wait=True)) is not None:
-            self._after_save(saved)
+        waited = command.age_s
         try:
             with self._changing:
                 done = rollback.roll_back(
@@ -248,10 +249,12 @@ class Supervisor:
             if rollback.pending(self.ledger) is not None:
                 raise  # the weights may be half-written: the next start finishes it
             return
+        if (saved := self.keeper.saved(wait=True)) is not None:  # it was under way when the command came
+            self._after_save(saved)
         if self.learner is not None:
             self._saved_step = self._tried_step = self.learner.progress.steps
         self.keeper.start_tidying()
-        command.done(**done)
+        command.done(**done, waited_ms=round(waited * 1000))
 
     def _checkpoint_due(self, learner: Learner) -> bool:
         settings, steps = self.config.checkpoint, learner.progress.steps
@@ -264,7 +267,7 @@ class Supervisor:
         return bool(by_time or by_updates)
 
     def _begin_save(self, learner: Learner) -> None:
-        self._save_now = False
+        urgent, self._save_now = self._save_now or bool(self._asked), False
         self._saving, self._asked = self._asked, []
         current = self.keeper.checkpoints.current()
         if learner.progress.steps == self._saved_step and current is not None:
@@ -275,7 +278,7 @@ class Supervisor:
             learner.progress.steps,
             time.monotonic(),
         )  # a full disk: when the next is due
-        self.keeper.start_saving(learner, self._about(learner))
+        self.keeper.start_saving(learner, self._about(learner), urgent=urgent)
 
     def _after_save(self, saved: Saved | CheckpointError) -> bool:
         if isinstance(saved, CheckpointError):

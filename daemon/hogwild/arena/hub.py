@@ -30,7 +30,7 @@ class Hub:
         on_session: called with (server, True) when a server's session begins and (server, False) when it ends;
             server is {"url": as announced, or empty, "pid": of the process at the other end}.
         on_command: called with the name and arguments of what a person asks for, in that session's thread; returns
-            the answer.
+            the answer. None: commands are refused.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Hub:
         path: Path,
         on_offer: Callable[[Arena], None],
         on_session: Callable[[dict[str, Any], bool], None],
-        on_command: Callable[[str, dict[str, Any]], dict[str, Any]],
+        on_command: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
         self._path, self._on_offer, self._on_session = path, on_offer, on_session
         self._on_command = on_command
@@ -149,6 +149,8 @@ class Hub:
         name, arguments = message.get("name"), message.get("arguments")
         if not isinstance(name, str) or not isinstance(arguments, dict):
             raise ProtocolError(f"a command without name or arguments: {message!r:.200}")
+        if self._on_command is None:
+            return {"status": "refused", "error": "this process takes no commands"}
         return self._on_command(name, arguments)
 
     def _ask(self, message: protocol.Message) -> tuple[protocol.Message, tuple[int, ...]]:
