@@ -13,6 +13,7 @@ processes interleave.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -57,6 +58,7 @@ SETTINGS = {
     "HOGWILD_CHECKPOINT__KEEP": "3", "HOGWILD_SPOOL__SETTLE_S": "0.2", "HOGWILD_SPOOL__RESCAN_INTERVAL_S": "0.5",
 }  # fmt: skip
 AIMS = ("any", "starting", "starting", "training", "saving", "rolling back")
+BACKLOG = 40  # examples that wait
 PATIENCE_S = 300.0  # nothing here is about how long something takes
 
 
@@ -86,8 +88,9 @@ class Tally:
 class Drops(threading.Thread):
     """Somebody who drops files, in every way that a file can arrive, and keeps a list of what was in them."""
 
-    def __init__(self, spool: Path, seed: int, pause_s: float) -> None:
+    def __init__(self, spool: Path, seed: int, pause_s: float, backlog: Callable[[], int]) -> None:
         super().__init__(name="drops", daemon=True)
+        self._backlog = backlog
         self._incoming, self._random, self._pause_s = spool / "incoming", random.Random(seed), pause_s
         self._outside = spool.parent / "outside"
         self._over = threading.Event()
@@ -100,6 +103,8 @@ class Drops(threading.Thread):
         self._incoming.mkdir(parents=True, exist_ok=True)
         number = 0
         while not self._over.wait(self._random.uniform(0.3, 1.7) * self._pause_s):
+            if self._backlog() > BACKLOG and self._random.random() < 0.75:
+                continue  # a stream that training can nearly keep up with, however slow the machine
             number += 1
             name = f"drop-{number:05d}.jsonl"
             if self.files and self._random.random() < 0.05:
@@ -166,7 +171,7 @@ class Chaos:
         self._arenas: dict[str, Arena] = {}
         self._least = 0  # generation that a server must be of, if it has come up since it was last set
         self._greeted = False
-        self.drops = Drops(self.state / "spool", seed + 1, pause_s=0.8)
+        self.drops = Drops(self.state / "spool", seed + 1, pause_s=0.8, backlog=self._backlog)
 
     # --- processes -------------------------------------------------------------------------------------------------
 
@@ -345,6 +350,13 @@ class Chaos:
 
     def _ledger(self) -> Ledger:
         return Ledger(self.state / "ledger.sqlite", readonly=True)
+
+    def _backlog(self) -> int:
+        try:
+            with self._ledger() as ledger:
+                return ledger.counts().pending
+        except HogwildError:  # there is none yet, or it is being made
+            return 0
 
     def _violation(self, what: str) -> None:
         self.tally.violations.append(what)
@@ -528,11 +540,14 @@ class Chaos:
         return "\n".join(f"  {name:58} {value}" for name, value in rows)
 
 
-def arena_bytes(pid: int) -> bytes:
-    """The weights that a server serves, from its own memory."""
-    for fd in (Path("/proc") / str(pid) / "fd").iterdir():
-        if str(fd.readlink()).startswith("/memfd:hogwild-weights"):
-            return fd.read_bytes()
+def arena_bytes(session: int) -> bytes:
+    """The weights that a server serves, from the memory of its engine, which is a process of the same session."""
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if os.getsid(int(entry.name)) == session:
+                for fd in (entry / "fd").iterdir():
+                    if str(fd.readlink()).startswith("/memfd:hogwild-weights"):
+                        return fd.read_bytes()
     raise AssertionError("the server has no arena")
 
 
