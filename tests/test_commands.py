@@ -1,12 +1,16 @@
 """Commands about what was saved, as a person gives them: to a running daemon, and without one."""
 
 import json
+import logging
+import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from typer.testing import CliRunner
 
 from hogwild import generation
@@ -22,6 +26,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     world = World(tmp_path_factory.mktemp("commands"))
     yield world
     world.end()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def logging_as_before() -> Iterator[None]:
+    """These commands set up logging for a process of their own."""
+    root = logging.getLogger()
+    handlers, level, hook, show = root.handlers[:], root.level, sys.excepthook, warnings.showwarning
+    yield
+    structlog.reset_defaults()
+    root.handlers, sys.excepthook, warnings.showwarning = handlers, hook, show
+    root.setLevel(level)
 
 
 @dataclass
