@@ -7,76 +7,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from hogwild import state_lock
-from hogwild.arena import client
-from hogwild.arena.client import Arena, Offer
-from hogwild.checkpoint import Checkpoints
-from hogwild.weights import Weights, load_arena
 from support import Daemon, Process, environment, wait_until
-from tiny import Child, llama, tokenizer
-
-
-def serve_weights(pipe: Any, folder: Path, sock: Path, trained: bool) -> None:
-    """What a server does with its weights: loads them into an arena and offers that for as long as it lives."""
-    arena: Arena = load_arena(folder)
-    if trained:
-        arena.control.mark_trained()
-    client._RETRY_REFUSED_S = 0.5
-    Offer(sock, arena, {"url": "http://127.0.0.1:1"}).start()
-    pipe.send(("serving", None))
-    while pipe.recv() == "weights":
-        weights = Weights(arena)
-        pipe.send(("weights", {name: weights.view(name).float().sum().item() for name in weights.names}))
-
-
-def sums(server: Child) -> dict[str, float]:
-    """The sum of every weight that the server serves now."""
-    server.tell("weights")
-    found: dict[str, float] = server.hear("weights")
-    return found
-
-
-class World:
-    """A model, a socket, and the processes of one test."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.sock = root, root / "run" / "arena.sock"
-        self.model = self.make("model")
-        self._daemons: list[Daemon] = []
-        self._servers: list[Child] = []
-
-    def make(self, name: str, seed: int = 0) -> Path:
-        folder = llama(self.root / name, torch.bfloat16, seed=seed)
-        tokenizer(folder)
-        return folder
-
-    def daemon(self, name: str = "daemon", **settings: Any) -> Daemon:
-        daemon = Daemon(self.root / name, self.sock, **settings)
-        self._daemons.append(daemon)
-        return daemon
-
-    def server(self, model: Path | None = None, *, trained: bool = False) -> Child:
-        server = Child(serve_weights, model or self.model, self.sock, trained)
-        self._servers.append(server)
-        server.hear("serving")
-        return server
-
-    def end(self) -> None:
-        for process in (*self._daemons, *self._servers):
-            process.kill()
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    world = World(tmp_path)
-    yield world
-    world.end()
-
+from world import World, sums
 
 # --- a daemon to which nothing is attached: one story, told in order -------------------------------------------------
 
@@ -194,21 +130,9 @@ def test_another_model_than_the_state_folder_has_learned_is_refused(world):
     daemon.wait_for("arena.attached")  # the right model is still taken
 
 
-def checkpoint_of(world: World, **state: Any) -> tuple[Path, dict[str, float]]:
-    """A checkpoint that an earlier daemon left: every weight doubled."""
-    weights = Weights(load_arena(world.model))
-    for name in weights.names:
-        weights.view(name).mul_(2)
-    root = world.root / "daemon" / "state" / "checkpoints"
-    saved = Checkpoints(root, keep=2).save(
-        weights, world.model, {}, {"step": 40, "ledger_position": 0, **state}
-    )
-    return saved, {name: weights.view(name).float().sum().item() for name in weights.names}
-
-
 def test_a_checkpoint_that_cannot_be_restored_is_refused_and_comes_back_when_it_is_mended(world):
     """Nothing of it is written before all of it is known to fit, so that the same server can still have it."""
-    saved, expected = checkpoint_of(world)
+    saved, expected = world.checkpoint()
     server = world.server()
     before = sums(server)
     parts = [

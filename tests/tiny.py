@@ -1,6 +1,7 @@
 """Tiny models with random weights, saved as a user would have them; and child processes to kill."""
 
 import gc
+import json
 import multiprocessing
 import os
 import signal
@@ -67,6 +68,22 @@ def tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
+
+
+def chat_model(folder: Path, seed: int = 0) -> Path:
+    """The smallest model that the real vLLM serves on a CPU: bf16, heads of 32, a tokenizer and a chat template."""
+    llama(
+        folder, torch.bfloat16, seed, hidden_size=64, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, max_position_embeddings=1024,
+    )  # fmt: skip
+    tokenizer(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = (
+        "{% for message in messages %}{{ message['role'] == 'user' and 'w1 ' or 'w2 ' }}"
+        "{{ message['content'] }} </s> {% endfor %}{% if add_generation_prompt %}w2 {% endif %}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
 
 
 class Child:

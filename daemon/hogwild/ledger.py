@@ -19,13 +19,15 @@ from hogwild.ledger_records import (
     Counts,
     FileRecord,
     GoodLine,
+    Growing,
+    NewFile,
     Outcome,
     Pass,
     Pending,
     Reset,
     State,
 )
-from hogwild.ledger_staging import discard, publish, recover, stage
+from hogwild.ledger_staging import accept_whole, discard, publish, recover, stage
 from hogwild.ledger_undo import go_back, note_passes
 
 __all__ = [
@@ -33,7 +35,9 @@ __all__ = [
     "Counts",
     "FileRecord",
     "GoodLine",
+    "Growing",
     "Ledger",
+    "NewFile",
     "Outcome",
     "Pass",
     "Pending",
@@ -42,6 +46,8 @@ __all__ = [
 ]
 
 PENDING_BYTES = 16 * 1024 * 1024  # of lines that `pending` holds at once, one line at least
+ERRORS_PAGE = 1000
+EXCERPT_CHARS = 200
 NOW = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"
 
 
@@ -77,8 +83,10 @@ class Ledger:
         *,
         passes: int,
         size: int = 0,
+        content_bytes: int = 0,
         stored_as: str | None = None,
         force: bool = False,
+        continues: int | None = None,
     ) -> FileRecord:
         """Takes over a file: all of it or, if `lines` raises or the process dies, nothing. Fsynced on return.
 
@@ -88,8 +96,10 @@ class Ledger:
         Args:
             passes: for lines that do not say.
             size: bytes on disk.
+            content_bytes: decompressed.
             stored_as: the name it will have in done/ or failed/.
             force: accept it although the same content was accepted before.
+            continues: the file that has grown by these lines.
 
         Raises:
             AlreadyAccepted: this content is in the ledger.
@@ -99,15 +109,17 @@ class Ledger:
             raise AlreadyAccepted(known.file_id, known.name, known.accepted_at)
         with self._db.write(fsync=False) as db:
             file_id = db.execute(
-                "INSERT INTO files (name, content_hash, bytes, state, forced, stored_as, moved)"
-                " VALUES (?, ?, ?, 'staging', ?, ?, 0) RETURNING file_id",
-                (name, content_hash, size, known is not None, stored_as or name),
+                "INSERT INTO files"
+                " (name, content_hash, bytes, content_bytes, state, forced, stored_as, moved, continues)"
+                " VALUES (?, ?, ?, ?, 'staging', ?, ?, 0, ?) RETURNING file_id",
+                (name, content_hash, size, content_bytes, known is not None, stored_as or name, continues),
             ).fetchone()[0]
         try:
             good = stage(self._db, file_id, lines, passes)
             with self._db.write(fsync=True) as db:
                 db.execute(
-                    f"UPDATE files SET state = ?, accepted_at = {NOW} WHERE file_id = ?",
+                    f"UPDATE files SET state = ?, accepted_at = {NOW}, errors_due = iif(continues IS NULL, 0,"
+                    " (SELECT count(*) FROM rejected r WHERE r.file_id = files.file_id)) WHERE file_id = ?",
                     ("accepted" if good else "rejected", file_id),
                 )
         except BaseException:
@@ -115,6 +127,15 @@ class Ledger:
             raise
         publish(self._db, file_id)
         return self.file(file_id)
+
+    def accept_files(self, files: Sequence[NewFile], *, passes: int) -> list[FileRecord | AlreadyAccepted]:
+        """Takes over small files in one transaction, fsynced on return; one result for each, in order.
+
+        Args:
+            passes: for lines that do not say.
+        """
+        with self._db.write(fsync=True) as db:
+            return accept_whole(db, files, passes)
 
     def find_content(self, content_hash: str) -> FileRecord | None:
         """The accepted file with this content, if there is one."""
@@ -134,9 +155,82 @@ class Ledger:
             ]
         return [self.file(file_id) for file_id in ids]
 
-    def set_moved(self, file_id: int) -> None:
+    def set_moved(self, *file_ids: int, may_grow: Collection[int] = ()) -> None:
+        """They have left incoming/, for good: the folders are fsynced.
+
+        Args:
+            may_grow: those of them that somebody may still be writing to.
+        """
         with self._db.write(fsync=False) as db:
-            db.execute("UPDATE files SET moved = 1 WHERE file_id = ?", (file_id,))
+            db.execute(
+                "UPDATE files SET moved = 1, may_grow = file_id IN (SELECT value FROM json_each(?))"
+                " WHERE file_id IN (SELECT value FROM json_each(?))",
+                (json.dumps(list(may_grow)), json.dumps(file_ids)),
+            )
+
+    def growing(self) -> list[Growing]:
+        """Files that somebody may still be writing to, oldest first."""
+        with self._db.read() as db:
+            rows = db.execute(
+                "SELECT file_id, name, state, stored_as, content_hash, bytes, content_bytes FROM files"
+                " WHERE may_grow AND state <> 'staging' ORDER BY file_id"
+            ).fetchall()
+        return [Growing(*row) for row in rows]
+
+    def set_grown(self, *file_ids: int) -> None:
+        """Nobody writes to them any more, or what came after them has been taken."""
+        with self._db.write(fsync=False) as db:
+            db.execute(
+                "UPDATE files SET may_grow = 0 WHERE file_id IN (SELECT value FROM json_each(?))",
+                (json.dumps(file_ids),),
+            )
+
+    def names_taken(self, names: Sequence[str]) -> set[str]:
+        """Which of these names in done/ or failed/ belong to a file already."""
+        with self._db.read() as db:
+            query = "SELECT stored_as FROM files WHERE stored_as IN (SELECT value FROM json_each(?))"
+            return {row[0] for row in db.execute(query, (json.dumps(names),))}
+
+    def errors_due(self) -> list[tuple[int, str, str, int]]:
+        """Files whose errors in failed/ are not all written down: (file_id, stored_as, name, how many more)."""
+        with self._db.read() as db:
+            return db.execute(
+                "SELECT file_id, stored_as, name, errors_due FROM files WHERE errors_due > 0"
+            ).fetchall()
+
+    def errors_written(self, file_id: int, count: int) -> None:
+        """That many of `errors_due` are in failed/ now, durably."""
+        with self._db.write(fsync=False) as db:
+            db.execute("UPDATE files SET errors_due = errors_due - ? WHERE file_id = ?", (count, file_id))
+
+    def errors(self, stored_as: str, *, after: tuple[int, int] = (0, -1)) -> list[tuple[int, int, BadLine]]:
+        """What of a file cannot be trained, in order, in pages: bad lines, and examples that failed.
+
+        Args:
+            after: (file_id, line_no) of the last row of the page before.
+
+        Returns:
+            (file_id, line_no, what is wrong).
+        """
+        with self._db.read() as db:
+            ids = [
+                row[0] for row in db.execute("SELECT file_id FROM files WHERE stored_as = ?", (stored_as,))
+            ]
+            rows: list[tuple[int, int, BadLine]] = []
+            for file_id in sorted(ids):
+                if file_id < after[0] or len(rows) >= ERRORS_PAGE:
+                    continue
+                line_no = after[1] if file_id == after[0] else -1
+                found = db.execute(
+                    "SELECT line_no, byte_offset, field, reason, excerpt FROM rejected"
+                    " WHERE file_id = ?1 AND line_no > ?2 UNION ALL"
+                    " SELECT line_no, byte_offset, field, coalesce(reason, ''), substr(line, 1, ?4)"
+                    " FROM examples JOIN lines USING (example_id)"
+                    " WHERE file_id = ?1 AND state = 'failed' AND line_no > ?2 ORDER BY 1 LIMIT ?3",
+                    (file_id, line_no, ERRORS_PAGE - len(rows), EXCERPT_CHARS),
+                )
+                rows += [(file_id, row[0], BadLine(*row)) for row in found]
+        return rows
 
     def file(self, file_id: int) -> FileRecord:
         with self._db.read() as db:
@@ -263,13 +357,11 @@ class Ledger:
         with self._db.read() as db:
             return int(db.execute("SELECT coalesce(max(pass_id), 0) FROM passes").fetchone()[0])
 
-    def newest_step(self, arena_id: str) -> int:
-        """The newest step recorded of that arena; 0 without one."""
-        with self._db.read() as db:  # passes are many, and those of the newest arena are the last ones
-            rows = db.execute(
-                "SELECT step, arena FROM passes WHERE pass_id > (SELECT coalesce(max(pass_id), 0) FROM passes) - 1000"
-            )
-            return max((step for step, arena in rows if arena == arena_id), default=0)
+    def steps_recorded(self, arena_id: str, after_pass: int) -> int:
+        """How many different steps of that arena have a pass recorded, among passes after number `after_pass`."""
+        with self._db.read() as db:
+            query = "SELECT count(DISTINCT step) FROM passes WHERE pass_id > ? AND arena = ?"
+            return int(db.execute(query, (after_pass, arena_id)).fetchone()[0])
 
     # --- checkpoints -------------------------------------------------------------------------------------
 

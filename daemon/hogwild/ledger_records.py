@@ -1,5 +1,6 @@
 """What goes into the ledger and what comes out of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -23,6 +24,35 @@ class BadLine(NamedTuple):
     field: str | None
     reason: str
     excerpt: str
+
+
+@dataclass(frozen=True, slots=True)
+class NewFile:
+    """A small file, read to its end."""
+
+    name: str
+    content_hash: str
+    bytes: int
+    """On disk, compressed or not."""
+    content_bytes: int
+    """Decompressed."""
+    stored_as: str
+    force: bool
+    """Accept it although the same content was accepted before."""
+    lines: Sequence[GoodLine | BadLine]
+
+
+@dataclass(frozen=True, slots=True)
+class Growing:
+    """A file that was taken while somebody may still have had it open for writing."""
+
+    file_id: int
+    name: str
+    state: Literal["accepted", "rejected"]
+    stored_as: str
+    content_hash: str
+    bytes: int
+    content_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,7 +137,12 @@ CREATE INDEX examples_undone  ON examples (example_id) WHERE state = 'undone';
 CREATE INDEX examples_by_file ON examples (file_id, state);
 
 ALTER TABLE files ADD COLUMN errors_due INTEGER NOT NULL DEFAULT 0;  -- errors that failed/<name>.errors.jsonl lacks
+ALTER TABLE files ADD COLUMN content_bytes INTEGER;                  -- decompressed, up to the last line taken
+ALTER TABLE files ADD COLUMN may_grow INTEGER NOT NULL DEFAULT 0;    -- 1: somebody may still be writing to it
+ALTER TABLE files ADD COLUMN continues INTEGER REFERENCES files;     -- it is what that file grew by, later
 CREATE INDEX files_errors_due ON files (file_id) WHERE errors_due > 0;
+CREATE INDEX files_may_grow ON files (file_id) WHERE may_grow;
+CREATE INDEX files_stored_as ON files (stored_as);
 
 ALTER TABLE checkpoints ADD COLUMN generation INTEGER;               -- its number in the history, never used again
 ALTER TABLE checkpoints ADD COLUMN parent INTEGER;                   -- the generation that its weights descend from

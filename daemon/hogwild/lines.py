@@ -26,16 +26,17 @@ class DamagedFileError(Exception):
     """Compressed content that ends too early or is not what its name says. None of it is trained."""
 
 
-def content_hash(path: Path) -> str:
-    """SHA-256 of the decompressed content: the identity of a file, whatever it is called.
+def content_hash(path: Path) -> tuple[str, int]:
+    """SHA-256 of the decompressed content, which is the identity of a file whatever it is called, and its length.
 
     Raises:
         DamagedFileError: it cannot be decompressed to its end.
     """
-    digest = hashlib.sha256()
-    for chunk in _chunks(path):
+    digest, length = hashlib.sha256(), 0
+    for chunk in read_chunks(path):
         digest.update(chunk)
-    return digest.hexdigest()
+        length += len(chunk)
+    return digest.hexdigest(), length
 
 
 def raw_hash(path: Path) -> str:
@@ -50,8 +51,13 @@ def read_lines(path: Path, max_line_bytes: int) -> Iterator[GoodLine | BadLine]:
     Raises:
         DamagedFileError: see `content_hash`.
     """
+    yield from parse_lines(read_chunks(path), max_line_bytes)
+
+
+def parse_lines(chunks: Iterable[bytes], max_line_bytes: int) -> Iterator[GoodLine | BadLine]:
+    """As `read_lines`, of content that comes in pieces."""
     any_line = False
-    for line_no, offset, raw, length in split_lines(_chunks(path), max_line_bytes):
+    for line_no, offset, raw, length in split_lines(chunks, max_line_bytes):
         if not raw.strip(_BLANK):
             continue
         any_line = True
@@ -105,19 +111,28 @@ def _excerpt(raw: bytes) -> str:
     return raw[:EXCERPT_BYTES].decode("utf-8", "replace")
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
-    """Decompressed content in pieces of bounded size."""
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """Decompressed content in pieces of bounded size.
+
+    Raises:
+        DamagedFileError: see `content_hash`.
+    """
+    with path.open("rb") as file:
+        yield from unpack(file, path.name)
+
+
+def unpack(file: BinaryIO, name: str) -> Iterator[bytes]:
+    """As `read_chunks`, of an open file; its name says how it is compressed."""
     try:
-        with path.open("rb") as file:
-            if path.name.endswith(".gz"):
-                with gzip.GzipFile(fileobj=file) as unzipped:
-                    while chunk := unzipped.read(CHUNK_BYTES):
-                        yield chunk
-            elif path.name.endswith(".zst"):
-                yield from _unzstd(file)
-            else:
-                while chunk := file.read(CHUNK_BYTES):
+        if name.endswith(".gz"):
+            with gzip.GzipFile(fileobj=file) as unzipped:
+                while chunk := unzipped.read(CHUNK_BYTES):
                     yield chunk
+        elif name.endswith(".zst"):
+            yield from _unzstd(file)
+        else:
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
     except (gzip.BadGzipFile, zlib.error, EOFError, zstandard.ZstdError) as error:
         raise DamagedFileError(f"cannot be decompressed: {error}") from error
 

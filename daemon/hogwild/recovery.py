@@ -107,8 +107,8 @@ def _ahead(arena: Arena, ledger: Ledger) -> int:
     A step is counted on the control page when its update is done, and recorded after that: a daemon that is killed
     between the two leaves at most one such step for each of its trainer threads.
     """
-    taken = int(ledger.get_meta("arena_steps") or 0)
-    return arena.control.steps - max(taken, ledger.newest_step(arena.control.arena_id))
+    since, after = (int(ledger.get_meta(key) or 0) for key in ("arena_steps", "arena_pass"))
+    return arena.control.steps - since - ledger.steps_recorded(arena.control.arena_id, after)
 
 
 def _doubt(arena: Arena, ahead: int, ledger: Ledger) -> str | None:
@@ -196,6 +196,7 @@ def _claim(arena: Arena, config: Config, ledger: Ledger, current: Path | None) -
     """Note whose arena this is, and from which step on the ledger tells what it was trained with."""
     step = checkpoint.read_state(current)["step"] if current is not None else 0
     ledger.set_meta("arena_steps", str(max(arena.control.steps, step)))
+    ledger.set_meta("arena_pass", str(ledger.newest_pass()))
     ledger.set_meta("arena_threads", str(config.training.threads))
     ledger.set_meta("arena_id", arena.control.arena_id)
 

@@ -1,18 +1,19 @@
 """File-system manners of the spool: folders, durable writes, and who else has a file open."""
 
+import enum
 import fcntl
 import getpass
 import os
 import signal
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import orjson
 
 from hogwild.errors import SpoolError
 from hogwild.ledger import Ledger
-from hogwild.ledger_records import BadLine, FileRecord
+from hogwild.ledger_records import BadLine
 
 MOVING = ".moving"  # beside incoming/: files on their way out of it
 FOLDER_MODE = 0o2770  # a group drops files in; set-group-id keeps them the group's
@@ -63,22 +64,36 @@ def fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def open_plain(path: Path) -> BinaryIO:
-    """Opens for reading; never follows a link, never waits for a pipe."""
-    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+def open_plain(path: Path) -> int:
+    """A descriptor for reading; never follows a link, never waits for a pipe."""
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
-def move_if_same(source: Path, target: Path, signature: Signature) -> bool:
-    """Moves a file, unless somebody has replaced it by another since it was read: that one stays.
+def read_whole(fd: int, limit: int) -> bytes | None:
+    """The content from the start; None if it is longer than the limit."""
+    parts: list[bytes] = []
+    left = limit + 1
+    while left > 0 and (data := os.read(fd, left)):
+        parts.append(data)
+        left -= len(data)
+    return b"".join(parts) if left > 0 else None
+
+
+def move(source: Path, target: Path, inode: int) -> bool:
+    """Moves a file, unless somebody has put another in its place since it was read: that one stays.
 
     On its way it lies in `.moving/`, from where `return_half_moved` brings it back after a crash: it is looked at only
     once nobody can replace it any more, and until then it may be one that nobody has read.
     """
     between = source.parent.parent / MOVING / source.name
     source.rename(between)
-    if Signature.of(between.lstat()) == signature:
-        between.rename(target)
-        return True
+    try:
+        if between.lstat().st_ino == inode:
+            between.rename(target)
+            return True
+    except OSError:
+        _bring_back(between, source)
+        raise
     _bring_back(between, source)
     return False
 
@@ -98,48 +113,72 @@ def _bring_back(between: Path, source: Path) -> None:
     between.rename(source)
 
 
-def is_open_for_writing(fd: int) -> bool:
-    """Whether anybody has this file open for writing. False where that cannot be known.
+class Lease(enum.Enum):
+    """What is known about those who may be writing to a file."""
 
-    The kernel grants a read lease only on a file that nobody writes. It needs a local file system and a file
-    of our own (or CAP_LEASE); everywhere else only the settling time protects.
+    HELD = "nobody writes it, and whoever opens it now to write must wait until we let go"
+    WRITTEN = "somebody has it open for writing"
+    UNKNOWN = "the kernel does not say"
+
+
+def take_lease(fd: int) -> Lease:
+    """Asks the kernel for a read lease, which it grants only on a file that nobody has open for writing.
+
+    It needs a local file system and a file of our own (or CAP_LEASE). Closing the descriptor gives it back.
     """
     try:
-        # A writer that comes while the lease is held would send SIGIO, which kills; SIGURG is ignored.
+        # A writer that comes meanwhile would send SIGIO, which kills; SIGURG is ignored.
         fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except BlockingIOError:
-        return True
+        return Lease.WRITTEN
     except OSError:
-        return False
-    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    return False
+        return Lease.UNKNOWN
+    return Lease.HELD
 
 
-def write_errors_file(ledger: Ledger, record: FileRecord, path: Path) -> BadLine:
-    """Writes a file's bad lines from the ledger, durably, and returns the first. Safe to repeat."""
+def is_wanted(fd: int) -> bool:
+    """Whether somebody waits for our lease, to write to the file."""
+    return fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK
+
+
+def printable(name: str) -> str:
+    """A file name as it can be stored and logged: bytes that are not UTF-8 become U+FFFD."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def write_errors_file(ledger: Ledger, stored_as: str, name: str, path: Path) -> BadLine | None:
+    """Writes what of a file cannot be trained, durably and atomically. Safe to repeat.
+
+    Args:
+        stored_as: in done/ or failed/.
+        name: as it was dropped.
+
+    Returns:
+        The first of it.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     first: BadLine | None = None
-    row = 0
+    row = (0, -1)
     with temporary.open("wb") as file:
-        while page := ledger.rejected(record.file_id, after_row=row):
-            for row, line in page:  # noqa: B007  # the last row is where the next page begins
-                first = first or line
-                file.write(
-                    orjson.dumps(
-                        {
-                            "file": record.name,
-                            "line": line.line_no,
-                            "offset": line.byte_offset,
-                            "field": line.field,
-                            "reason": line.reason,
-                            "excerpt": line.excerpt,
-                        }
-                    )
-                    + b"\n"
+        while page := ledger.errors(stored_as, after=row):
+            row = page[-1][:2]
+            first = first or page[0][2]
+            file.writelines(
+                orjson.dumps(
+                    {
+                        "file": name,
+                        "line": line.line_no,
+                        "offset": line.byte_offset,
+                        "field": line.field,
+                        "reason": line.reason,
+                        "excerpt": line.excerpt,
+                    }
                 )
+                + b"\n"
+                for _, _, line in page
+            )
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    assert first is not None
     return first

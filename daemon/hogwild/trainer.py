@@ -33,7 +33,7 @@ class Progress:
     def resume(self, steps: int) -> None:
         """Go on counting from a checkpoint's step."""
         with self._lock:
-            self.steps = self._control.steps = steps
+            self.steps = self._control.steps = max(self.steps, steps)
 
     def advance(self) -> int:
         """Count one finished step and return its number, from 1."""

@@ -84,9 +84,14 @@ def _provide_vllm_metadata() -> None:
     importlib.metadata.version = version
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Be the server: vLLM's command line, with the arguments of this process."""
     sys.argv[0] = "vllm"
     _provide_vllm_metadata()
     from vllm.entrypoints.cli.main import main
 
     main()
+
+
+if __name__ == "__main__":
+    run()

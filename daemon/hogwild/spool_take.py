@@ -1,0 +1,417 @@
+"""Takes complete files out of incoming/: read, into the ledger, then moved. Small files go many at a time.
+
+For every file: read -> ledger, fsynced -> errors file, fsynced -> moved -> folders fsynced -> "moved" noted.
+A crash between two of these leaves a file in incoming/ that the ledger knows, and the next scan goes on there.
+A batch makes one ledger transaction and one fsync of each folder for all its files.
+"""
+
+import hashlib
+import io
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hogwild import log
+from hogwild.config import SpoolConfig
+from hogwild.errors import AlreadyAccepted, LedgerError
+from hogwild.ledger import Ledger
+from hogwild.ledger_records import BadLine, FileRecord, GoodLine, Growing, NewFile
+from hogwild.lines import DamagedFileError, content_hash, parse_lines, raw_hash, read_lines, unpack
+from hogwild.spool_files import (
+    Lease,
+    Signature,
+    fsync_folder,
+    is_wanted,
+    move,
+    open_plain,
+    printable,
+    read_whole,
+    take_lease,
+    user,
+    write_errors_file,
+)
+from hogwild.spool_grown import Growth
+
+FORCE = ".force."
+"""In a file's name: learn it although the same content was learned before."""
+UNFINISHED_FACTOR = 5
+"""A file that is empty or ends in mid-line gets this many times `settle_s`: more is probably coming."""
+BATCH_FILES = 256  # each is held open meanwhile
+BATCH_BYTES = 1024 * 1024  # of content, decompressed; parsed, it takes several times as much memory
+NAME_BYTES = 220  # of 255: <name>.errors.jsonl and its temporary name must fit
+
+logger = log.get(__name__)
+
+
+@dataclass(slots=True)
+class Scan:
+    """What one scan did, as names in incoming/."""
+
+    accepted: list[str] = field(default_factory=list)
+    rejected: list[str] = field(default_factory=list)
+    duplicates: list[str] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)
+    """Not complete yet, or in the way of something that the log names."""
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A complete file in incoming/, opened."""
+
+    path: Path
+    signature: Signature
+    unchanged_s: float
+    began: float
+    fd: int = -1
+    lease: Lease = Lease.UNKNOWN
+    links: int = 1
+    digest: str = ""
+    content_bytes: int = 0
+    lines: Sequence[GoodLine | BadLine] | None = None
+    """None: too large to be held."""
+    stored_as: str = ""
+
+    @property
+    def name(self) -> str:
+        return printable(self.path.name)
+
+    def may_grow(self) -> bool:
+        """Whether somebody may have it open for writing, has it under another name too, or is just opening it."""
+        return self.lease is not Lease.HELD or self.links > 1 or is_wanted(self.fd)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class _ChangedError(Exception):
+    """The file was written while it was read, or somebody has it open for writing."""
+
+
+class Intake:
+    """See the module."""
+
+    def __init__(
+        self,
+        config: SpoolConfig,
+        ledger: Ledger,
+        growth: Growth,
+        *,
+        passes: int,
+        on_accepted: Callable[[FileRecord], None],
+        say_once: Callable[..., None],
+    ) -> None:
+        self.incoming, self.done, self.failed = (config.dir / x for x in ("incoming", "done", "failed"))
+        self._config, self._ledger, self._growth, self._passes = config, ledger, growth, passes
+        self._on_accepted, self._say_once = on_accepted, say_once
+        self._unmoved: dict[tuple[str, str], FileRecord] = {}
+
+    def recover(self) -> None:
+        """Finds what a crash kept from being moved."""
+        for record in self._ledger.unmoved():
+            if any(printable(name) == record.name for name in self._names_like(record.name)):
+                self._unmoved[record.name, record.content_hash] = record
+            else:
+                self._ledger.set_moved(record.file_id)
+
+    def take(
+        self, ready: Iterable[tuple[str, Signature, float]], scan: Scan, stopped: Callable[[], bool]
+    ) -> None:
+        """Takes files: (name, signature, seconds for which it has not changed)."""
+        batch: list[Candidate] = []
+        held = 0
+        try:
+            for name, signature, unchanged_s in ready:
+                if stopped():
+                    return
+                one = Candidate(self.incoming / name, signature, unchanged_s, time.perf_counter())
+                if not self._guarded(lambda one=one: self._read(one), one, scan):  # type: ignore[misc]
+                    one.close()
+                    continue
+                if one.lines is None:
+                    self._finish(batch, scan)
+                    held = 0
+                    self._take_large(one, scan)
+                    continue
+                batch.append(one)
+                held += one.content_bytes
+                if len(batch) >= BATCH_FILES or held >= BATCH_BYTES:
+                    self._finish(batch, scan)
+                    held = 0
+            self._finish(batch, scan)
+        finally:
+            for one in batch:
+                one.close()
+
+    # --- reading -----------------------------------------------------------------------------------------
+
+    def _guarded(self, work: Callable[[], object], one: Candidate, scan: Scan) -> bool:
+        """Whether it worked; one file that cannot be taken is no reason not to take the others."""
+        try:
+            work()
+        except (_ChangedError, FileNotFoundError):
+            pass
+        except LedgerError:
+            raise
+        except OSError as error:
+            self._say_once(
+                one.path.name, "spool.unreadable", one.signature,
+                path=printable(str(error.filename or one.path)), user=user(), error=str(error),
+            )  # fmt: skip
+        except Exception as error:
+            self._say_once(
+                one.path.name, "spool.stuck", one.signature, path=printable(str(one.path)), error=repr(error),
+                hint="this is a bug; the file stays where it is until it changes",
+            )  # fmt: skip
+        else:
+            return True
+        scan.waiting.append(one.path.name)
+        return False
+
+    def _read(self, one: Candidate) -> None:
+        """Opens a file and makes sure that it is complete; reads it if it is small."""
+        one.fd = open_plain(one.path)
+        one.lease = take_lease(one.fd)
+        if one.lease is Lease.WRITTEN:
+            raise _ChangedError
+        stat = os.fstat(one.fd)
+        one.links = stat.st_nlink
+        if Signature.of(stat) != one.signature:
+            raise _ChangedError
+        data = read_whole(one.fd, BATCH_BYTES) if stat.st_size <= BATCH_BYTES else None
+        if one.path.name.endswith(".jsonl"):
+            last = data[-1:] if data is not None else os.pread(one.fd, 1, stat.st_size - 1)
+            if last != b"\n" and one.unchanged_s < UNFINISHED_FACTOR * self._config.settle_s:
+                raise _ChangedError
+        content = None if data is None else self._unpack(one, data)
+        if content is None:
+            return
+        if one.lines is None:
+            one.digest, one.content_bytes = hashlib.sha256(content).hexdigest(), len(content)
+            one.lines = list(parse_lines([content], self._config.max_line_bytes))
+        if one.lease is not Lease.HELD and Signature.of(os.fstat(one.fd)) != one.signature:
+            raise _ChangedError
+
+    def _unpack(self, one: Candidate, data: bytes) -> bytes | None:
+        """Decompressed content; None if there is too much of it."""
+        if one.path.name.endswith(".jsonl"):
+            return data
+        parts: list[bytes] = []
+        length = 0
+        try:
+            for chunk in unpack(io.BytesIO(data), one.path.name):
+                parts.append(chunk)
+                length += len(chunk)
+                if length > BATCH_BYTES:
+                    return None
+        except DamagedFileError as error:
+            one.digest = hashlib.sha256(data).hexdigest()
+            one.lines = [BadLine(0, 0, None, str(error), "")]
+        return b"".join(parts)
+
+    # --- taking ------------------------------------------------------------------------------------------
+
+    def _finish(self, batch: list[Candidate], scan: Scan) -> None:
+        """Takes a batch into the ledger, fsynced, and moves its files."""
+        if not batch:
+            return
+        try:
+            self._name(batch)
+            new = [one for one in batch if (one.name, one.digest) not in self._unmoved]
+            results = self._ledger.accept_files(
+                [
+                    NewFile(
+                        one.name, one.digest, one.signature.size, one.content_bytes, one.stored_as,
+                        FORCE in one.path.name, one.lines or (),
+                    )
+                    for one in new
+                ],
+                passes=self._passes,
+            )  # fmt: skip
+            outcome = {id(one): result for one, result in zip(new, results, strict=True)}
+            for one in batch:
+                if id(one) not in outcome:
+                    outcome[id(one)] = self._unmoved[one.name, one.digest]
+                one.lines = None  # they are in the ledger
+            for result in outcome.values():
+                if isinstance(result, FileRecord) and result.examples:
+                    self._on_accepted(result)
+            self._put_away([(one, outcome[id(one)]) for one in batch], scan)
+        finally:
+            for one in batch:
+                one.close()
+            batch.clear()
+
+    def _take_large(self, one: Candidate, scan: Scan) -> None:
+        """As `_finish` for one file that is read twice instead of being held: for its hash, and for its lines."""
+
+        def take() -> None:
+            lines: Iterable[GoodLine | BadLine]
+            try:
+                one.digest, one.content_bytes = content_hash(one.path)
+                lines = read_lines(one.path, self._config.max_line_bytes)
+            except DamagedFileError as error:
+                one.digest, one.content_bytes = raw_hash(one.path), 0
+                lines = [BadLine(0, 0, None, str(error), "")]
+            self._name([one])
+            record: FileRecord | AlreadyAccepted | None = self._unmoved.get((one.name, one.digest))
+            if record is None:
+                try:
+                    record = self._ledger.accept_file(
+                        one.name,
+                        one.digest,
+                        _unchanged(one, lines),
+                        passes=self._passes,
+                        size=one.signature.size,
+                        content_bytes=one.content_bytes,
+                        stored_as=one.stored_as,
+                        force=FORCE in one.path.name,
+                    )
+                except AlreadyAccepted as known:
+                    record = known
+            if isinstance(record, FileRecord) and record.examples:
+                self._on_accepted(record)
+            self._put_away([(one, record)], scan)
+
+        try:
+            self._guarded(take, one, scan)
+        finally:
+            one.close()
+
+    def _put_away(self, files: Sequence[tuple[Candidate, FileRecord | AlreadyAccepted]], scan: Scan) -> None:
+        """Writes down bad lines, moves the files, and notes it, all durably. Repeated if a crash comes between."""
+        moved: list[tuple[Candidate, FileRecord | AlreadyAccepted, Path, BadLine | None]] = []
+        growing: list[Growing] = []
+        for one, result in files:
+            if isinstance(result, FileRecord):
+                self._unmoved[result.name, result.content_hash] = result
+
+            def put(one: Candidate = one, result: FileRecord | AlreadyAccepted = result) -> None:
+                first, stored_as = None, one.stored_as
+                folder = self.done
+                if isinstance(result, FileRecord):
+                    stored_as = result.stored_as
+                    folder = self.done if result.state == "accepted" else self.failed
+                    if result.rejected:
+                        errors = self.failed / f"{stored_as}.errors.jsonl"
+                        first = write_errors_file(self._ledger, stored_as, one.name, errors)
+                target = folder / stored_as
+                same = move(one.path, target, one.signature.inode)
+                if not same and not isinstance(result, FileRecord):
+                    raise _ChangedError
+                moved.append((one, result, target, first))
+                if same and one.may_grow():
+                    state = result.state if isinstance(result, FileRecord) else "accepted"
+                    growing.append(
+                        Growing(result.file_id, one.name, state, stored_as, one.digest,
+                                one.signature.size, one.content_bytes)
+                    )  # fmt: skip
+
+            self._guarded(put, one, scan)
+        if not moved:
+            return
+        for folder in (self.done, self.failed, self.incoming):
+            fsync_folder(folder)
+        records = [result for _, result, _, _ in moved if isinstance(result, FileRecord)]
+        if records:
+            self._ledger.set_moved(
+                *(record.file_id for record in records), may_grow=[file.file_id for file in growing]
+            )
+        for file in growing:
+            self._growth.add(file)
+        for one, result, target, first in moved:
+            self._report(one, result, target, first, scan)
+
+    def _report(
+        self,
+        one: Candidate,
+        result: FileRecord | AlreadyAccepted,
+        target: Path,
+        first: BadLine | None,
+        scan: Scan,
+    ) -> None:
+        where = f"{target.parent.name}/{target.name}"
+        if isinstance(result, AlreadyAccepted):
+            scan.duplicates.append(one.path.name)
+            logger.warning(
+                "spool.duplicate",
+                file=one.name,
+                same_as=result.name,
+                accepted_at=result.accepted_at,
+                stored_as=where,
+                hint=f"already learned; to learn it again, put `{FORCE[:-1]}` before .jsonl in its name",
+            )
+            return
+        self._unmoved.pop((result.name, result.content_hash), None)
+        if first is not None:
+            logger.warning(
+                "spool.rejected",
+                file=one.name,
+                lines=result.rejected,
+                line=first.line_no,
+                offset=first.byte_offset,
+                field=first.field,
+                reason=first.reason,
+                errors=f"failed/{result.stored_as}.errors.jsonl",
+            )
+        if result.state == "rejected":
+            scan.rejected.append(one.path.name)
+            return
+        scan.accepted.append(one.path.name)
+        logger.info(
+            "spool.accepted",
+            file=one.name,
+            examples=result.examples,
+            rejected=result.rejected,
+            bytes=result.bytes,
+            stored_as=where,
+            ms=round((time.perf_counter() - one.began) * 1000, 1),
+        )
+
+    # --- names -------------------------------------------------------------------------------------------
+
+    def _name(self, batch: Sequence[Candidate]) -> None:
+        """Gives each its name in done/ or failed/: its own, or one with part of the content's hash."""
+        for one in batch:
+            one.stored_as = _shortened(one.name, one.digest)
+        taken = self._ledger.names_taken([one.stored_as for one in batch])
+        for one in batch:
+            number = 1
+            plain = one.stored_as
+            stem, dot, suffix = plain.partition(".jsonl")
+            while one.stored_as in taken or self._exists(one.stored_as):
+                more = "" if number == 1 else f".{number}"
+                one.stored_as = f"{stem}.{one.digest[:8]}{more}{dot}{suffix}"
+                number += 1
+                if one.stored_as not in taken and self._ledger.names_taken([one.stored_as]):
+                    taken.add(one.stored_as)
+            taken.add(one.stored_as)
+
+    def _exists(self, name: str) -> bool:
+        """Somebody's own file: the ledger knows the others."""
+        return os.path.lexists(self.done / name) or os.path.lexists(self.failed / name)
+
+    def _names_like(self, name: str) -> Iterator[str]:
+        """Names in incoming/ that are printed like this."""
+        if os.path.lexists(self.incoming / name):
+            yield name
+        elif "\ufffd" in name:
+            yield from (entry.name for entry in os.scandir(self.incoming))
+
+
+def _shortened(name: str, digest: str) -> str:
+    if len(name.encode()) <= NAME_BYTES:
+        return name
+    stem, dot, suffix = name.rpartition(".jsonl")
+    room = NAME_BYTES - len(f".{digest[:8]}{dot}{suffix}".encode())
+    return f"{stem.encode()[:room].decode('utf-8', 'ignore')}.{digest[:8]}{dot}{suffix}"
+
+
+def _unchanged(one: Candidate, lines: Iterable[GoodLine | BadLine]) -> Iterator[GoodLine | BadLine]:
+    """Passes lines through, and refuses the file if it is not the one that was complete before."""
+    yield from lines
+    if Signature.of(one.path.lstat()) != one.signature:
+        raise _ChangedError
