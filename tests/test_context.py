@@ -170,6 +170,19 @@ def test_shared_beginnings_are_read_once(tmp_path):
     assert sorted(read) == [39, 49, 70], "the last token of a context predicts the first trained one"
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+def test_other_families_pack_too(tmp_path, family):
+    """Soft-capped logits, learned positions."""
+    folder = build(family, tmp_path / "model")
+    examples = [text(1, 6, 9), text(3, 40, 5, 3, 2)]
+    truths = [Truth(folder, example, "none").loss for example in examples]
+    together, losses = recorded(folder, [Item(example) for example in examples])[1:]
+    apart, losses_apart = recorded(folder, [Item(example) for example in examples], batch_tokens=1)[1:]
+    assert losses == pytest.approx(truths, rel=1e-5)
+    assert losses_apart == pytest.approx(truths, rel=1e-5)
+    assert_close(together.gradients, apart.gradients)
+
+
 # --- activation checkpointing ----------------------------------------------------------------------------------------
 
 
@@ -207,6 +220,8 @@ def test_less_memory_is_held_when_activations_are_computed_twice(tmp_path):
     held = []
     for budget in (0, 1024):
         trainer = prepared(folder, activation_mib=budget)[0]
+        work = [trainer._cut(0, Item(text(1, 8, 40)), "full")]
+        trainer._losses(work)  # the first pass measures, in the same way as this test
         saved: dict[int, int] = {}
 
         def note(tensor: torch.Tensor, saved: dict[int, int] = saved) -> torch.Tensor:
@@ -214,9 +229,9 @@ def test_less_memory_is_held_when_activations_are_computed_twice(tmp_path):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            trainer._losses([trainer._cut(0, Item(text(1, 8, 40)), "full")])
+            trainer._losses(work)
         held.append(sum(saved.values()))
-    assert held[0] < held[1] / 4
+    assert held[0] < held[1] / 2
 
 
 # --- fp32 around 16-bit weights --------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ class _UpdatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: "TrainedLinear") -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        rows = layer.gather.rows
-        ctx.rows = None if rows is None or len(rows) != len(flat) else rows.nonzero()[:, 0]
+        tokens, rows = layer.gather.rows
+        ctx.rows = rows if tokens == len(flat) else None
         ctx.layer, ctx.shape = layer, x.shape
         ctx.save_for_backward(flat if ctx.rows is None else flat[ctx.rows])
         return products.linear(x, layer.weight, layer.bias)
@@ -103,21 +103,22 @@ class Gather:
     backward pass that runs without it updates each weight with everything that was kept, layer by layer as it goes.
 
     Attributes:
-        rows: (L,) bool, which tokens of the pass are trained; the others are constants: a linear layer passes no
-            gradient back through them and is not updated from them. None: all.
+        rows: tokens of the pass, and which of them are trained; the others are constants: a linear layer passes no
+            gradient back through them and is not updated from them. None: all are trained. A layer that gets another
+            number of rows (the output head) gets trained tokens only.
         frozen: what is not trained: name -> why.
     """
 
     def __init__(self) -> None:
         self.more = False
-        self.rows: torch.Tensor | None = None
+        self.rows: tuple[int, torch.Tensor | None] = 0, None
         self.linears: list[TrainedLinear] = []
         self.small: dict[str, Callable[[], None]] = {}
         self.frozen: dict[str, str] = {}
 
     def begin(self) -> None:
         """Before the first forward pass of a step."""
-        self.more, self.rows = False, None
+        self.more, self.rows = False, (0, None)
         for linear in self.linears:
             linear.forget()
 

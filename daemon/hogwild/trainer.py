@@ -205,7 +205,7 @@ class Trainer:
         constant = [[False] * len(one.ids) if not one.constant else one.constant for one in group]
         mask = torch.tensor([flag for flags in constant for flag in flags], device=device)
         fixed = mask if torch.is_grad_enabled() and bool(mask.any()) else None
-        self._gather.rows = None if fixed is None else ~fixed
+        self._gather.rows = len(mask), None if fixed is None else (~fixed).nonzero()[:, 0]
         segments = [one.segment for one in group]
         if self._packs:
             pack = Pack(segments, self._layers, self._wide.dtype, device, fixed)
