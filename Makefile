@@ -5,7 +5,7 @@ SHELL := /bin/bash
 unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 
-.PHONY: setup demo test lint unit gpu-check bench-update bench-learning bench-forgetting bench-serving lock clean
+.PHONY: setup demo test lint unit gpu-check bench-update bench-learning bench-forgetting bench-serving bench-context bench-throughput lock clean
 
 setup:
 	@scripts/setup.sh
@@ -38,6 +38,12 @@ bench-forgetting: setup  # 100 new facts in 10 drops: what is learned, what is f
 
 bench-serving: setup   # stock vLLM against hogwild's, side by side
 	$(BIN)/python benchmarks/serving.py
+
+bench-context: setup   # frozen context against gradients through it: time and memory by length
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/context.py
+
+bench-throughput: setup  # trained tokens per second, against a Hugging Face Trainer with AdamW
+	$(BIN)/python benchmarks/throughput.py
 
 # re-pin requirements.txt from pyproject.toml: names and versions only, whatever index or local folder they came from
 LOCK_ARGS ?= --torch-backend cpu

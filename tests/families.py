@@ -28,6 +28,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "head_dim": 8, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"],
         "query_pre_attn_scalar": 8,
     },
+    "gemma2": {"head_dim": 8, "sliding_window": 7, "query_pre_attn_scalar": 8},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "qwen3_next": {**DELTA_NET, "mlp_only_layers": [0, 1, 2, 3], "num_experts": 0},
     "qwen3_5_text": DELTA_NET,
     "falcon_h1": {
@@ -57,17 +59,22 @@ class Truth:
     """
 
     def __init__(
-        self, folder: Path, example: Encoded, constants: Literal["none", "linear", "everywhere"]
+        self,
+        folder: Path,
+        example: Encoded,
+        constants: Literal["none", "linear", "everywhere"],
+        dtype: torch.dtype | Literal["auto"] = "auto",
     ) -> None:
         """Where tokens that predict nothing trained are detached: nowhere, at the output of every linear layer, or
         also at that of norms and convolutions and on their way into the recurrence."""
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         ids, wanted = example.ids, torch.tensor(example.trained[1:])
         constant = ~wanted if constants != "none" else torch.zeros_like(wanted)
         for name, module in model.named_modules():
             leaf = not list(module.children()) and any(True for _ in module.parameters())
             cut = isinstance(module, nn.Linear) if constants == "linear" else leaf
-            if cut and not isinstance(module, nn.Embedding) and "lm_head" not in name:
+            wanted_here = cut and constants != "none"
+            if wanted_here and not isinstance(module, nn.Embedding) and "lm_head" not in name:
                 module.register_forward_hook(lambda _m, _i, out: _cut(out, constant))
         with _recurrences_cut(constant) if constants == "everywhere" else nullcontext():
             self._logits = model(torch.tensor([ids[:-1]]), use_cache=False).logits[0][wanted]

@@ -13,7 +13,7 @@ from hogwild.config import OptimizerConfig
 from hogwild.encoding import Encoded
 from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights, load_arena
-from hogwild_kernels import UpdateResult
+from hogwild_kernels import UpdateResult, products
 
 
 class Recorder(Optimizer):
@@ -44,13 +44,19 @@ class Recorder(Optimizer):
         return self._note(name, gradient.clone())
 
 
-def recorded(folder: Path, items: list[Item], **settings: Any) -> tuple[Trainer, Recorder, list[float]]:
-    """A step of a trainer that records its gradients: (trainer, recorder, losses)."""
+def prepared(folder: Path, **settings: Any) -> tuple[Trainer, Recorder]:
+    """A trainer that records its gradients."""
     weights, optimizer = Weights(load_arena(folder)), Recorder()
     trainer = Trainer(
         skeleton.build(folder, weights), optimizer, Progress(weights.arena.control, 4), set(weights.names), "frozen",
         seed=0, **settings,
     )  # fmt: skip
+    return trainer, optimizer
+
+
+def recorded(folder: Path, items: list[Item], **settings: Any) -> tuple[Trainer, Recorder, list[float]]:
+    """One step of it: (trainer, recorder, losses)."""
+    trainer, optimizer = prepared(folder, **settings)
     return trainer, optimizer, trainer.step(items).losses
 
 
@@ -140,3 +146,107 @@ def test_packing_gives_the_gradients_of_one_by_one(tmp_path, family):
         for name in together.gradients
     }
     assert_close(together.gradients, wanted)
+
+
+def test_shared_beginnings_are_read_once(tmp_path):
+    """Three texts after one document of 70 tokens; two of them go on alike for 50 more, which one pass reads too."""
+    folder = build("qwen3_5_text", tmp_path / "model", max_position_embeddings=256)
+    document, question = text(1, 70).ids, text(2, 50).ids
+    contexts = [[*document, *question], [*document, *question], [*document, *text(3, 40).ids]]
+    examples = [
+        Encoded([*c, *text(5 + i, 6).ids], [False] * len(c) + [True] * 6) for i, c in enumerate(contexts)
+    ]
+    trainer = prepared(folder)[0]
+    read: list[int] = []
+
+    def note(_module: Any, arguments: Any) -> None:
+        if not torch.is_grad_enabled():
+            read.append(arguments[0].numel())
+
+    trainer.model.base_model.register_forward_pre_hook(note)
+    losses = trainer.step([Item(example) for example in examples]).losses
+    truths = [Truth(folder, example, "none").loss for example in examples]
+    assert losses == pytest.approx(truths, rel=1e-5)
+    assert sorted(read) == [39, 49, 70], "the last token of a context predicts the first trained one"
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+def test_other_families_pack_too(tmp_path, family):
+    """Soft-capped logits, learned positions."""
+    folder = build(family, tmp_path / "model")
+    examples = [text(1, 6, 9), text(3, 40, 5, 3, 2)]
+    truths = [Truth(folder, example, "none").loss for example in examples]
+    together, losses = recorded(folder, [Item(example) for example in examples])[1:]
+    apart, losses_apart = recorded(folder, [Item(example) for example in examples], batch_tokens=1)[1:]
+    assert losses == pytest.approx(truths, rel=1e-5)
+    assert losses_apart == pytest.approx(truths, rel=1e-5)
+    assert_close(together.gradients, apart.gradients)
+
+
+# --- activation checkpointing ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ATTENTION + RECURRENT)
+def test_activations_computed_twice_give_the_same_gradients(tmp_path, family):
+    folder = build(family, tmp_path / "model", max_position_embeddings=128)
+    items = [Item(text(1, 70, 6, 5, 4)), Item(text(2, 12, 7))]
+    kept, kept_losses = recorded(folder, items)[1:]
+    twice, twice_losses = recorded(folder, items, activation_mib=0)[1:]
+    assert twice_losses == kept_losses
+    assert twice.rows == kept.rows
+    for name, gradient in kept.gradients.items():
+        assert torch.equal(gradient, twice.gradients[name]), name
+
+
+def test_layers_are_computed_again_before_their_own_update_and_never_after(tmp_path):
+    """With real updates: weights after a step are bit for bit those of a step that kept its activations."""
+    folder = build("qwen3", tmp_path / "model", torch.bfloat16)
+    after = []
+    for budget in (0, 1024):
+        weights = Weights(load_arena(folder))
+        optimizer = Optimizer(OptimizerConfig(rank=4, lr=0.01), seed=0)
+        trainer = Trainer(
+            skeleton.build(folder, weights), optimizer, Progress(weights.arena.control, 4), set(weights.names),
+            "frozen", seed=0, activation_mib=budget,
+        )  # fmt: skip
+        for seed in range(3):
+            trainer.step([Item(text(seed, 8, 9)), Item(text(seed + 5, 3, 4))])
+        after.append({name: weights.view(name).clone() for name in weights.names})
+    assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
+
+
+def test_less_memory_is_held_when_activations_are_computed_twice(tmp_path):
+    folder = build("llama", tmp_path / "model", num_hidden_layers=8)
+    held = []
+    for budget in (0, 1024):
+        trainer = prepared(folder, activation_mib=budget)[0]
+        work = [trainer._cut(0, Item(text(1, 8, 40)), "full")]
+        trainer._losses(work)  # the first pass measures, in the same way as this test
+        saved: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor, saved: dict[int, int] = saved) -> torch.Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            trainer._losses(work)
+        held.append(sum(saved.values()))
+    assert held[0] < held[1] / 2
+
+
+# --- fp32 around 16-bit weights --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family", [f for f in ATTENTION + RECURRENT if f != "gemma3_text"]
+)  # scales its embedding in bf16
+def test_bf16_weights_give_the_gradients_of_the_same_weights_in_fp32(tmp_path, family, monkeypatch):
+    """Where a CPU cannot multiply bf16, nothing but the weights is bf16: no rounding of activations is left."""
+    monkeypatch.setattr(products, "multiplies", lambda dtype: dtype == torch.float32)
+    folder, example = build(family, tmp_path / "model", torch.bfloat16), text(2, 70, 6)
+    truth = Truth(folder, example, "everywhere", dtype=torch.float32)
+    _, optimizer, losses = recorded(folder, [Item(example)])
+    assert losses == pytest.approx([truth.loss], rel=1e-5)
+    if family == "falcon_h1":
+        optimizer.forget(".A_log", ".D", ".dt_bias", "conv1d")
+    assert_close(optimizer.gradients, truth.gradients)

@@ -1,6 +1,6 @@
 """Updates each layer inside its own backward pass, so that no gradient matrix and no full backward graph is kept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ class _UpdatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: "TrainedLinear") -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        rows = layer.gather.rows
-        ctx.rows = None if rows is None or len(rows) != len(flat) else rows.nonzero()[:, 0]
+        tokens, rows = layer.gather.rows
+        ctx.rows = rows if tokens == len(flat) else None
         ctx.layer, ctx.shape = layer, x.shape
         ctx.save_for_backward(flat if ctx.rows is None else flat[ctx.rows])
         return products.linear(x, layer.weight, layer.bias)
@@ -103,21 +103,22 @@ class Gather:
     backward pass that runs without it updates each weight with everything that was kept, layer by layer as it goes.
 
     Attributes:
-        rows: (L,) bool, which tokens of the pass are trained; the others are constants: a linear layer passes no
-            gradient back through them and is not updated from them. None: all.
+        rows: tokens of the pass, and which of them are trained; the others are constants: a linear layer passes no
+            gradient back through them and is not updated from them. None: all are trained. A layer that gets another
+            number of rows (the output head) gets trained tokens only.
         frozen: what is not trained: name -> why.
     """
 
     def __init__(self) -> None:
         self.more = False
-        self.rows: torch.Tensor | None = None
+        self.rows: tuple[int, torch.Tensor | None] = 0, None
         self.linears: list[TrainedLinear] = []
         self.small: dict[str, Callable[[], None]] = {}
         self.frozen: dict[str, str] = {}
 
     def begin(self) -> None:
         """Before the first forward pass of a step."""
-        self.more, self.rows = False, None
+        self.more, self.rows = False, (0, None)
         for linear in self.linears:
             linear.forget()
 
@@ -130,7 +131,12 @@ class Gather:
 
 
 def train_in_backward(
-    model: PreTrainedModel, optimizer: Optimizer, trainable: set[str], seed: int, on_update: OnUpdate
+    model: PreTrainedModel,
+    optimizer: Optimizer,
+    trainable: set[str],
+    seed: int,
+    on_update: OnUpdate,
+    sources: Mapping[str, torch.Tensor],
 ) -> Gather:
     """Make a backward pass through `model` update its weights.
 
@@ -139,6 +145,7 @@ def train_in_backward(
         trainable: names of the tensors that lie in the arena.
         seed: varies the rounding between threads.
         on_update: called after each weight's update, with its name and result.
+        sources: name -> the weight to update, of parameters of the model that are private copies.
 
     Returns:
         How several backward passes are made to end in one update, and what stays frozen.
@@ -172,23 +179,26 @@ def train_in_backward(
                 elif parameter.ndim == 2:
                     frozen[full] = f"a matrix of {type(module).__name__}, which is not a linear layer"
                 else:
-                    _train_small(full, parameter, optimizer, seed, on_update, gather)
+                    _train_small(
+                        full, parameter, sources.get(full, parameter.data), optimizer, seed, on_update, gather
+                    )
     return gather
 
 
 def _train_small(
     name: str,
     parameter: torch.nn.Parameter,
+    weight: torch.Tensor,
     optimizer: Optimizer,
     seed: int,
     on_update: OnUpdate,
     gather: Gather,
 ) -> None:
-    """Adam as soon as autograd has this parameter's whole gradient; the gradient is dropped at once."""
+    """Adam on `weight` as soon as autograd has this parameter's whole gradient, which is dropped at once."""
 
     def apply() -> None:
         if parameter.grad is not None:
-            on_update(name, optimizer.update_small(name, parameter.data, parameter.grad, seed))
+            on_update(name, optimizer.update_small(name, weight, parameter.grad, seed))
             parameter.grad = None
 
     def accumulated(_p: torch.Tensor) -> None:

@@ -34,6 +34,8 @@ from transformers.cache_utils import (
 )
 
 ATTENTION = {"full_attention", "sliding_attention"}
+DISTANCE_FROM_MASK = {"bloom", "mpt"}
+"""Models that bias attention by distance, counted from a mask of whole texts: no row of several."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Layers:
         shared = bool(getattr(self.config, "num_kv_shared_layers", None))
         self.known = not shared and all(type(layer) in _CONSTANT for layer in fresh)
         self.windows: list[int | None] | None = None
-        if not shared and set(self.types) <= ATTENTION:
+        by_mask = bool(getattr(self.config, "alibi", self.config.model_type in DISTANCE_FROM_MASK))
+        if not shared and not by_mask and set(self.types) <= ATTENTION:
             self.windows = [given.get("sliding_window") for given in arguments]
 
     def fresh(self, after: State | None) -> DynamicCache:

@@ -15,6 +15,7 @@ from hogwild.backward import train_in_backward
 from hogwild.batch import Encoded, Item, Work, cut, packs
 from hogwild.context import Layers, Pack, Segment, State, fixed_cache, read_one
 from hogwild.loss import bounded_loss, unlearning_limit
+from hogwild.precision import Wide
 from hogwild.prefixes import plan
 from hogwild.recompute import Recompute
 from hogwild_kernels import UpdateResult
@@ -109,7 +110,8 @@ class Trainer:
             unlearn_until_loss, model.config.get_text_config().vocab_size
         )
         self._squares, self._updates, self._skipped = 0.0, 0, 0
-        self._gather = train_in_backward(model, optimizer, trainable, seed, self._count)
+        self._wide = Wide(model)
+        self._gather = train_in_backward(model, optimizer, trainable, seed, self._count, self._wide.sources)
         self.frozen = self._gather.frozen
         self._layers = Layers(model)
         self._packs = self._layers.windows is not None
@@ -126,6 +128,7 @@ class Trainer:
         """
         began, steps_before = time.perf_counter(), self.progress.steps
         self._squares, self._updates, self._skipped = 0.0, 0, 0
+        self._wide.refresh()
         work = [self._cut(index, item, item.context or self.context) for index, item in enumerate(items)]
         self._read(work)
         self._gather.begin()
@@ -156,6 +159,7 @@ class Trainer:
     @torch.no_grad()
     def loss(self, example: Encoded) -> float:
         """The loss with the weights as they are now, nats a trained token."""
+        self._wide.refresh()
         return float(self._losses([cut(0, Item(example), "full", merge=False)])[0].mean())
 
     def _cut(self, index: int, item: Item, context: Literal["frozen", "full"]) -> Work:
@@ -179,7 +183,7 @@ class Trainer:
     def _states(self, segments: list[Segment]) -> list[State]:
         if not self._packs:
             return [read_one(self.model, self._layers, segment, self._batch_tokens) for segment in segments]
-        pack = Pack(segments, self._layers, self.model.dtype, self.model.device, keep=True)
+        pack = Pack(segments, self._layers, self._wide.dtype, self.model.device, keep=True)
         self.model.base_model(pack.ids, **pack.arguments)
         return pack.states()
 
@@ -189,10 +193,10 @@ class Trainer:
         constant = [[False] * len(one.ids) if not one.constant else one.constant for one in group]
         mask = torch.tensor([flag for flags in constant for flag in flags], device=device)
         fixed = mask if torch.is_grad_enabled() and bool(mask.any()) else None
-        self._gather.rows = None if fixed is None else ~fixed
+        self._gather.rows = len(mask), None if fixed is None else (~fixed).nonzero()[:, 0]
         segments = [one.segment for one in group]
         if self._packs:
-            pack = Pack(segments, self._layers, self.model.dtype, device, fixed)
+            pack = Pack(segments, self._layers, self._wide.dtype, device, fixed)
             ids, arguments = pack.ids, pack.arguments
         else:
             ids = torch.tensor([segments[0].ids], device=device)

@@ -34,27 +34,26 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 
 def linear(
-    x: Tensor,  # (..., n)
+    x: Tensor,  # (..., n) of the weight's type, or fp32
     weight: Tensor,  # (m, n), any strides
     bias: Tensor | None = None,  # (m,)
 ) -> Tensor:
     """x W^T + b, as torch.nn.functional.linear gives it, to the rounding of the fp32 sum. (..., m), x's dtype."""
     m, n = weight.shape
     rows = x.numel() // n if n else 0
-    if rows <= _FEW_ROWS or not _widens(x, weight):
+    if not _widens(x, weight) or (rows <= _FEW_ROWS and x.dtype == weight.dtype):
         return torch.nn.functional.linear(x, weight, bias)
     wide = x.reshape(rows, n).float()
-    y = torch.empty(rows, m, dtype=x.dtype)
+    y = torch.empty(rows, m)
     for top, tile in _tiles(weight):
-        here = wide @ tile.t()
-        if bias is not None:
-            here += bias[top : top + len(tile)]
-        y[:, top : top + len(tile)] = here
-    return y.view(*x.shape[:-1], m)
+        torch.mm(wide, tile.t(), out=y[:, top : top + len(tile)])
+    if bias is not None:
+        y += bias
+    return y.to(x.dtype).view(*x.shape[:-1], m)
 
 
 def input_gradient(
-    d: Tensor,  # (..., m) gradient of y
+    d: Tensor,  # (..., m) gradient of y, of the weight's type, or fp32
     weight: Tensor,  # (m, n), any strides
 ) -> Tensor:
     """D W: the gradient of x. (..., n), d's dtype."""
@@ -63,14 +62,20 @@ def input_gradient(
     if rows == 0 or not _widens(d, weight):
         return d @ weight
     wide = d.reshape(rows, m).float()
-    dx = torch.zeros(rows, n)
+    dx = torch.empty(rows, n)
     for top, tile in _tiles(weight):
-        dx.addmm_(wide[:, top : top + len(tile)], tile)
+        part = wide[:, top : top + len(tile)]
+        if top == 0:
+            torch.mm(part, tile, out=dx)
+        else:
+            dx.addmm_(part, tile)
     return dx.to(d.dtype).view(*d.shape[:-1], n)
 
 
 def _widens(x: Tensor, weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and x.dtype == weight.dtype and not multiplies(weight.dtype)
+    if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return x.dtype == torch.float32 or (x.dtype == weight.dtype and not multiplies(weight.dtype))
 
 
 class _Scratch(threading.local):
