@@ -17,7 +17,7 @@ from hogwild.errors import ConfigError, HogwildError
 from support import environment
 from tiny import Child, llama, tokenizer
 
-COMMANDS = ("serve", "vllm", "status", "checkpoint", "check", "demo", "version")
+COMMANDS = ("serve", "vllm", "status", "checkpoint", "check", "train", "demo", "version")
 
 
 def hogwild(*arguments: object, **settings: object) -> subprocess.CompletedProcess[str]:

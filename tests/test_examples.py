@@ -376,11 +376,39 @@ def test_of_a_text_everything_but_the_first_token_is_trained(tokenizer):
     assert tokenizer.decode(encoded.ids) == "Hello there, Ada" + tokenizer.eos_token
 
 
+@pytest.mark.parametrize("with_start", [False, True])
+@pytest.mark.parametrize("words", [10, 13, 14, 15, 40, 80])
+def test_a_long_text_is_trained_once_in_windows_that_overlap(tokenizer, with_start, words):
+    text = ("<|im_start|>" if with_start else "") + " ".join(f"w{i}" for i in range(words))
+    whole = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+    assert (whole[0] == tokenizer.bos_token_id) == with_start
+    windows = encode(Example(text=text), tokenizer, max_tokens=40)
+    trained = [token for part in windows for token, on in zip(part.ids, part.trained, strict=True) if on]
+    assert trained == whole[1:], "each token but the first, once, in order"
+    assert all(len(part.ids) <= 40 for part in windows)
+    assert len(windows) == 1 + max(-(-(len(whole) - 40) // (30 - with_start)), 0)
+    seen = whole[:40]
+    for part in windows[1:]:
+        context = part.ids[: part.trained.index(True)]
+        assert context == whole[:with_start] + seen[-10:], (
+            "a quarter of the window, after the start token if there is one"
+        )
+        seen += part.ids[len(context) :]
+    assert windows == encode(Example(text=text), tokenizer, max_tokens=100, context_length=40)
+
+
 def test_what_does_not_fit_is_refused_with_both_numbers(tokenizer):
     encoded = only(Example(text="one two three"), tokenizer, max_tokens=4)
     assert len(encoded.ids) == 4
-    with pytest.raises(ExampleError, match=r"5 tokens, and training\.max_tokens is 4"):
-        only(Example(text="one two three four"), tokenizer, max_tokens=4)
+    with pytest.raises(ExampleError, match=r"4 tokens, and training\.max_tokens is 3"):
+        only(Example(prompt="one", completion=" two three"), tokenizer, max_tokens=3)
+    with pytest.raises(ExampleError, match=r"4 tokens, and the model's context is 3"):
+        only(Example(prompt="one", completion=" two three"), tokenizer, max_tokens=4, context_length=3)
+    too_many = "one" + " two" * (
+        40 + 7 * 30 - 1
+    )  # and the end-of-text token: one more than eight windows hold
+    with pytest.raises(ExampleError, match=r"251 tokens, and training\.max_tokens is 40"):
+        encode(Example(text=too_many), tokenizer, max_tokens=40)
 
 
 @settings(max_examples=40, deadline=None)

@@ -83,7 +83,9 @@ def test_a_short_run_goes_through_and_is_not_repeated(folder, tmp_path, monkeypa
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.setattr(forgetting.demo_model, "build", lambda path: path)
-    monkeypatch.setattr(forgetting.logs, "configure", lambda *_: None)  # it would last for every test after this
+    monkeypatch.setattr(
+        forgetting.logs, "configure", lambda *_: None
+    )  # it would last for every test after this
     forgetting.main()
     done = json.loads(results.read_text())["default"]
     assert [drop["facts"] for drop in done["drops"]] == [2, 4]

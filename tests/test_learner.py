@@ -58,7 +58,7 @@ def test_lines_reach_the_trainer_with_all_that_they_say(
         {"id": "both", "messages": CHAT, "train_on": "all", "context": "full", "weight": 2},
         {"id": "ignored", "messages": [{**CHAT[0], "name": "Bo"}, CHAT[1]]},
         {"id": "ignored-too", "messages": [{**CHAT[0], "name": "Al"}, CHAT[1]], "context": "frozen"},
-        {"id": "long", "text": " ".join(["w1"] * 64)},  # the model's context is 64
+        {"id": "long", "prompt": "w1", "completion": " ".join(["w1"] * 64)},  # the model's context is 64
         {"id": "stricter", "text": "w1 w2", "weight": 7},
     ]
     path = tmp_path / "a.jsonl"

@@ -176,7 +176,9 @@ def test_a_module_that_the_server_does_not_read_is_found(story: Story) -> None:
     weights = Weights(arena)
     reader = skeleton.build(story.model, weights)
     tokenizer = AutoTokenizer.from_pretrained(story.model)
-    example = examples.encode(examples.parse_line(json.dumps(FACTS[0]).encode()), tokenizer, max_tokens=256)
+    (example,) = examples.encode(
+        examples.parse_line(json.dumps(FACTS[0]).encode()), tokenizer, max_tokens=256
+    )
     server = served.Server(story.server.url, "HOGWILD_API_KEY")
     prompts = [example.ids]
     agreement = served.check(server, reader, prompts, tolerance=0.15)
@@ -361,7 +363,9 @@ def test_a_restart_of_the_daemon_alone_goes_on_with_weights_and_moments(story: S
     assert daemon.terminate() == 0
     again = daemon.events("example.pass") + daemon.events("example.trained")
     assert len(again) == 3 - done
-    assert daemon.events("checkpoint.saved")[-1]["step"] >= step + 3 - done  # and steps of replay between its passes
+    assert (
+        daemon.events("checkpoint.saved")[-1]["step"] >= step + 3 - done
+    )  # and steps of replay between its passes
 
 
 def test_the_checkpoint_is_what_is_served(story: Story) -> None:

@@ -154,7 +154,8 @@ def _settings(example: Example, sequences: int) -> list[str]:
     elif example.weight != 1:
         said.append(f"weight {example.weight:g}")
     if sequences > 1:
-        said.append(f"{sequences} sequences, because the chat template changes earlier turns")
+        why = "it is long" if example.text else "the chat template changes earlier turns"
+        said.append(f"{sequences} sequences, because {why}")
     for name in ("train_on", "context", "passes", "until_loss", "priority"):
         value = getattr(example, name)
         if value:

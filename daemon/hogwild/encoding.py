@@ -14,6 +14,9 @@ from typing import Any, Protocol
 from hogwild.chat import Chat
 from hogwild.errors import ExampleError
 
+MAX_WINDOWS = 8
+"""Sequences that a long text is split into, at most: they are trained in one step."""
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -32,6 +35,8 @@ class Encoded:
 class Tokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
 
+    @property
+    def bos_token_id(self) -> Any: ...
     @property
     def eos_token_id(self) -> Any: ...
     @property
@@ -96,10 +101,26 @@ def encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> Enc
     return _masked(context + answer, [False] * len(context) + [True] * len(answer))
 
 
-def encode_text(text: str, tokenizer: Tokenizer) -> Encoded:
-    """Every token is trained but the first, which nothing predicts; the end-of-text token is appended."""
+def encode_text(text: str, tokenizer: Tokenizer, max_tokens: int) -> list[Encoded]:
+    """Every token is trained but the first, which nothing predicts; the end-of-text token is appended.
+
+    Returns:
+        One sequence or, of a text that is longer than `max_tokens`, windows that overlap by a quarter: what a window
+        shares with the one before is its context, so that each token is trained once, with something before it. A
+        text is the same wherever it is read from; a chat or a completion is not, and is never split this way. More
+        than MAX_WINDOWS are not made: the caller finds the one sequence too long.
+    """
     ids = _ended(_tokens(text, tokenizer, add_special_tokens=True), tokenizer)
-    return _masked(ids, [True] * len(ids))
+    start = ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []  # some models cannot read without it
+    shared = max_tokens // 4
+    fresh = max_tokens - shared - len(start)  # tokens of each window but the first that are trained
+    if len(ids) <= max_tokens or len(ids) > max_tokens + (MAX_WINDOWS - 1) * fresh or not shared:
+        return [_masked(ids, [True] * len(ids))]
+    windows = [_masked(ids[:max_tokens], [True] * max_tokens)]
+    for at in range(max_tokens, len(ids), fresh):
+        context, new = [*start, *ids[at - shared : at]], ids[at : at + fresh]
+        windows.append(_masked(context + new, [False] * len(context) + [True] * len(new)))
+    return windows
 
 
 def context_length(folder: Path) -> int | None:

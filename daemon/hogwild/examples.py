@@ -109,8 +109,8 @@ def encode(
         train_on: for chats whose line does not say.
 
     Returns:
-        One sequence, or several where the chat template does not allow one (see `encode_chat`); they make up the
-        example together, each token of each counting the same.
+        One sequence, or several where the chat template does not allow one (see `encode_chat`) or a text is long
+        (see `encode_text`); they make up the example together, each trained token counting the same.
 
     Raises:
         ExampleError: too long, or the chat template does not allow it.
@@ -121,7 +121,8 @@ def encode(
     elif example.completion is not None:
         parts = [encode_completion(example.prompt or "", example.completion, tokenizer)]
     else:
-        parts = [encode_text(example.text or "", tokenizer)]
+        longest = max_tokens if context_length is None else min(max_tokens, context_length)
+        parts = encode_text(example.text or "", tokenizer, longest)
     for part in parts:
         length = len(part.ids)
         if context_length is not None and length > context_length:

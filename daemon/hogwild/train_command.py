@@ -142,7 +142,7 @@ class _Bar:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def show(self, now: Now) -> None:
+    def show(self, now: "Now") -> None:
         self._progress.update(
             self._task,
             description="training" if now.passes_done or not now.passes_left else "preparing",
@@ -152,7 +152,7 @@ class _Bar:
         )
 
 
-def _report(result: Result, console: Console) -> None:
+def _report(result: "Result", console: Console) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("file", "examples", "wrong", "loss before", "after", "measured on"):
         table.add_column(heading, justify="left" if heading == "file" else "right")
