@@ -100,6 +100,8 @@ class ReplayConfig(Table):
     """Tokens of the longest of them."""
     self_share: float = Field(default=0.5, ge=0, le=1)
     """Share of replay that is taken from them once there are learned examples; before, all of it is."""
+    self_weight: Positive = 4.0
+    """How much one of them counts beside a new example. More: the model stays nearer to what it was."""
     self_limit_s: NotNegative = 30.0
     """Seconds after which no more of them are written, so that the first training does not wait long."""
 
