@@ -333,7 +333,8 @@ class Learner:
         """Take, forward, backward and update, record: one step on new examples and on what is replayed beside them."""
         new = [(one, group) for one in batch.new if (group := self._encode(one, sets_aside=True))]
         old = [(one, group) for one in batch.replayed if (group := self._encode(one, sets_aside=False))]
-        own = [Group((Item(sample, likeliest=sample.likeliest),)) for sample in batch.own]
+        weight = self.config.replay.self_weight
+        own = [Group((Item(sample, weight, likeliest=sample.likeliest),)) for sample in batch.own]
         if (batch.new and not new) or not (new or old or own):
             self.curriculum.done(batch)  # nothing new is left, and replay was there for its sake
             return
