@@ -64,7 +64,7 @@ class Run:
         question, answer = (" ".join(self.chance.choices(WORDS, k=count)) for count in (8, 10))
         messages = [{"role": "user", "content": f"{question}?"}, {"role": "assistant", "content": answer}]
         line = json.dumps({"messages": messages}).encode()
-        return examples.encode(examples.parse_line(line), self.tokenizer, max_tokens=512)
+        return examples.encode(examples.parse_line(line), self.tokenizer, max_tokens=512)[0]
 
     def save(self) -> Path:
         state = {"step": self.progress.steps, "epoch": self.progress.epoch, "ledger_position": 0,

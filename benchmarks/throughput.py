@@ -70,7 +70,7 @@ def chats(model: Path, count: int) -> list[Encoded]:
             ]
         }
         example = examples.parse_line(json.dumps(line).encode())
-        found.append(examples.encode(example, tokenizer, max_tokens=512))
+        found += examples.encode(example, tokenizer, max_tokens=512)
     return found
 
 

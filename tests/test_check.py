@@ -54,7 +54,7 @@ def test_with_a_tokenizer_it_shows_what_is_trained_and_what_is_too_long(file):
     assert f"{len(answer)} of {len(context + answer)} tokens trained" in text
     assert "⟦[/b] Ada.<|im_end|>⟧" in text
     records, text = checked([file], tokenizer=tokenizer, config={"training.max_tokens": 5})
-    assert [record["ok"] for record in records] == [False, False, False]
+    assert [record["ok"] for record in records] == [False, False, True]  # a text is trained in windows
     assert "training.max_tokens is 5" in text
     records, text = checked([file], tokenizer=tokenizer, context_length=11)
     assert "the model's context is 11" in text
