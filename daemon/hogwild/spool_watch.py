@@ -2,8 +2,8 @@
 
 Every scan begins with a new observer, and an observer's first event ends its watch. So whatever became of the folder
 or of the observer, the next scan has one that hears; a storm costs a few events a scan instead of one a file, in
-this process as in the kernel; and a full kernel queue loses nothing, since what came first in it has caused a scan
-already. watchdog logs a full queue as a warning.
+this process as in the kernel; and a full kernel queue needs no notice, since the first event in it, which is never the
+one that was dropped, causes a scan, and that begins with an empty queue.
 """
 
 import errno
