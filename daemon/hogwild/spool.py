@@ -109,8 +109,7 @@ class Spool:
                 except (SpoolError, OSError) as error:
                     self._say_once("", "spool.failed", error=str(error), user=user())
                 rest = min(pause, IDLE_SHARE * (time.monotonic() - began))
-                self._watch.wait(rest, events=False)
-                if not stop.is_set():
+                if not self._watch.wait(rest, events=False):
                     self._watch.wait(pause - rest)
         finally:
             self._watch.close()

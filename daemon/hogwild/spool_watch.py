@@ -1,37 +1,44 @@
 """File events as hints: they may be lost, late or silent without harm, because scans find everything.
 
-inotify is read by the thread that scans, between two scans. So there is no observer thread that could die, no
-queue of events in this process, and what the kernel says about the watch itself is heard: events that were
-dropped, a folder that was removed, renamed or unmounted.
+Every scan begins with a new observer, and an observer's first event ends its watch. So whatever became of the folder
+or of the observer, the next scan has one that hears; a storm costs a few events a scan instead of one a file, in
+this process as in the kernel; and a full kernel queue needs no notice, since the first event in it, which is never the
+one that was dropped, causes a scan, and that begins with an empty queue.
 """
 
-import ctypes
 import errno
-import os
-import select
-import struct
+import logging
+import threading
 from pathlib import Path
+
+from watchdog.events import (
+    DirDeletedEvent,
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileDeletedEvent,
+    FileMovedEvent,
+    FileSystemEvent,
+    FileSystemEventHandler,
+)
+from watchdog.observers import Observer
+from watchdog.observers.api import BaseObserver
+from watchdog.utils import BaseThread
 
 from hogwild import log
 
-# <sys/inotify.h>
-IN_CLOSE_WRITE, IN_MOVED_TO, IN_CREATE = 0x8, 0x80, 0x100
-IN_DELETE_SELF, IN_MOVE_SELF, IN_UNMOUNT = 0x400, 0x800, 0x2000
-IN_Q_OVERFLOW, IN_IGNORED, IN_ONLYDIR = 0x4000, 0x8000, 0x1000000
-_HINTS = (
-    IN_CLOSE_WRITE | IN_MOVED_TO | IN_CREATE
-)  # a hard link is only created; our own reading is none of these
-_GONE = {
-    IN_UNMOUNT: "the file system was unmounted",
-    IN_MOVE_SELF: "the folder was renamed",
-    IN_DELETE_SELF: "the folder was removed",
-    IN_IGNORED: "the kernel ended the watch",
-}
-_HEADER = struct.Struct("iIII")  # watch, mask, cookie, length of the name
-_READ_BYTES = 256 * 1024
+# A hard link is only created; a file that is moved away counts as deleted: our own moves must end the watch too, or
+# there would be an event for each. Not "opened" and "closed without writing": every scan causes those.
+HINTS: list[type[FileSystemEvent]] = [
+    FileCreatedEvent,
+    FileMovedEvent,
+    FileClosedEvent,
+    FileDeletedEvent,
+    DirDeletedEvent,
+]
 
 logger = log.get(__name__)
-_libc = ctypes.CDLL(None, use_errno=True)
+# It says, as an error, that an event came after the watch had ended. Here that is how it is meant.
+logging.getLogger("watchdog.observers.inotify").setLevel(logging.CRITICAL)
 
 
 class Watch:
@@ -39,44 +46,40 @@ class Watch:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._inotify: int | None = None
+        self._changed = threading.Condition()
+        self._woken = self._hinted = self._removed = False
+        self._observer: BaseObserver | None = None
+        self._threads: list[BaseThread] = []
         self._watched: tuple[int, int] | None = None
         self._unwatched = False
 
-    def __del__(self) -> None:
-        self.close()
-        os.close(self._wake)
-
     def wake(self) -> None:
         """Ends `wait`, the present one or the next. From any thread."""
-        os.eventfd_write(self._wake, 1)
+        with self._changed:
+            self._woken = True
+            self._changed.notify_all()
 
     def ensure(self) -> None:
-        """Watches the folder that is at the path now; says what it heals. Call it before a scan.
+        """Watches the folder that is at the path now; says what it heals. Call it before every scan.
 
         Raises:
-            OSError: there is no such folder, or it cannot be read.
+            OSError: there is no such folder.
         """
         stat = self._folder.stat()
         identity = (stat.st_dev, stat.st_ino)
-        if self._inotify is not None and self._watched != identity:
-            self._restart("another folder is at its place")
-        if self._inotify is not None:
-            return
+        if self._observer is not None and (reason := self._broken(identity)):
+            logger.warning("spool.watch_restarted", reason=reason)
+        self._retire()
+        self._removed = self._hinted = False  # the scan that follows sees what they were about
         try:
-            self._inotify = _call("inotify_init1", os.O_NONBLOCK | os.O_CLOEXEC)
-            mask = _HINTS | IN_DELETE_SELF | IN_MOVE_SELF | IN_ONLYDIR
-            _call("inotify_add_watch", self._inotify, os.fsencode(self._folder), mask)
-        except OSError as error:  # out of watches or instances, or a file system without events
-            self.close()
-            if error.errno in (errno.EACCES, errno.ENOENT, errno.ENOTDIR):
-                raise OSError(error.errno, error.strerror, str(self._folder)) from error
+            self._start()
+        except (OSError, RuntimeError) as error:  # out of watches, instances or threads, or no events here
+            self._retire()
             if not self._unwatched:
                 hint = {
                     errno.ENOSPC: "raise fs.inotify.max_user_watches",
                     errno.EMFILE: "raise fs.inotify.max_user_instances",
-                }.get(error.errno or 0, "this file system may have no events")
+                }.get(getattr(error, "errno", None) or 0, "this file system may have no events")
                 logger.warning(
                     "spool.unwatched",
                     error=str(error),
@@ -89,66 +92,81 @@ class Watch:
             self._unwatched = False
             logger.info("spool.watched", folder=str(self._folder))
 
-    def wait(self, timeout_s: float, *, events: bool = True) -> None:
-        """Returns at the first event, at a `wake`, or after the time.
+    def wait(self, timeout_s: float, *, events: bool = True) -> bool:
+        """Returns at the first event since `ensure`, at a `wake`, or after the time.
 
         Args:
-            events: False: do not listen to the folder, to scan less often while much is arriving.
+            events: False: events do not end it, to scan less often while much is arriving. They end the next wait.
+
+        Returns:
+            Whether it was ended before the time.
         """
-        poll = select.poll()
-        poll.register(self._wake, select.POLLIN)
-        if events and self._inotify is not None:
-            poll.register(self._inotify, select.POLLIN)
-        for fd, _ in poll.poll(timeout_s * 1000):
-            if fd == self._wake:
-                try:
-                    os.eventfd_read(self._wake)
-                except BlockingIOError:
-                    pass  # somebody else has read it; we are awake all the same
-            else:
-                self._drain()
+        with self._changed:
+            ended = self._changed.wait_for(lambda: self._woken or (events and self._hinted), timeout_s)
+            self._woken = False
+            if events:
+                self._hinted = False
+        return ended
 
     def close(self) -> None:
         """Stops watching. `ensure` starts again."""
-        if self._inotify is not None:
-            try:
-                os.close(self._inotify)
-            except OSError:
-                pass  # closed by somebody else: that is why we are here
-            self._inotify = self._watched = None
+        if (stopping := self._retire()) is not None:
+            stopping.join(timeout=5)
 
-    def _drain(self) -> None:
-        assert self._inotify is not None
-        masks = 0
-        try:
-            while data := os.read(self._inotify, _READ_BYTES):
-                at = 0
-                while at < len(data):
-                    _, mask, _, length = _HEADER.unpack_from(data, at)
-                    masks |= mask
-                    at += _HEADER.size + length
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            self._restart(f"it cannot be read: {error}")
-            return
-        if masks & IN_Q_OVERFLOW:
-            logger.warning(
-                "spool.overflow", hint="the kernel dropped file events; the scan that follows finds the files"
-            )
-        for bit, reason in _GONE.items():
-            if masks & bit:
-                self._restart(reason)
-                return
+    def hear(self, event: FileSystemEvent) -> None:
+        """Called by an observer's thread."""
+        with self._changed:
+            self._hinted = True
+            if isinstance(event, DirDeletedEvent) and event.src_path == str(self._folder):
+                self._removed = True
+            self._changed.notify_all()
 
-    def _restart(self, reason: str) -> None:
-        logger.warning("spool.watch_restarted", reason=reason)
-        self.close()
+    def _start(self) -> None:
+        """Starts an observer, and notes the threads that it needs: one reads, one dispatches."""
+        before = set(threading.enumerate())
+        self._observer = observer = Observer()
+        observer.schedule(_Once(self, observer), str(self._folder), event_filter=HINTS)
+        observer.start()
+        self._threads = [
+            thread
+            for thread in threading.enumerate()
+            if isinstance(thread, BaseThread) and thread not in before
+        ]
+
+    def _retire(self) -> threading.Thread | None:
+        """Stops the observer in a thread of its own: if one of its threads died holding a lock, that takes for ever."""
+        observer, self._observer, self._threads = self._observer, None, []
+        if observer is None:
+            return None
+        thread = threading.Thread(target=_stop, args=(observer,), name="watch-stop", daemon=True)
+        thread.start()
+        return thread
+
+    def _broken(self, identity: tuple[int, int]) -> str | None:
+        """Why the watch set by the last `ensure` may not have heard everything since."""
+        assert self._observer is not None
+        if self._removed:
+            return "the folder was removed"
+        if self._watched != identity:
+            return "another folder is at its place"
+        for thread in self._threads:
+            if not thread.is_alive() and not thread.stopped_event.is_set():
+                return f"its thread {thread.name} died"
+        return None
 
 
-def _call(function: str, *arguments: object) -> int:
-    result = int(getattr(_libc, function)(*arguments))
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{function}: {os.strerror(number)}")
-    return result
+class _Once(FileSystemEventHandler):
+    """Passes on the first event and ends the watch, with what else was queued for it."""
+
+    def __init__(self, watch: Watch, observer: BaseObserver) -> None:
+        self._watch, self._observer = watch, observer
+
+    def on_any_event(self, event: FileSystemEvent) -> None:
+        self._watch.hear(event)
+        self._observer.unschedule_all()
+
+
+def _stop(observer: BaseObserver) -> None:
+    observer.stop()
+    if observer.is_alive():
+        observer.join()
