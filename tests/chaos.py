@@ -167,6 +167,7 @@ class Chaos:
         self.daemon: Forked | None = None
         self.server: Forked | None = None
         self._log = root / "daemon.log"
+        self._log.touch()
         self._log_from = 0
         self._arenas: dict[str, Arena] = {}
         self._least = 0  # generation that a server must be of, if it has come up since it was last set
