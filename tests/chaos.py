@@ -273,11 +273,12 @@ class Chaos:
             self.start_daemon()
 
     def _wait_until(self, aim: str) -> None:
-        wait_s = self._random.uniform(0, 1.0 if aim == "starting" else 3.0)
-        if aim == "training":
+        wait_s = self._random.uniform(0, 1.0 if aim == "starting" else 2.5)
+        if not self._greeted:
+            pass  # no server, so nothing is trained: any moment
+        elif aim == "training":
             self.wait_for("example.pass", "example.trained", timeout_s=15)
-        elif aim == "saving":
-            self.wait_for("example.pass", "example.trained", timeout_s=15)
+        elif aim == "saving" and self.wait_for("example.pass", "example.trained", timeout_s=15):
             deadline = time.monotonic() + 5
             while time.monotonic() < deadline and not list(
                 (self.state / "checkpoints").glob(".unfinished-*")
