@@ -58,6 +58,7 @@ SETTINGS = {
     "HOGWILD_CHECKPOINT__KEEP": "3", "HOGWILD_SPOOL__SETTLE_S": "0.2", "HOGWILD_SPOOL__RESCAN_INTERVAL_S": "0.5",
 }  # fmt: skip
 AIMS = ("any", "starting", "starting", "training", "saving", "rolling back")
+KILLS_WHILE_LOADING = 3
 BACKLOG = 40  # examples that wait
 PATIENCE_S = 300.0  # nothing here is about how long something takes
 
@@ -167,10 +168,12 @@ class Chaos:
         self.daemon: Forked | None = None
         self.server: Forked | None = None
         self._log = root / "daemon.log"
+        self._log.touch()
         self._log_from = 0
         self._arenas: dict[str, Arena] = {}
         self._least = 0  # generation that a server must be of, if it has come up since it was last set
         self._greeted = False
+        self._since_server = 0  # kills
         self.drops = Drops(self.state / "spool", seed + 1, pause_s=0.8, backlog=self._backlog)
 
     # --- processes -------------------------------------------------------------------------------------------------
@@ -192,7 +195,7 @@ class Chaos:
             self.root / "arena.sock", self.state, arguments, self._base, base_weights=False
         )
         os.environ[PAGE_VARIABLE] = env[PAGE_VARIABLE]
-        self._least, self._greeted = self._current_generation(), False
+        self._least, self._greeted, self._since_server = self._current_generation(), False, 0
         self.server = self._servers.start(["vllm", *command], env, self.root / "server.log")
 
     def events(self) -> list[dict[str, Any]]:
@@ -262,6 +265,7 @@ class Chaos:
         if victims in ("server", "both"):
             server.signal(signal.SIGKILL)
         self.tally.kills[victims] += 1
+        self._since_server += 1
         if victims != "server":
             daemon.kill()
             self._after_daemon(killed=True)
@@ -271,12 +275,28 @@ class Chaos:
         if victims != "server":
             self.start_daemon()
 
+    def _choose(self, server_share: float) -> str:
+        """Whom to kill. While a server loads, few kills: nothing can be trained, and that is what kills should hit."""
+        if not self._greeted and self._since_server >= KILLS_WHILE_LOADING:
+            deadline = time.monotonic() + self._random.choice(
+                (5.0, *(3 * [PATIENCE_S]))
+            )  # the 5: it dies young
+            while not self._greeted and time.monotonic() < deadline:
+                self.look()
+                self._must_run()
+                time.sleep(0.1)
+            if not self._greeted:
+                return self._random.choice(("server", "both"))
+        dice = self._random.random() if self._greeted else 1.0
+        return "both" if dice < server_share / 2 else "server" if dice < server_share else "daemon"
+
     def _wait_until(self, aim: str) -> None:
-        wait_s = self._random.uniform(0, 1.0 if aim == "starting" else 3.0)
-        if aim == "training":
+        wait_s = self._random.uniform(0, 1.0 if aim == "starting" else 2.5)
+        if not self._greeted:
+            pass  # no server, so nothing is trained: any moment
+        elif aim == "training":
             self.wait_for("example.pass", "example.trained", timeout_s=15)
-        elif aim == "saving":
-            self.wait_for("example.pass", "example.trained", timeout_s=15)
+        elif aim == "saving" and self.wait_for("example.pass", "example.trained", timeout_s=15):
             deadline = time.monotonic() + 5
             while time.monotonic() < deadline and not list(
                 (self.state / "checkpoints").glob(".unfinished-*")
@@ -497,9 +517,7 @@ class Chaos:
                 self._violation("training did not start at all")
             began = time.monotonic()
             while sum(self.tally.kills.values()) < kills and time.monotonic() - began < seconds:
-                dice = self._random.random()
-                victims = "both" if dice < server_share / 2 else "server" if dice < server_share else "daemon"
-                self.kill(victims, self._random.choice(AIMS))
+                self.kill(self._choose(server_share), self._random.choice(AIMS))
             if sum(self.tally.kills.values()) < kills:
                 self._violation(f"only {sum(self.tally.kills.values())} of {kills} kills in {seconds:.0f} s")
             self.finish()
@@ -524,13 +542,13 @@ class Chaos:
         rows = [
             ("seconds", f"{seconds:.0f}"),
             ("kills", f"{sum(self.tally.kills.values())} ({dict(self.tally.kills)})"),
+            ("daemons killed that had the arena, rollbacks", f"{daemon_kills}, {dict(self.tally.rollbacks)}"),
             ("last word of a killed daemon", ", ".join(f"{k} {v}" for k, v in self.tally.moments.most_common())),
             ("servers came up with generation", ", ".join(self.tally.server_starts)),
             ("files dropped", f"{len(self.drops.files)}, {len(self.drops.duplicates)} of them twice the same content"),
             ("examples dropped", str(len(self.drops.examples))),
             ("arenas, checkpoints restored", f"{len(self._arenas)}, {self.tally.restores}"),
             ("checkpoints completed", f"{checkpoints}; {self.tally.generations} generations come back from history"),
-            ("rollbacks under way when the daemon was killed", str(dict(self.tally.rollbacks))),
             ("passes recorded, undone with lost weights", f"{passes}, {undone}"),
             ("steps in the weights that no pass records (trained twice)",
              f"{sum(arena.unrecorded for arena in self._arenas.values())}"
@@ -558,7 +576,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=220)
     parser.add_argument("--seconds", type=float, default=900)
     parser.add_argument(
-        "--server-share", type=float, default=0.1, help="kills that hit the server, alone or with it"
+        "--server-share", type=float, default=0.05, help="kills that hit the server, alone or with it"
     )
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 31))
     parser.add_argument(

@@ -148,3 +148,7 @@ class Forked:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+elif __name__ == "__mp_main__":  # as launch.py does, whose place this file has in such a child
+    from hogwild.vllm_plugin import orphan
+
+    orphan.end_with_server()

@@ -17,15 +17,17 @@ _registered = False
 def register() -> None:
     """Entry point of `vllm.general_plugins`: runs in every vLLM process, before the model is made.
 
-    Makes the load format known and touches nothing else, so an installed hogwild does not change a server that was
-    not started with `--load-format hogwild`.
+    Makes the load format known, and ties the engine's life to its API server's where `hogwild vllm` started that.
+    Touches nothing else, so an installed hogwild does not change a server that was started without it.
     """
     global _registered
     if _registered:
         return
     from vllm.model_executor.model_loader import register_model_loader  # late: vLLM is still being set up
 
+    from hogwild.vllm_plugin import orphan
     from hogwild.vllm_plugin.loader import HogwildLoader
 
+    orphan.end_with_server()
     register_model_loader("hogwild")(HogwildLoader)
     _registered = True

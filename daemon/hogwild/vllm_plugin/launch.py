@@ -97,3 +97,5 @@ def run() -> None:
 
 if __name__ == "__main__":
     run()
+elif __name__ == "__mp_main__":  # multiprocessing's name for it in a child that was spawned
+    orphan.end_with_server()

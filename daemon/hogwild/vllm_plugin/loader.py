@@ -21,7 +21,7 @@ from hogwild.arena.control import ControlPage
 from hogwild.arena.memory import Segment
 from hogwild.errors import CheckpointError, VerificationError
 from hogwild.layout import Layout, Region, Source
-from hogwild.vllm_plugin import orphan, page, place
+from hogwild.vllm_plugin import page, place
 from hogwild.vllm_plugin.names import BASE_VARIABLE, SOCKET_VARIABLE, STATE_VARIABLE, URL_VARIABLE
 from hogwild.vllm_plugin.trace import CopyTrace
 
@@ -163,7 +163,6 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
             self._arena.control.epoch,
             self._arena.control.steps,
         )
-        orphan.end_with_server()
         page.hand_out(self._arena)
         client.Offer(self._socket, self._arena, _server()).start(self._session)
 

@@ -15,12 +15,19 @@ log = logging.getLogger("vllm.hogwild.orphan")
 
 
 def note_server() -> None:
-    """In the API server, before it starts anything: who it is, for its children."""
+    """In the API server, before it starts anything: who it is, for its children, which watch it from then on.
+
+    Children that are spawned and not forked begin to in launch.py.
+    """
     os.environ[SERVER_PID_VARIABLE] = str(os.getpid())
+    os.register_at_fork(after_in_child=end_with_server)
 
 
 def end_with_server() -> None:
-    """In the engine: end at once when the API server has ended. Does nothing in a server of one process."""
+    """In the engine: end at once when the API server has ended. Does nothing in a server of one process.
+
+    An engine that is killed off before it has met its API server waits for it for ever, so this is called early.
+    """
     server = int(os.environ.get(SERVER_PID_VARIABLE, "0"))
     if server in (0, os.getpid()):
         return
