@@ -100,6 +100,19 @@ def test_what_an_earlier_rollback_set_aside_is_trained_when_that_is_asked_for_af
     studio.close()
 
 
+def test_tidying_meanwhile_leaves_the_generation_alone(root, monkeypatch):
+    """Kept folders: one. The folder that a rollback makes is one too many until `current` leads to it."""
+    studio = Studio(root, checkpoint__keep=1)
+    versions = story(studio)
+    check = studio.learner.weights.check
+    monkeypatch.setattr(studio.learner.weights, "check", lambda folder: (studio.keeper.tidy(), check(folder)))
+    studio.roll_back(1)
+    assert studio.bits() == versions[1]
+    studio.keeper.tidy()
+    assert set(studio.keeper.checkpoints.folders()) == {1}, "and afterwards the others go"
+    studio.close()
+
+
 def test_training_goes_on_by_itself_if_it_was_going_on(root):
     studio = Studio(root)
     story(studio)
