@@ -92,6 +92,7 @@ def roll_back(
             `pending` says so: trainers are at rest, and the next start finishes it.
     """
     began = time.perf_counter()
+    keeper.settle()  # first: what is being tidied away may be the folder that is wanted
     number, folder = _folder(generation, ledger, keeper)
     training = learner is not None and learner.training
     paused = time.perf_counter()
@@ -102,7 +103,6 @@ def roll_back(
             if not learner.quiet(_QUIET_TIMEOUT_S):
                 raise HogwildError(f"an example is still being trained after {_QUIET_TIMEOUT_S:.0f} s")
             learner.weights.check(folder)
-        keeper.settle()
         state = generations.read_state(folder)
         left = keeper.checkpoints.current_generation() or 0
         marker = state["ledger_position"]
