@@ -497,8 +497,7 @@ class Chaos:
         for name, tensor in read_tensors((self.state / "checkpoints" / "current").resolve()):
             if tensor.contiguous().view(torch.uint8).numpy().tobytes() not in live:
                 self._violation(f"live weights and final checkpoint differ: {name}")
-        with self._http as http:
-            status = http.get(f"{self.url}/hogwild/status").json()
+        status = self._http.get(f"{self.url}/hogwild/status").json()
         if status["generation"] != self._current_generation():
             self._violation(
                 f"the server says generation {status['generation']}, {self._current_generation()} is saved"
@@ -523,7 +522,7 @@ class Chaos:
             self.finish()
         finally:
             self.end()
-        self._say(self.table(time.monotonic() - began))
+            self._say(self.table(time.monotonic() - began))
         return self.tally
 
     def end(self) -> None:
@@ -533,6 +532,7 @@ class Chaos:
                 process.kill()
         self._daemons.close()
         self._servers.close()
+        self._http.close()
 
     def table(self, seconds: float) -> str:
         with self._ledger() as ledger, ledger._db.read() as db:

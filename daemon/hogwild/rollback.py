@@ -99,6 +99,7 @@ def _roll_back(
     generation: int, retrain: bool, ledger: Ledger, keeper: Keeper, learner: Learner | None
 ) -> dict[str, Any]:
     began = time.perf_counter()
+    keeper.settle()  # first: what is being tidied away may be the folder that is wanted
     number, folder = _folder(generation, ledger, keeper)
     training = learner is not None and learner.training
     paused = time.perf_counter()
@@ -109,7 +110,6 @@ def _roll_back(
             if not learner.quiet(_QUIET_TIMEOUT_S):
                 raise HogwildError(f"an example is still being trained after {_QUIET_TIMEOUT_S:.0f} s")
             learner.weights.check(folder)
-        keeper.settle()
         state = generations.read_state(folder)
         left = keeper.checkpoints.current_generation() or 0
         marker = state["ledger_position"]
