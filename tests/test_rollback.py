@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,16 @@ def test_what_an_earlier_rollback_set_aside_is_trained_when_that_is_asked_for_af
     studio.close()
 
 
-def test_tidying_meanwhile_leaves_the_generation_alone(root, monkeypatch):
+def test_tidying_meanwhile_leaves_the_generation_alone(root):
     """Kept folders: one. The folder that a rollback makes is one too many until `current` leads to it."""
     studio = Studio(root, checkpoint__keep=1)
     versions = story(studio)
-    check = studio.learner.weights.check
-    monkeypatch.setattr(studio.learner.weights, "check", lambda folder: (studio.keeper.tidy(), check(folder)))
+
+    def slow() -> None:
+        time.sleep(1.0)  # longer than it takes to make the folder
+        studio.keeper.tidy()
+
+    studio.keeper.background(slow)
     studio.roll_back(1)
     assert studio.bits() == versions[1]
     studio.keeper.tidy()

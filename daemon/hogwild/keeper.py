@@ -8,9 +8,8 @@ written. Nothing is held back while somebody waits for it.
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,7 +44,6 @@ class Keeper:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self.hurry = threading.Event()
         self._saving: Future[Saved] | None = None
-        self._pruning = threading.Lock()
 
     def configure(self, config: Config) -> None:
         """Take over settings, also while a save is under way."""
@@ -119,30 +117,16 @@ class Keeper:
                     base=recorded.base,
                     ms=round(recorded.seconds * 1000),
                 )
-            self._prune()
+            folders = self.checkpoints.prune(self.history.may_go)
+            forgotten = self.history.prune()
+            if folders or forgotten:
+                log.info("checkpoint.pruned", folders=folders, forgotten=forgotten)
         except PutOffError:
             pass  # it is done at the next chance
         except CheckpointError as error:
             log.error("history.failed", error=str(error))
         except Exception as error:  # nobody else looks at what this thread does
             log.exception("history.failed", error=repr(error))
-
-    def _prune(self) -> None:
-        if not self._pruning.acquire(blocking=False):
-            return  # somebody works with a folder that might go: it goes at the next chance
-        try:
-            folders = self.checkpoints.prune(self.history.may_go)
-            forgotten = self.history.prune()
-        finally:
-            self._pruning.release()
-        if folders or forgotten:
-            log.info("checkpoint.pruned", folders=folders, forgotten=forgotten)
-
-    @contextmanager
-    def nothing_pruned(self) -> Iterator[None]:
-        """While this is open, no folder and nothing of history goes."""
-        with self._pruning:
-            yield
 
     def settle(self) -> None:
         """Wait until the thread has nothing to do. Tidying is put off, a checkpoint is finished."""

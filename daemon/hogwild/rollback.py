@@ -91,13 +91,6 @@ def roll_back(
         HogwildError: the trainers do not come to rest, and nothing has changed; or something failed half-way, and
             `pending` says so: trainers are at rest, and the next start finishes it.
     """
-    with keeper.nothing_pruned():  # the generation's folder may be one too many
-        return _roll_back(generation, retrain, ledger, keeper, learner)
-
-
-def _roll_back(
-    generation: int, retrain: bool, ledger: Ledger, keeper: Keeper, learner: Learner | None
-) -> dict[str, Any]:
     began = time.perf_counter()
     keeper.settle()  # first: what is being tidied away may be the folder that is wanted
     number, folder = _folder(generation, ledger, keeper)
