@@ -46,7 +46,7 @@ class Studio:
         self.ledger = Ledger(self.config.state_dir / "ledger.sqlite")
         self.keeper = Keeper(self.config)
         rollback.finish_on_disk(self.ledger, self.keeper)
-        self.curriculum = Curriculum(self.ledger)
+        self.curriculum = Curriculum(self.ledger, self.config.replay, seed=self.config.training.seed)
         self.arena = arena or load_arena(self.model)
         self.keeper.restore_current()
         taken = recovery.take(self.arena, self.config, self.ledger, self.keeper.checkpoints, self.curriculum)

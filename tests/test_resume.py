@@ -26,24 +26,26 @@ def daemon(pipe: Any, root: Path, upto: int | None, forget: bool = False) -> Non
     assert studio.learner.stop(60)
     studio.save()
     pipe.send(("passes", studio.ledger.newest_pass()))
+    pipe.send(("states", studio.states()))
     studio.close()
 
 
-def live(root: Path, *stops: int | None, forget: bool = False) -> dict[str, str]:
-    """Lives one after the other; the hashes of the last one's weights and optimizer state.
+def live(root: Path, *stops: int | None, forget: bool = False) -> dict[str, Any]:
+    """Lives one after the other: passes and steps in all, the hashes of the last one's weights and optimizer state.
 
     forget: the last one begins without moments.
     """
     model(root / "model")
     for number, upto in enumerate(stops, 1):
         child = Child(daemon, root, upto, forget and number == len(stops))
-        passes = child.hear("passes")
+        passes, states = child.hear("passes"), child.hear("states")
         child.process.join()
         assert child.process.exitcode == 0
-    assert passes == EXAMPLES * PASSES
+    assert states == {"pending": 0, "trained": 0, "durable": EXAMPLES, "failed": 0, "undone": 0}
+    assert passes > EXAMPLES * PASSES, "replay is part of it"
     folder = root / "state" / "checkpoints" / "current"
-    assert generation.verify(folder)["step"] == EXAMPLES * PASSES
-    return {file: digest(folder / file) for file in ("model.safetensors", str(generation.OPTIMIZER))}
+    files = {file: digest(folder / file) for file in ("model.safetensors", str(generation.OPTIMIZER))}
+    return {"passes": passes, "step": generation.verify(folder)["step"], **files}
 
 
 def test_straight_through_and_with_stops_in_between_are_bit_identical(tmp_path):
