@@ -39,6 +39,7 @@ from hogwild.config import Config
 from hogwild.errors import HogwildError
 from hogwild.history import History
 from hogwild.ledger import Ledger
+from hogwild.ledger_schema import OWN
 from hogwild.vllm_plugin import launch, page
 from hogwild.vllm_plugin.names import PAGE_VARIABLE
 from hogwild.weights import read_tensors
@@ -275,6 +276,35 @@ class Chaos:
         if victims != "server":
             self.start_daemon()
 
+    def come_back_alone(self) -> None:
+        """Both are killed, and only the server comes back: it serves the newest checkpoint, and says so."""
+        deadline = time.monotonic() + PATIENCE_S
+        while self._current_generation() == 0 and time.monotonic() < deadline:
+            self.look()
+            self._must_run()
+            time.sleep(0.1)
+        daemon, server = self.daemon, self.server
+        assert daemon is not None
+        assert server is not None
+        daemon.kill()
+        self._after_daemon(killed=True)
+        server.kill()
+        self.tally.kills["both"] += 1
+        self.daemon = None
+        newest = self._current_generation()
+        self.start_server()
+        while not self._greeted and time.monotonic() < deadline + PATIENCE_S:
+            self.look()
+            time.sleep(0.1)
+        status = self._http.get(f"{self.url}/hogwild/status").json()
+        if newest == 0 or (status["generation"], status["daemon"]["alive"]) != (newest, False):
+            self._violation(f"a server came back alone to generation {newest}, and says {status}")
+        live = arena_bytes(self.server.pid) if self.server is not None else b""
+        for name, tensor in read_tensors((self.state / "checkpoints" / "current").resolve()):
+            if tensor.contiguous().view(torch.uint8).numpy().tobytes() not in live:
+                self._violation(f"a server came back alone without the checkpoint's {name}")
+        self.start_daemon()
+
     def _choose(self, server_share: float) -> str:
         """Whom to kill. While a server loads, few kills: nothing can be trained, and that is what kills should hit."""
         if not self._greeted and self._since_server >= KILLS_WHILE_LOADING:
@@ -460,7 +490,7 @@ class Chaos:
             found = Counter(name for (name,) in db.execute("SELECT name FROM examples"))
             wrong = db.execute(
                 "SELECT name, state, passes, passes_done, (SELECT count(*) FROM passes p"
-                " WHERE p.example_id = e.example_id AND NOT p.undone) AS counted FROM examples e"
+                f" WHERE p.example_id = e.example_id AND NOT p.undone AND {OWN}) AS counted FROM examples e"
                 " WHERE state <> 'durable' OR passes_done <> passes OR passes_done <> counted"
             ).fetchall()
         for what, names in (
@@ -517,6 +547,7 @@ class Chaos:
             began = time.monotonic()
             while sum(self.tally.kills.values()) < kills and time.monotonic() - began < seconds:
                 self.kill(self._choose(server_share), self._random.choice(AIMS))
+            self.come_back_alone()
             if sum(self.tally.kills.values()) < kills:
                 self._violation(f"only {sum(self.tally.kills.values())} of {kills} kills in {seconds:.0f} s")
             self.finish()

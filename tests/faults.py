@@ -419,7 +419,9 @@ class Sweep:
         command += ["-e", f"trace={injection.call if injection else ','.join(CALLS)}"]
         if injection:
             command += ["-e", injection.option()]
-        tracer = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        tracer = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         while "TracerPid:\t0" in Path(f"/proc/{child}/status").read_text():
             assert tracer.poll() is None, "strace cannot attach to a child"
             time.sleep(0.002)
