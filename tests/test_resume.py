@@ -94,3 +94,22 @@ def test_another_rank_is_refused_as_the_moments_do_not_fit(tmp_path):
     studio.close()
     with pytest.raises(CheckpointError, match=r"optimizer.rank than 4"):
         Studio(tmp_path, optimizer__rank=4)
+
+
+def test_steps_on_the_models_own_texts_alone_do_not_make_a_living_arena_doubtful(tmp_path):
+    """They leave no pass, and still have to add up with what the control page counts."""
+    settings = {"replay__self_texts": 4, "replay__self_tokens": 8, "training__passes": 4}
+    model(tmp_path / "model")
+    studio = Studio(tmp_path, **settings)
+    studio.learner.write_own_texts(tmp_path / "own.json", "base")
+    studio.learner.wait_for_own_texts()
+    studio.drop("one", 1)  # alone, and nothing was learned before: between its passes there is nothing else
+    studio.train()
+    assert int(studio.ledger.get_meta("arena_steps_without_pass")) > 0
+    studio.save()
+    steps = studio.arena.control.steps
+    arena = studio.close()
+    again = Studio(tmp_path, arena, **settings)
+    assert again.restored is None, "the weights were kept"
+    assert again.arena.control.steps == steps
+    again.close()

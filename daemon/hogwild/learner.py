@@ -137,6 +137,7 @@ class Learner:
                 "arena_id": self.arena.control.arena_id,
                 "arena_steps": str(max(self.arena.control.steps, step)),
                 "arena_pass": str(self.ledger.newest_pass()),
+                "arena_steps_without_pass": "0",
                 "arena_threads": str(self.config.training.threads),
             }
         )
@@ -359,7 +360,7 @@ class Learner:
             )
         outcomes = self.ledger.record_passes(passes)
         if not passes:  # a restart counts the steps that the ledger knows of
-            self.ledger.set_meta("arena_steps", str(result.step))
+            self.ledger.count_step_without_pass()
         self.curriculum.done(batch)
         if new:
             self._recent = [new[0][1].ids, *self._recent[: _RECENT - 1]]

@@ -167,6 +167,14 @@ class Ledger(Files):
         with self._db.read() as db:
             return int(db.execute("SELECT coalesce(max(pass_id), 0) FROM passes").fetchone()[0])
 
+    def count_step_without_pass(self) -> None:
+        """A step that trained nothing but texts of the model's own: `claim` begins the count anew. Not fsynced."""
+        with self._db.write(fsync=False) as db:
+            db.execute(
+                "INSERT INTO meta VALUES ('arena_steps_without_pass', '1') ON CONFLICT DO UPDATE"
+                " SET value = CAST(CAST(value AS INTEGER) + 1 AS TEXT)"
+            )
+
     def steps_recorded(self, arena_id: str, after_pass: int) -> int:
         """How many different steps of that arena have a pass recorded, among passes after number `after_pass`."""
         with self._db.read() as db:

@@ -111,8 +111,11 @@ def _ahead(arena: Arena, ledger: Ledger) -> int:
     A step is counted on the control page when its update is done, and recorded after that: a daemon that is killed
     between the two leaves at most one such step for each of its trainer threads.
     """
-    since, after = (int(ledger.get_meta(key) or 0) for key in ("arena_steps", "arena_pass"))
-    return arena.control.steps - since - ledger.steps_recorded(arena.control.arena_id, after)
+    since, after, without_pass = (
+        int(ledger.get_meta(key) or 0) for key in ("arena_steps", "arena_pass", "arena_steps_without_pass")
+    )
+    recorded = ledger.steps_recorded(arena.control.arena_id, after) + without_pass
+    return arena.control.steps - since - recorded
 
 
 def _doubt(arena: Arena, ahead: int, ledger: Ledger) -> str | None:
