@@ -75,8 +75,6 @@ class Story:
             self.sock,
             checkpoint__interval_s=0,
             checkpoint__interval_updates=interval_updates,
-            optimizer__lr=5e-5,  # the facts' passes are chosen for it
-            replay__self_texts=8,
         )
         return self.daemon
 
