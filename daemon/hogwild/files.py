@@ -105,3 +105,17 @@ def fsync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put `data` in the place of a small file: the old one or the new one is there, whatever happens. OSError."""
+    fresh = path.with_suffix(".tmp")
+    fresh.unlink(
+        missing_ok=True
+    )  # of an interrupted write: an fsync that has failed is not tried again on it
+    with fresh.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.rename(path)
+    fsync(path.parent)
