@@ -36,7 +36,9 @@ LEFT_OUT = pytest.StashKey[list[str]]()
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that this machine cannot run are left out, not skipped, and named in the summary."""
     wanted = {
-        mark for mark in ("gpu", "jq", "strace", "powercut") if any(mark in item.keywords for item in items)
+        mark
+        for mark in ("gpu", "jq", "promtool", "strace", "powercut")
+        if any(mark in item.keywords for item in items)
     }
     reasons = {mark: why for mark in sorted(wanted) if (why := _impossible(mark))}
     left_out = [item for item in items if reasons.keys() & set(item.keywords)]
@@ -56,6 +58,8 @@ def _impossible(mark: str) -> str:
         return "" if torch.cuda.is_available() else "no CUDA device (`make gpu-check`)"
     if mark == "jq":
         return "" if shutil.which("jq") else "no program jq"
+    if mark == "promtool":
+        return "" if shutil.which("promtool") else "no program promtool (of Prometheus)"
     if mark == "strace":
         return faults.possible()
     return powercut.possible()

@@ -19,7 +19,7 @@ from tiny import Child, llama, tokenizer
 
 COMMANDS = (
     "serve", "vllm", "status", "checkpoint", "history", "diff", "export", "rollback", "check", "train", "demo",
-    "version",
+    "report", "quarantine", "version",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hogwild import __version__, cli_history, state_lock
+from hogwild import __version__, cli_history, cli_watch
 from hogwild import config as configuration
 from hogwild.cli_history import ConfigOption, JsonOption
 from hogwild.errors import HogwildError, UsageError
@@ -71,33 +71,6 @@ def vllm(
     )
     sys.stdout.flush()
     os.execve(command[0], command, environment)
-
-
-@app.command()
-def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Say what the daemon is doing."""
-    settings = configuration.load(config)
-    pid = _daemon(settings.state_dir)
-    data = {"pid": pid, "training": False}  # until a server has brought its weights
-    try:
-        written = json.loads((settings.state_dir / "status.json").read_text())
-        if written["pid"] == pid:  # not what an earlier daemon left
-            data = written
-    except FileNotFoundError:
-        pass
-    if as_json:
-        typer.echo(json.dumps(data))
-    else:
-        for key, value in data.items():
-            typer.echo(f"{key:>14}  {value}")
-
-
-def _daemon(state_dir: Path) -> int:
-    """Process id of the daemon that works in `state_dir`."""
-    pid = state_lock.holder(state_dir)
-    if pid is None:
-        raise HogwildError(f"no daemon is running with the state folder {state_dir}")
-    return pid
 
 
 @app.command()
@@ -191,6 +164,7 @@ def demo(
 
 
 cli_history.register(app)
+cli_watch.register(app)
 
 
 @app.command()

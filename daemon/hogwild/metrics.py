@@ -111,6 +111,16 @@ def observe_loss(value: float) -> None:
     loss.set(value if old == 0 else old + _SMOOTH * (value - old))
 
 
+def trained_tokens() -> float:
+    """Trained tokens since the start, new and replayed."""
+    return sum(float(tokens.labels(kind=kind)._value.get()) for kind in ("new", "replayed"))
+
+
+def updates_done() -> float:
+    """Training steps since the start."""
+    return float(updates._value.get())
+
+
 def own_memory() -> tuple[int, int]:
     """(resident, private) bytes of this process; zeros where the kernel does not say."""
     found = {"Rss": 0, "Private_Clean": 0, "Private_Dirty": 0}

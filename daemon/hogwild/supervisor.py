@@ -28,6 +28,7 @@ from hogwild.keeper import Keeper
 from hogwild.learner import Learner, Saved
 from hogwild.ledger import Ledger
 from hogwild.spool import Spool
+from hogwild.status import Status
 
 log = logs.get(__name__)
 
@@ -85,6 +86,7 @@ class Supervisor:
         self._stop = self._reload = self._save_now = False
         self._stuck = False  # the probes have fallen, and no generation could be gone back to
         self._wrote_status_at = 0.0
+        self._status = Status(config, self.ledger)
 
     def run(self) -> int:
         """Serve until TERM or INT. Returns the exit code."""
@@ -107,7 +109,12 @@ class Supervisor:
         spooling = threading.Event()
         spool_thread = threading.Thread(target=self.spool.run, args=(spooling,), name="spool", daemon=True)
         spool_thread.start()
-        code = 0
+        with metrics.serving(self.config.metrics.port):
+            code = self._turn_until_stopped(spool_thread)
+            spooling.set()
+            return max(code, self._shut_down(save=code == 0))
+
+    def _turn_until_stopped(self, spool_thread: threading.Thread) -> int:
         try:
             while not self._stop:
                 self.turn()
@@ -116,9 +123,8 @@ class Supervisor:
                 time.sleep(_TURN_S)
         except HogwildError as error:
             log.error("daemon.failed", error=str(error))
-            code = 1
-        spooling.set()
-        return max(code, self._shut_down(save=code == 0))
+            return 1
+        return 0
 
     def turn(self) -> None:
         """One round: what signals and commands asked for, verification that is due, checkpoints that are due.
@@ -411,25 +417,16 @@ class Supervisor:
         log.info("config.reloaded", live=sorted(live), needs_restart=restart)
 
     def _write_status(self, learner: Learner) -> None:
-        """A small file for `hogwild status`; replaced, never half-written."""
+        """For `hogwild status` and for Prometheus."""
         now = time.monotonic()
         if now - self._wrote_status_at < _STATUS_S:
             return
         self._wrote_status_at = now
-        status = {
-            "pid": os.getpid(),
-            "model": str(learner.folder),
-            "step": learner.progress.steps,
-            "training": learner.training,
-            "server": self._server,
-            "saved_step": self._saved_step,
-            "generation": learner.arena.control.generation,
-            **asdict(self.ledger.counts()),
-        }
+        body = self._status.of(learner, self._server, self._saved_step, stuck=self._stuck)
         path = self.config.state_dir / "status.json"
         fresh = path.with_suffix(".tmp")
         try:
-            fresh.write_text(json.dumps(status) + "\n")
+            fresh.write_text(json.dumps(body) + "\n")
             fresh.rename(path)
         except OSError as error:  # a full disk is no reason to stop learning
             log.warning("status.unwritten", path=str(path), error=str(error))
