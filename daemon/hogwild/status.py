@@ -1,6 +1,7 @@
 """What the daemon is doing, as one JSON object: `status.json`, for `hogwild status`, and the gauges for Prometheus."""
 
 import json
+import math
 import os
 import threading
 import time
@@ -14,6 +15,7 @@ from hogwild import metrics
 from hogwild.config import Config
 from hogwild.learner import Learner
 from hogwild.ledger import Ledger
+from hogwild.probes import Score
 from hogwild.serving import Latency
 
 _WINDOW_S = 60.0  # over which speed is measured
@@ -81,7 +83,7 @@ class Status:
             "spool": {"files": waiting_files, "oldest_s": round(oldest_s, 1)},
             "serving": {"running": running, "waiting": waiting, "token_latency_s": latency},
             "probes": {
-                "newest": None if probes.newest is None else asdict(probes.newest),
+                "newest": _score(probes.newest),
                 "good": None if probes.good is None else {**asdict(probes.good), "losses": dict(probes.good.losses)},
                 "margin": self._config.probes.margin,
             },
@@ -190,3 +192,11 @@ _OF_A_FILE = (
     "quarantined",
     "rejected",
 )
+
+
+def _score(score: Score | None) -> dict[str, Any] | None:
+    """For JSON, which has no NaN."""
+    if score is None:
+        return None
+    losses = {name: round(loss, 5) if math.isfinite(loss) else None for name, loss in score.losses.items()}
+    return {"step": score.step, "losses": losses, "right": score.right}

@@ -1,0 +1,176 @@
+"""The report page and the status screen: what they show, and what they make of hostile names."""
+
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+
+from hogwild import svg
+from hogwild.config import Config
+from hogwild.errors import HogwildError
+from hogwild.examples import parse_line
+from hogwild.ledger import GoodLine, Ledger, Pass, Trip
+from hogwild.report import page
+from hogwild.screen import screen
+from hogwild.serving import Latency, _sum_and_count
+
+LINE = b'{"text": "a", "id": "<b>"}'
+EVIL = '<script>alert("1")</script>[red]&.jsonl'
+
+
+@pytest.fixture
+def config(tmp_path):
+    return Config(state_dir=tmp_path / "state", socket=tmp_path / "arena.sock")
+
+
+def learned(config: Config) -> None:
+    """Two files, one of them with an evil name and something in quarantine; and some measurements."""
+    with Ledger(config.state_dir / "ledger.sqlite") as ledger:
+        for name in ("facts.jsonl", EVIL):
+            lines = [
+                GoodLine(n, 0, b'{"text": "a", "id": "<b>"}', parse_line(b'{"text": "a", "id": "<b>"}'))
+                for n in (1, 2)
+            ]
+            ledger.accept_file(name, name, lines, passes=2)
+        for step in range(1, 9):
+            example = (step - 1) % 4 + 1
+            ledger.record_pass(Pass(example, 4.0 / step, 3.0 / step, 5, step, 0, "arena"))
+            ledger.record_pass(
+                Pass(example, 5.0 / step, None, 5, step, 0, "arena", replay=True)
+            ) if step > 4 else None
+            ledger.guards.note(
+                step,
+                {
+                    "probes.own": 0.5 + step / 10,
+                    "serving.token_latency_s": 0.02,
+                    "training.tokens_per_s": 9.0,
+                },
+            )
+        ledger.guards.set_aside(3, Trip("loss", 8, {"why": EVIL}), f"its loss {EVIL}", {"losses": [None]})
+
+
+def test_the_page_is_self_contained_and_escapes_what_comes_from_outside(config):
+    learned(config)
+    text = page(config)
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    assert "<b>&" not in text
+    assert set(re.findall(r"https?://[^\"' <]+", text)) == {"http://www.w3.org/2000/svg"}, (
+        "a name, not an address"
+    )
+    assert not re.search(r"<(img|link|iframe|object|embed|base|form)\b|@import|url\(", text)
+    assert "default-src 'none'" in text
+    for heading in (
+        "Loss before and after, by file",
+        "Probes",
+        "Update size by layer",
+        "Serving while training",
+    ):
+        assert heading in text
+    for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        ElementTree.fromstring(drawing)
+    assert len(re.findall("<svg", text)) >= 5
+
+
+def test_a_page_of_a_ledger_without_anything_says_so(config):
+    with pytest.raises(HogwildError, match="nothing was learned yet"):
+        page(config)
+    with Ledger(config.state_dir / "ledger.sqlite"):
+        pass
+    assert page(config).count("nothing yet") >= 5
+
+
+def test_the_losses_by_file_are_those_of_the_first_and_the_last_pass(config):
+    from hogwild.ledger_report import losses_by_file, losses_over_steps, range_of_training
+
+    learned(config)
+    with Ledger(config.state_dir / "ledger.sqlite", readonly=True) as ledger:
+        (facts, evil) = losses_by_file(ledger, 10)
+        assert facts[:2] == ("facts.jsonl", 2)
+        assert facts[2] == pytest.approx((4 / 1 + 4 / 2) / 2)
+        assert facts[3] == pytest.approx((3 / 5 + 3 / 6) / 2)
+        assert evil[0] == EVIL
+        assert [step for step, _ in losses_over_steps(ledger)["new"]] == list(range(1, 9))
+        assert range_of_training(ledger)[2:] == (8, 60)
+
+
+def test_curves_have_gaps_where_there_is_no_number():
+    drawn = svg.lines([svg.Line("a", [(0, 1), (1, 2), (2, None), (3, 4), (4, 5)])], x="x", y="y")
+    assert drawn.count("<polyline") == 2
+    assert svg.lines([svg.Line("a", [])], x="x", y="y") == '<p class="none">nothing yet</p>'
+    assert "nan" not in svg.lines([svg.Line("a", [(0, float("nan")), (1, 2)])], x="x", y="y").lower()
+    assert svg.lines([svg.Line("a", [(5, 3)])], x="x", y="y").count("<circle") == 1
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.2, 0.21), (-3, 1e6), (5, 5)])
+def test_ticks_are_round_and_inside(low, high):
+    found = svg.ticks(low, high)
+    assert 1 <= len(found) <= 11
+    assert all(low - 1e-9 <= value <= high + (high - low) * 1e-6 for value in found)
+
+
+def status(**more):
+    file = {"name": EVIL, "examples": 3, "pending": 1, "trained": 1, "durable": 1, "quarantined": 0, "undone": 0,
+            "failed": 0, "rejected": 2, "accepted_at": "2026-11-25T17:05:00.000Z"}  # fmt: skip
+    return {
+        "pid": 7, "uptime_s": 3700, "model": "/models/m", "step": 120, "epoch": 15, "training": True, "saved_step": 100,
+        "server": {"url": "http://127.0.0.1:8000"}, "pending": 1, "trained": 1, "durable": 1, "quarantined": 0,
+        "undone": 0, "failed": 0, "rejected": 2,
+        "learning": {"loss": 1.234, "tokens_per_s": 12.5, "updates_per_s": 0.5, "passes_left": 4, "eta_s": 8,
+                     "files": [file]},
+        "spool": {"files": 2, "oldest_s": 3}, "serving": {"running": 2, "waiting": 1, "token_latency_s": 0.0123},
+        "probes": {"newest": {"step": 100, "losses": {"own": 0.5}, "right": {"own": 0.9}},
+                   "good": {"generation": 3, "losses": {"own": 0.45}}, "margin": 0.25},
+        "checkpoint": {"generation": 3, "saved_at": "2026-11-25T17:00:00Z", "age_s": 65},
+        "guards": {"trips": {"probes": 1}, "newest": []}, "memory": {"private_bytes": 2**30, "resident_bytes": 2**31},
+        "warnings": ["one example is in quarantine"], **more,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [200, 100, 60])
+def test_the_screen_says_what_is_learned_how_fast_and_what_is_wrong(width):
+    console = Console(width=width, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115
+    console.print(screen(status()))
+    said = console.export_text()
+    assert len(said.splitlines()) <= 50, "one screen"
+    if width >= 100:
+        for part in (
+            "training", "12.5 trained tokens/s", "4 passes at most", "generation 3", "own 0.500", "+0.050",
+            "probes 1", "12 ms between tokens", "one example is in quarantine", "1 h 1 min", "<script>",
+        ):  # fmt: skip
+            assert part in said, part
+
+
+def test_a_probe_that_is_no_number_is_shown_as_that():
+    console = Console(width=160, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115
+    probes = {**status()["probes"], "newest": {"step": 1, "losses": {"own": None}, "right": {"own": 0.0}}}
+    console.print(screen(status(probes=probes, training=False, warnings=[])))
+    said = console.export_text()
+    assert "not a number" in said
+    assert "not training" in said
+
+
+def test_the_latency_is_the_mean_since_the_last_look(monkeypatch):
+    """Of vLLM's own histogram, in the words of a real scrape."""
+
+    def scrape(total: float, count: float) -> str:
+        return (
+            "# TYPE vllm:inter_token_latency_seconds histogram\n"
+            f'vllm:inter_token_latency_seconds_bucket{{engine="0",le="0.01",model_name="m"}} 1.0\n'
+            f'vllm:inter_token_latency_seconds_sum{{engine="0",model_name="m"}} {total}\n'
+            f'vllm:inter_token_latency_seconds_count{{engine="0",model_name="m"}} {count}\n'
+        )
+
+    assert _sum_and_count(scrape(2.5, 100)) == (2.5, 100.0)
+    assert _sum_and_count("nothing of the kind\n") is None
+    latency, texts = Latency(), iter([scrape(2.5, 100), scrape(4.5, 200), scrape(4.5, 200), scrape(0.1, 3)])
+    monkeypatch.setattr(
+        "hogwild.serving.httpx.get", lambda *_, **__: type("Answer", (), {"text": next(texts)})
+    )
+    found = []
+    for _ in range(4):
+        latency.ask("http://127.0.0.1:1")
+        found.append(latency.newest)
+    assert found == [None, pytest.approx(0.02), None, None], "nothing was answered; a server that began anew"
