@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 PIECE = 8 << 20  # bytes that are held at once
 _LONGEST_REST_S = 5.0
@@ -107,13 +108,26 @@ def fsync(path: Path) -> None:
         os.close(fd)
 
 
+PRIVATE = 0o640
+"""What holds lines that people dropped: for the owner and the group, whatever the umask."""
+
+
+def private(path: Path) -> BinaryIO:
+    """A new file with that mode, open for writing. OSError: it exists, or cannot be made."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE)
+    return os.fdopen(fd, "wb")
+
+
 def replace_file(path: Path, data: bytes) -> None:
-    """Put `data` in the place of a small file: the old one or the new one is there, whatever happens. OSError."""
+    """Put `data` in the place of a small file: the old one or the new one is there, whatever happens. OSError.
+
+    Nobody but its owner and group may read it.
+    """
     fresh = path.with_suffix(".tmp")
     fresh.unlink(
         missing_ok=True
     )  # of an interrupted write: an fsync that has failed is not tried again on it
-    with fresh.open("xb") as file:
+    with private(fresh) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
