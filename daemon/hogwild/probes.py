@@ -7,7 +7,7 @@ Two sets, each with a score of its own, the mean loss of its probes in nats a to
     file   `probes.file`: lines as the spool takes them, {"prompt", "completion"}, {"messages"} or {"text"}
 
 A score is compared with that of the last good generation. A set whose loss has risen by more than `probes.margin` (or
-is not finite) has fallen: `learner.py` stops training, `trips.py` goes back.
+is not finite) has fallen: `judge.py` stops training, `trips.py` goes back.
 
 Why the loss, and not whether an answer is right: a loss moves with every update, long before an answer flips.
 """
@@ -32,6 +32,8 @@ from hogwild.examples import Encoded, Example, parse_line
 from hogwild.files import replace_file
 
 VERSION = 1
+DRIFT = 0.2
+"""Share of the margin by which one generation may move what the next ones are held against."""
 BEGINNINGS = (
     "The capital of Italy is", "Water is made of", "Once upon a time there was", "The sun rises in the",
     "The most important thing in life is", "In the year 1969,", "To make tea, you need", "A dog is an animal that",
@@ -76,7 +78,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Good:
-    """The last generation whose probes have passed."""
+    """The last generation whose probes have passed.
+
+    Attributes:
+        losses: what later scores are held against. That generation's own, but never more than a fraction of the margin
+            above the one before it: or a model could be led away a little with every generation.
+    """
 
     generation: int
     losses: Mapping[str, float]
@@ -140,20 +147,27 @@ class Probes:
 
     def passed(self, generation: int, score: Score) -> None:
         """These scores are those of a generation that may be gone back to."""
-        self.good = Good(generation, score.losses)
+        self.good = Good(generation, self.held_against(score))
+
+    def held_against(self, score: Score) -> dict[str, float]:
+        """What scores after this one will be held against."""
+        before = self.good.losses if self.good is not None else {}
+        most = self.config.margin * DRIFT
+        return {name: min(loss, before.get(name, loss) + most) for name, loss in score.losses.items()}
 
     def about(self, score: Score | None) -> dict[str, Any]:
         """For state.json."""
         if score is None:
             return {}
         losses = {name: round(loss, 4) for name, loss in score.losses.items()}
-        return {"probes": losses, "probes_digest": self.digest}
+        held = {name: round(loss, 4) for name, loss in self.held_against(score).items()}
+        return {"probes": losses, "probes_held": held, "probes_digest": self.digest}
 
     def of_state(self, state: Mapping[str, Any]) -> Good | None:
         """What state.json says of a generation's probes, if these are still the same."""
         if state.get("probes_digest") != self.digest or not self.enabled:
             return None
-        return Good(state["generation"], state["probes"])
+        return Good(state["generation"], state["probes_held"])
 
 
 @torch.no_grad()
