@@ -4,7 +4,6 @@ Reads the ledger and the generations' state.json; needs no daemon. Nothing on th
 whatever a file or a line was called is escaped.
 """
 
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -178,7 +177,7 @@ def _trips(ledger: Ledger) -> str:
             str(trip["step"]),
             "" if trip["generation"] is None else str(trip["generation"]),
             str(trip["set_aside"]),
-            json.dumps(trip["about"]),
+            _measured(trip["about"]),
         ]
         for trip in ledger.guards.newest_trips(_TRIPS)
     ]
@@ -191,6 +190,18 @@ def _trips(ledger: Ledger) -> str:
         "<h3>In quarantine</h3>" + _table(("file", "line", "id", "guard", "why"), suspects)
         if suspects
         else ""
+    )
+
+
+def _measured(about: Any) -> str:
+    """What a guard measured, in words; of the probes: from what to what."""
+    if not isinstance(about, dict):
+        return str(about)
+    return ", ".join(
+        f"{name} {value['was']} to {value['is']} ({value['margin']} allowed)"
+        if isinstance(value, dict) and {"was", "is", "margin"} <= value.keys()
+        else f"{name}: {value}"
+        for name, value in about.items()
     )
 
 

@@ -93,7 +93,9 @@ def _probes(status: dict[str, Any]) -> Text:
         shown = "not a number" if loss is None else f"{loss:.3f}"
         text.append(f"{name} {shown}", style=style)
         if was is not None:
-            text.append(f" ({risen:+.3f} since generation {good['generation']}, {margin} allowed)")
+            text.append(
+                f" ({round(risen, 3) + 0.0:+.3f} since generation {good['generation']}, {margin} allowed)"
+            )
         text.append(f", {newest['right'].get(name, 0):.0%} of tokens right  ")
     return text
 

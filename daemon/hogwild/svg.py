@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 760, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 14, 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 26, 34
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
 
 
@@ -60,10 +60,12 @@ def lines(curves: Sequence[Line], *, x: str, y: str, marks: Sequence[Mark] = (),
     parts = [_axes(x0, x1, y0, y1, x, y)]
     for mark in marks:
         place = _x(mark.x, x0, x1)
+        late = place > WIDTH * 0.8
         parts.append(
             f'<line x1="{place:.1f}" x2="{place:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}" stroke="{mark.colour}"'
             f' stroke-dasharray="4 3"><title>{escape(mark.name)}</title></line>'
-            f'<text x="{place + 3:.1f}" y="{_TOP + 10}" font-size="10" fill="{mark.colour}">{escape(mark.name)}</text>'
+            f'<text x="{place + (-3 if late else 3):.1f}" y="{_TOP + 10}" font-size="10" fill="{mark.colour}"'
+            f' text-anchor="{"end" if late else "start"}">{escape(mark.name)}</text>'
         )
     for number, curve in enumerate(drawn):
         colour, run = COLOURS[number % len(COLOURS)], list[tuple[str, str]]()
@@ -81,8 +83,8 @@ def lines(curves: Sequence[Line], *, x: str, y: str, marks: Sequence[Mark] = (),
             if len(run) < 100:
                 parts += [f'<circle cx="{px}" cy="{py}" r="2.4" fill="{colour}"/>' for px, py in run]
         parts.append(
-            f'<text x="{WIDTH - _RIGHT}" y="{_TOP + 12 + 14 * number}" font-size="11" text-anchor="end"'
-            f' fill="{colour}">{escape(curve.name)}</text>'
+            f'<text x="{_LEFT + 130 * number}" y="{_TOP - 12}" font-size="11" fill="{colour}">'
+            f"{escape(curve.name)}</text>"
         )
     return _svg(HEIGHT, parts)
 
@@ -94,13 +96,13 @@ def bars(rows: Sequence[tuple[str, Sequence[float | None]]], *, names: Sequence[
         return '<p class="none">nothing yet</p>'
     thick, gap, left = 12, 8, 250
     high = max(values) or 1.0
-    height = _TOP + 18 + len(rows) * (thick * len(names) + gap) + 6
+    height = _TOP + 2 + len(rows) * (thick * len(names) + gap) + 6
     parts = [
-        f'<text x="{left + 110 * number}" y="{_TOP + 4}" font-size="11" fill="{COLOURS[number]}">{escape(name)}</text>'
+        f'<text x="{left + 110 * number}" y="{_TOP - 8}" font-size="11" fill="{COLOURS[number]}">{escape(name)}</text>'
         for number, name in enumerate(names)
     ]
     for row, (label, all_) in enumerate(rows):
-        top = _TOP + 18 + row * (thick * len(names) + gap)
+        top = _TOP + 2 + row * (thick * len(names) + gap)
         shown = label if len(label) <= 36 else f"...{label[-33:]}"
         parts.append(
             f'<text x="{left - 8}" y="{top + thick * len(names) / 2 + 4:.1f}" font-size="11" text-anchor="end">'
