@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hogwild import presets
 from hogwild.errors import HogwildError, UsageError
-from hogwild.resources import folder
+from hogwild.resources import resource
 
 UNITS = ("hogwild.service", "hogwild-vllm.service", "hogwild.target")
 PROGRAM = "/opt/hogwild/bin/hogwild"
@@ -25,7 +25,7 @@ PROGRAM = "/opt/hogwild/bin/hogwild"
 CONFIG = "etc/hogwild/hogwild.toml"
 LINK = "usr/local/bin/hogwild"
 STATE_DIR, SOCKET = "/var/lib/hogwild", "/run/hogwild/arena.sock"
-_HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")
+HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")
 """Folders that the units' ProtectHome= and PrivateTmp= hide from the service."""
 
 
@@ -59,11 +59,10 @@ class Installation:
             self._say(f"note: {why}")
         self._needs_root()
         for name in UNITS:
-            text = folder(name, "systemd").read_text("utf-8")
-            self._write(f"etc/systemd/system/{name}", text.replace(PROGRAM, str(self._program)))
+            self._write(f"etc/systemd/system/{name}", unit_text(name, self._program))
         for kind in ("sysusers", "tmpfiles"):
             self._write(
-                f"etc/{kind}.d/hogwild.conf", folder(f"{kind}.d/hogwild.conf", "systemd").read_text("utf-8")
+                f"etc/{kind}.d/hogwild.conf", resource(f"{kind}.d/hogwild.conf", "systemd").read_text("utf-8")
             )
         if (self._root / CONFIG).exists():
             self._did("kept", f"{self._shown(CONFIG)}, which is yours", "would keep")
@@ -86,7 +85,7 @@ class Installation:
             UsageError: we may not write here.
         """
         self._needs_root()
-        program, link = self._installed_program(), self._root / LINK
+        program, link = called(self._root / "etc/systemd/system" / UNITS[0]), self._root / LINK
         if self._live and self._systemd_runs():
             self._run("systemctl", "disable", "--now", *UNITS, may_fail=True)
         for name in UNITS:
@@ -182,18 +181,23 @@ class Installation:
         if self._live and not self._dry_run and os.geteuid() != 0:
             raise UsageError("this writes to /etc: run it as root (sudo), or with --root DIR, or --dry-run")
 
-    def _installed_program(self) -> Path | None:
-        """What the installed unit calls."""
-        unit = self._root / "etc/systemd/system" / UNITS[0]
-        lines = unit.read_text("utf-8").splitlines() if unit.is_file() else []
-        words = next((line.split() for line in lines if line.startswith("ExecStart=")), [""])
-        return Path(words[0].removeprefix("ExecStart=")) if words[0] else None
-
     def _systemd_runs(self) -> bool:
         return Path("/run/systemd/system").is_dir()  # as sd_booted(3)
 
     def _shown(self, name: str) -> Path:
         return self._root / name
+
+
+def unit_text(name: str, program: Path) -> str:
+    """A unit as it is installed."""
+    return resource(name, "systemd").read_text("utf-8").replace(PROGRAM, str(program))
+
+
+def called(unit: Path) -> Path | None:
+    """The program that an installed unit calls; None if it is not installed."""
+    lines = unit.read_text("utf-8").splitlines() if unit.is_file() else []
+    words = next((line.split() for line in lines if line.startswith("ExecStart=")), [""])
+    return Path(words[0].removeprefix("ExecStart=")) if words[0] else None
 
 
 def this_program() -> Path:
@@ -204,7 +208,7 @@ def this_program() -> Path:
 def hidden(*paths: Path) -> str:
     """Why the service's user cannot run what lies at these paths; "" if it can."""
     for path in paths:
-        above = next((one for one in _HIDDEN if path.is_relative_to(one)), None)
+        above = next((one for one in HIDDEN if path.is_relative_to(one)), None)
         shut = next(
             (one for one in reversed(path.parents) if one.is_dir() and not one.stat().st_mode & 0o001), None
         )
