@@ -25,6 +25,8 @@ PROGRAM = "/opt/hogwild/bin/hogwild"
 CONFIG = "etc/hogwild/hogwild.toml"
 LINK = "usr/local/bin/hogwild"
 STATE_DIR, SOCKET = "/var/lib/hogwild", "/run/hogwild/arena.sock"
+ARGUMENTS = ("--host", "127.0.0.1", "--port", "8000")
+"""What the server is told where no preset says more: vLLM would listen on every interface, and asks for no key."""
 HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")
 """Folders that the units' ProtectHome= and PrivateTmp= hide from the service."""
 
@@ -68,6 +70,8 @@ class Installation:
             self._did("kept", f"{self._shown(CONFIG)}, which is yours", "would keep")
         else:
             given: dict[presets.Key, object] = {("state_dir",): STATE_DIR, ("socket",): SOCKET}
+            if preset is None:
+                given["server", "arguments"] = list(ARGUMENTS)
             if model:
                 given["model",] = str(model)
             self._write(CONFIG, presets.file(preset, given))
