@@ -66,7 +66,9 @@ class TrainingConfig(Table):
     train_on: Literal["last", "all"] = "last"
     """Assistant turns of a chat that are trained, unless its line says otherwise."""
     epoch_updates: int = Field(default=8, ge=1)
-    """Training steps that make up one weight epoch, the number that tells answers of different weights apart."""
+    """Training steps after which a new weight epoch begins: what new requests read from the cache is not older."""
+    epoch_s: NotNegative = 10.0
+    """Seconds after which one begins if weights have moved, however few steps that were; 0: not by time."""
     context: Literal["frozen", "full"] = "frozen"
     """"frozen": tokens that are not trained are read without gradient. "full": gradients reach them too."""
     batch_tokens: int = Field(default=512, ge=1)

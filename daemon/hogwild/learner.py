@@ -59,7 +59,7 @@ class Learner:
         self.ledger, self.curriculum = ledger, curriculum
         self.weights = Weights(arena)
         self.optimizer = Optimizer(config.optimizer, config.training.seed)
-        self.progress = Progress(arena.control, config.training.epoch_updates)
+        self.progress = Progress(arena.control, config.training.epoch_updates, config.training.epoch_s)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.reader: PreTrainedModel = skeleton.build(folder, self.weights)
         self.trainers = [
@@ -325,6 +325,8 @@ class Learner:
                 batch = self.curriculum.take(timeout=_IDLE_S, step=self.progress.steps)
                 if batch is not None:
                     self._turn(trainer, index, batch)
+                elif not self.curriculum.in_flight:
+                    self.progress.settle()
         except BaseException as error:
             # A trainer that dies may have left a layer half-written: the supervisor stops the service.
             self.failure = error

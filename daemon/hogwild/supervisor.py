@@ -341,10 +341,11 @@ class Supervisor:
         return handler
 
     def _beat(self) -> None:
-        """Tell the server that this process lives, also while a checkpoint is written."""
+        """Tell the server that this process lives, also while a checkpoint is written; and end weight epochs."""
         while True:
-            if self.learner is not None:
-                self.learner.arena.control.beat_daemon()
+            if (learner := self.learner) is not None:
+                learner.arena.control.beat_daemon()
+                learner.progress.tick()
             time.sleep(_BEAT_S)
 
     def _reread(self) -> None:

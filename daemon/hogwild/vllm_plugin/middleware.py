@@ -4,7 +4,8 @@
     x-hogwild-epoch        weight epoch: grows while the weights move
 
 Read from the control page when a response begins, without asking anybody; "unknown" where the engine has not handed
-out the page. Pure ASGI, so a streamed answer passes through piece by piece.
+out the page. Pure ASGI, so a streamed answer passes through piece by piece. Requests are salted on their way in:
+see salt.py.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ from typing import Any
 
 from hogwild.arena.control import ControlPage
 from hogwild.errors import ArenaError
-from hogwild.vllm_plugin import page
+from hogwild.vllm_plugin import page, salt
 
 log = logging.getLogger("vllm.hogwild.middleware")
 
@@ -31,7 +32,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 PATH = "/hogwild/status"
 DAEMON_ALIVE_S = 10.0
-"""A daemon beats ten times a second; one that has not for this long is gone, or stopped."""
+"""A daemon beats once a second; one that has not for this long is gone, or stopped."""
 _RETRY_S = 1.0
 
 
@@ -56,10 +57,13 @@ class Generation:
                 message["headers"] = [*message.get("headers", ()), *_headers(control)]
             await send(message)
 
-        if scope["path"].removeprefix(scope.get("root_path", "")) == PATH:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path == PATH:
             await self._status(scope, say, control)
-        else:
-            await self._app(scope, receive, say)
+            return
+        if control is not None and scope["method"] == "POST" and path in salt.ROUTES:
+            receive = salt.salting(receive, scope, control)
+        await self._app(scope, receive, say)
 
     async def _ask(self) -> ControlPage | None:
         """Fetch the page from the engine, off the event loop; once a second at most while that fails."""
