@@ -162,6 +162,11 @@ class Trainer:
         self._merges = self._packs and vectors
         self._recompute = Recompute(model, activation_mib << 20)
 
+    @property
+    def can_freeze(self) -> bool:
+        """Can this model's context be read without gradient? Not where its cache is of a kind that is not known."""
+        return self._packs or self._layers.known
+
     def step(self, items: Sequence[Item]) -> StepResult:
         """Forward, backward and one update on all of `items`.
 
@@ -205,8 +210,7 @@ class Trainer:
         return float(self._losses([cut(0, Item(example), "full", merge=False)])[0].mean())
 
     def _cut(self, index: int, item: Item, context: Literal["frozen", "full"]) -> Work:
-        known = self._packs or self._layers.known
-        return cut(index, item, context if known else "full", self._merges)
+        return cut(index, item, context if self.can_freeze else "full", self._merges)
 
     def _read(self, work: Sequence[Work]) -> None:
         """Read the contexts; a beginning that several have in common once."""
