@@ -54,6 +54,12 @@ def test_a_salt_is_of_one_epoch_one_arena_and_one_salt_of_the_clients(control):
                 salts.append(salt.compose(page, own))
                 assert salts[-1] == salt.compose(page, own)
     assert len(set(salts)) == len(salts)
+    control.mark_trained()
+    assert salt.compose(control, None) not in salts, (
+        "a daemon that is gone may have left weights that have moved"
+    )
+    control.beat_daemon()
+    assert salt.compose(control, None) in salts
     for one in salts:
         assert one.startswith(SALT_MARK)
         assert len(one) <= 128
@@ -133,7 +139,7 @@ def application(control: ControlPage | None, *, key: str | None = None) -> FastA
     class Known(Generation):
         def __init__(self, inner: Any) -> None:
             super().__init__(inner)
-            self._page = control
+            self._page, self._about = control, {"gauge": 0}
 
     app.add_middleware(Key)
     app.add_middleware(Known)

@@ -75,6 +75,10 @@ class TrainingConfig(Table):
     """Tokens that go through the model at once: examples of one step share a pass up to that many."""
     activation_mib: int = Field(default=2048, ge=0)
     """MiB of activations of one trainer thread; a pass that would need more computes them twice instead."""
+    low_priority: bool = True
+    """Trainer threads take a processor only when nothing else wants it (SCHED_IDLE)."""
+    mps_percent: int = Field(default=0, ge=0, le=100)
+    """Under CUDA's MPS: percent of the GPU's processors that training may use; 0: not limited."""
     unlearn_until_loss: Positive = 5.0
     """Nats at which a token of a line with a negative weight counts as unlearned and is left alone."""
 
@@ -151,6 +155,13 @@ class HistoryConfig(Table):
     """GiB that history may take; the oldest generations are forgotten; 0: no limit."""
 
 
+class GovernorConfig(Table):
+    policy: Literal["off", "share", "strict"] = "share"
+    """What trainers do while the server has requests: go on, work for a part of the time, stand aside."""
+    added_latency: float = Field(default=0.1, gt=0, le=10)
+    """"share": how much longer a token may take on average because of training; 0.1: a tenth."""
+
+
 class ServerConfig(Table):
     url: str = ""
     """Base URL of the vLLM server. Empty: as announced by the server's plugin."""
@@ -181,6 +192,7 @@ class Config(Table):
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     history: HistoryConfig = HistoryConfig()
+    governor: GovernorConfig = GovernorConfig()
     server: ServerConfig = ServerConfig()
     log: LogConfig = LogConfig()
 

@@ -355,7 +355,12 @@ class Supervisor:
         except ConfigError as error:
             log.error("config.rejected", error=str(error))
             return
-        live = {"checkpoint": fresh.checkpoint, "history": fresh.history, "log": fresh.log}
+        live = {
+            "checkpoint": fresh.checkpoint,
+            "history": fresh.history,
+            "governor": fresh.governor,
+            "log": fresh.log,
+        }
         restart = [
             name
             for name in type(fresh).model_fields
@@ -363,6 +368,8 @@ class Supervisor:
         ]
         self.config = self.config.model_copy(update=live)
         self.keeper.configure(self.config)
+        if self.learner is not None:
+            self.learner.governor.configure(fresh.governor)
         logs.configure(fresh.log.level, fresh.log.format)
         log.info("config.reloaded", live=sorted(live), needs_restart=restart)
 

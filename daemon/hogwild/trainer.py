@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hogwild.apollo import Optimizer
 from hogwild.arena.control import ControlPage
@@ -126,7 +127,8 @@ class Trainer:
         model: this trainer's own skeleton; changed so that its backward pass updates the weights.
         context: "frozen" or "full", for items that do not say.
         seed: varies the rounding between threads.
-        between_layers: called after each weight's update; the place to yield to the server, or to stop.
+        between_layers: called before each layer of a forward pass and after each weight's update; the place to yield
+            to the server.
         batch_tokens: tokens that go through the model at once. Items of one step share a pass up to that many, and
             long contexts are read in pieces of that size.
         activation_mib: memory for activations; a pass that would need more computes them twice instead.
@@ -161,6 +163,9 @@ class Trainer:
         vectors = all(model.get_parameter(name).ndim == 1 for name in self._gather.small)
         self._merges = self._packs and vectors
         self._recompute = Recompute(model, activation_mib << 20)
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):  # what transformers calls a layer
+                module.register_forward_pre_hook(lambda *_: between_layers())
 
     @property
     def can_freeze(self) -> bool:

@@ -47,10 +47,12 @@ _MAX_CHARACTERS = 128
 def compose(control: ControlPage, own: str | None) -> str:
     """The salt of a request that arrives now: of these weights, and of the client's own salt if it sent one.
 
-    The arena is part of it, because epochs begin anew with it, and a cache outside the server outlives both. A
+    The arena is part of it, because epochs begin anew with it, and a cache outside the server outlives both. So is
+    whether a daemon is there: one that was killed can have moved weights, and does not end its last epoch any more. A
     client's salt is hashed, so that any that vLLM allows fits, and no two of them meet.
     """
-    salt = f"{SALT_MARK}{control.arena_id[:12]}-{control.epoch}"
+    alone = control.trained and not control.daemon_alive
+    salt = f"{SALT_MARK}{control.arena_id[:12]}-{control.epoch}{'-alone' if alone else ''}"
     return salt if own is None else f"{salt}-{hashlib.sha256(own.encode(errors='surrogatepass')).hexdigest()}"
 
 
