@@ -14,7 +14,6 @@ from hogwild.examples import parse_line
 from hogwild.ledger import GoodLine, Ledger, Pass, Trip
 from hogwild.report import page
 from hogwild.screen import screen
-from hogwild.serving import Latency, _sum_and_count
 
 LINE = b'{"text": "a", "id": "<b>"}'
 EVIL = '<script>alert("1")</script>[red]&.jsonl'
@@ -150,27 +149,3 @@ def test_a_probe_that_is_no_number_is_shown_as_that():
     said = console.export_text()
     assert "not a number" in said
     assert "not training" in said
-
-
-def test_the_latency_is_the_mean_since_the_last_look(monkeypatch):
-    """Of vLLM's own histogram, in the words of a real scrape."""
-
-    def scrape(total: float, count: float) -> str:
-        return (
-            "# TYPE vllm:inter_token_latency_seconds histogram\n"
-            f'vllm:inter_token_latency_seconds_bucket{{engine="0",le="0.01",model_name="m"}} 1.0\n'
-            f'vllm:inter_token_latency_seconds_sum{{engine="0",model_name="m"}} {total}\n'
-            f'vllm:inter_token_latency_seconds_count{{engine="0",model_name="m"}} {count}\n'
-        )
-
-    assert _sum_and_count(scrape(2.5, 100)) == (2.5, 100.0)
-    assert _sum_and_count("nothing of the kind\n") is None
-    latency, texts = Latency(), iter([scrape(2.5, 100), scrape(4.5, 200), scrape(4.5, 200), scrape(0.1, 3)])
-    monkeypatch.setattr(
-        "hogwild.serving.httpx.get", lambda *_, **__: type("Answer", (), {"text": next(texts)})
-    )
-    found = []
-    for _ in range(4):
-        latency.ask("http://127.0.0.1:1")
-        found.append(latency.newest)
-    assert found == [None, pytest.approx(0.02), None, None], "nothing was answered; a server that began anew"

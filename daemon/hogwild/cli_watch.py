@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hogwild import commands, state_lock
+from hogwild import commands, owner, state_lock
 from hogwild import config as configuration
 from hogwild.cli_history import ConfigOption, JsonOption
 from hogwild.errors import HogwildError
@@ -33,6 +33,7 @@ def status(
 ) -> None:
     """Say what the daemon is doing: what is learned, how fast, what waits, probes, checkpoint, warnings."""
     settings = configuration.load(config)
+    owner.become(settings.state_dir)
     if as_json:
         typer.echo(json.dumps(_status(settings)))
         return
@@ -64,6 +65,7 @@ def report(
     from hogwild.report import page
 
     settings = configuration.load(config)
+    owner.become(settings.state_dir)
     out.write_text(page(settings), encoding="utf-8")
     typer.echo(str(out))
 
@@ -81,6 +83,7 @@ def quarantine(
     from hogwild.ledger import Ledger
 
     settings = configuration.load(config)
+    owner.become(settings.state_dir)
     if not (settings.state_dir / "ledger.sqlite").exists():
         raise HogwildError(f"nothing was learned yet in {settings.state_dir}")
     if retrain:

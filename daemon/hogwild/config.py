@@ -17,6 +17,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from hogwild.errors import ConfigError
 
 ENV_PREFIX = "HOGWILD_"
+SYSTEM_FILE = Path("/etc/hogwild/hogwild.toml")
+"""Where `hogwild install` writes it, and the units read it."""
 SUN_PATH_BYTES = 107  # sockaddr_un.sun_path is 108 bytes on Linux, the last one a NUL
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -66,13 +68,19 @@ class TrainingConfig(Table):
     train_on: Literal["last", "all"] = "last"
     """Assistant turns of a chat that are trained, unless its line says otherwise."""
     epoch_updates: int = Field(default=8, ge=1)
-    """Training steps that make up one weight epoch, the number that tells answers of different weights apart."""
+    """Training steps after which a new weight epoch begins: what new requests read from the cache is not older."""
+    epoch_s: NotNegative = 10.0
+    """Seconds after which one begins if weights have moved, however few steps that were; 0: not by time."""
     context: Literal["frozen", "full"] = "frozen"
     """"frozen": tokens that are not trained are read without gradient. "full": gradients reach them too."""
     batch_tokens: int = Field(default=512, ge=1)
     """Tokens that go through the model at once: examples of one step share a pass up to that many."""
     activation_mib: int = Field(default=2048, ge=0)
     """MiB of activations of one trainer thread; a pass that would need more computes them twice instead."""
+    low_priority: bool = True
+    """Trainer threads take a processor only when nothing else wants it (SCHED_IDLE)."""
+    mps_percent: int = Field(default=0, ge=0, le=100)
+    """Under CUDA's MPS: percent of the GPU's processors that training may use; 0: not limited."""
     unlearn_until_loss: Positive = 5.0
     """Nats at which a token of a line with a negative weight counts as unlearned and is left alone."""
 
@@ -178,7 +186,18 @@ class MetricsConfig(Table):
     """Port on 127.0.0.1 where Prometheus finds the metrics. 0: nowhere."""
 
 
+class GovernorConfig(Table):
+    policy: Literal["off", "share", "strict"] = "share"
+    """What trainers do while the server has requests: go on, work for a part of the time, stand aside."""
+    added_latency: float = Field(default=0.1, gt=0, le=10)
+    """"share": how much longer a token may take on average because of training; 0.1: a tenth."""
+
+
 class ServerConfig(Table):
+    model: str = ""
+    """What `hogwild vllm` serves if its command line does not say: a folder, or a name on the hub. Empty: `model`."""
+    arguments: tuple[str, ...] = ()
+    """Arguments of `vllm serve`, before those of the command line."""
     url: str = ""
     """Base URL of the vLLM server. Empty: as announced by the server's plugin."""
     api_key_env: str = "HOGWILD_API_KEY"
@@ -211,6 +230,7 @@ class Config(Table):
     guard: GuardConfig = GuardConfig()
     probes: ProbesConfig = ProbesConfig()
     metrics: MetricsConfig = MetricsConfig()
+    governor: GovernorConfig = GovernorConfig()
     server: ServerConfig = ServerConfig()
     log: LogConfig = LogConfig()
 
@@ -254,6 +274,15 @@ def default_socket(state_dir: Path) -> Path:
     return state_dir / "arena.sock"
 
 
+def find() -> Path | None:
+    """The file that is read when nobody names one: the user's own, or the machine's; None if there is neither."""
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    for path in (home / "hogwild" / "hogwild.toml", SYSTEM_FILE):
+        if path.is_file():
+            return path
+    return None
+
+
 def load(path: Path | None = None, overrides: Mapping[str, Any] = MappingProxyType({})) -> Config:
     """Reads the configuration.
 
@@ -265,8 +294,30 @@ def load(path: Path | None = None, overrides: Mapping[str, Any] = MappingProxyTy
     Raises:
         ConfigError: listing every problem, each with its key and where the value came from.
     """
-    origin: dict[tuple[str, ...], str] = {}
+    data, origin = gather(path, overrides)
     problems: list[str] = []
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            keys = tuple(str(part) for part in item["loc"])
+            shortened = (keys[:n] for n in range(len(keys), 0, -1))
+            source = next((origin[part] for part in shortened if part in origin), str(path or ""))
+            unknown = item["type"] == "extra_forbidden"
+            what = unknown_key(keys) if unknown else _message(item["msg"], item["input"])
+            problems.append(": ".join(part for part in (source, ".".join(keys), what) if part))
+    raise ConfigError("\n  - ".join([f"the configuration is wrong ({len(problems)} found):", *problems]))
+
+
+def gather(
+    path: Path | None, overrides: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
+    """What was set, unchecked, nested like the file; and by key where: a path, "$NAME" or "command line".
+
+    Raises:
+        ConfigError: the file cannot be read, or is not TOML.
+    """
+    origin: dict[tuple[str, ...], str] = {}
     data: dict[str, Any] = {}
     if path is not None:
         data = _read_toml(path)
@@ -278,17 +329,7 @@ def load(path: Path | None = None, overrides: Mapping[str, Any] = MappingProxyTy
         dotted = tuple(part for key in keys for part in key.split("."))
         if value is not None and _put(data, dotted, value):
             origin[dotted] = "command line"
-    try:
-        return Config.model_validate(data)
-    except ValidationError as error:
-        for item in error.errors(include_url=False):
-            keys = tuple(str(part) for part in item["loc"])
-            shortened = (keys[:n] for n in range(len(keys), 0, -1))
-            source = next((origin[part] for part in shortened if part in origin), str(path or ""))
-            unknown = item["type"] == "extra_forbidden"
-            what = _unknown_key(keys) if unknown else _message(item["msg"], item["input"])
-            problems.append(": ".join(part for part in (source, ".".join(keys), what) if part))
-    raise ConfigError("\n  - ".join([f"the configuration is wrong ({len(problems)} found):", *problems]))
+    return data, origin
 
 
 def field_paths(table: type[BaseModel] = Config, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -355,7 +396,7 @@ def _put(data: dict[str, Any], keys: tuple[str, ...], value: Any) -> bool:
     return True
 
 
-def _unknown_key(keys: tuple[str, ...]) -> str:
+def unknown_key(keys: tuple[str, ...]) -> str:
     """Names the nearest key of the same table, else the nearest key anywhere."""
     table, key = keys[:-1], keys[-1]
     known = list(field_paths())

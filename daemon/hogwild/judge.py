@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hogwild import log as logs
-from hogwild import metrics
+from hogwild import metrics, pulse
 from hogwild import probes as probing
 from hogwild.arena.control import ControlPage
 from hogwild.config import ProbesConfig
@@ -90,7 +90,7 @@ class Judge:
     def begin(self) -> None:
         """Before anything is trained: know what the probes were."""
         if self.probes.enabled and self.probes.good is None:
-            with self._beginning:
+            with pulse.away(), self._beginning:
                 if self.probes.good is None:
                     self.score()
 

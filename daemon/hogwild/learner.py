@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from hogwild import checkpoint, encoding, examples, generation, metrics, served, skeleton
+from hogwild import checkpoint, encoding, examples, generation, metrics, pulse, served, skeleton
 from hogwild import log as logs
 from hogwild.apollo import Optimizer
 from hogwild.arena.client import Arena
@@ -20,6 +20,7 @@ from hogwild.config import Config
 from hogwild.curriculum import Batch, Curriculum
 from hogwild.errors import CheckpointError, ExampleError, LossError, VerificationError
 from hogwild.examples import Example
+from hogwild.governor import Governor, lower_priority
 from hogwild.groups import Group, flat, regroup
 from hogwild.guard import Guard, largest_loss
 from hogwild.history_report import layer
@@ -63,7 +64,8 @@ class Learner:
         self.ledger, self.curriculum = ledger, curriculum
         self.weights = Weights(arena)
         self.optimizer = Optimizer(config.optimizer, config.training.seed)
-        self.progress = Progress(arena.control, config.training.epoch_updates)
+        self.progress = Progress(arena.control, config.training.epoch_updates, config.training.epoch_s)
+        self.governor = Governor(config.governor, arena.control)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.reader: PreTrainedModel = skeleton.build(folder, self.weights)
         vocabulary = self.reader.config.get_text_config().vocab_size
@@ -75,6 +77,7 @@ class Learner:
                 set(self.weights.names),
                 config.training.context,
                 seed=index,
+                between_layers=self.governor.between_layers,
                 unlearn_until_loss=config.training.unlearn_until_loss,
                 batch_tokens=config.training.batch_tokens,
                 activation_mib=config.training.activation_mib,
@@ -87,6 +90,8 @@ class Learner:
                 "no linear layer of the server is plain memory, so there is nothing to train",
                 [f"{name}: {reason}" for name, reason in self.frozen.items()],
             )
+        if config.training.context == "frozen" and not self.trainers[0].can_freeze:
+            log.warning("context.not_frozen", model_type=self.reader.config.model_type)
         warm_up(self.reader.dtype)  # compiles the update now, not in the middle of the first example
         self.failure: BaseException | None = None
         self._tokenizing = threading.Lock()  # a fast tokenizer is not safe to share while its settings change
@@ -97,7 +102,7 @@ class Learner:
         self._may_train = threading.Event()
         self._asked_for_own_texts = False
         self._preparation = Preparation(
-            self.reader, self.tokenizer, config, self._tokenizing, self._stopping.is_set
+            self.reader, self.tokenizer, config, self._tokenizing, self._stopping.is_set, self._stand_back
         )
         self.judge = Judge(
             config.probes, self.reader, ledger, self.progress, arena.control, self._preparation, self.pause
@@ -192,6 +197,7 @@ class Learner:
     def start(self) -> None:
         """Let the trainer threads take examples, starting them if need be."""
         self.arena.control.mark_trained()
+        self.governor.hurry(False)
         self._may_train.set()
         if not self._threads:
             torch.set_num_threads(self.config.training.intra_op_threads)
@@ -219,16 +225,19 @@ class Learner:
         self._preparation.done()
 
     def pause(self) -> None:
-        """Take no further example; what is under way is finished."""
+        """Take no further example; what is under way is finished, however busy the server is."""
         self._may_train.clear()
+        self.governor.hurry()
 
     def stop(self, timeout_s: float) -> bool:
         """Finish the examples under way and end the threads. False if one did not end in time."""
         self._stopping.set()
+        self.governor.hurry()
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(deadline - time.monotonic(), 0.1))
         self._preparation.close()
+        self.progress.settle()
         return not any(thread.is_alive() for thread in self._threads)
 
     def quiet(self, timeout_s: float) -> bool:
@@ -297,9 +306,15 @@ class Learner:
         return {name: float(f"{norm:.4g}") for name, norm in moved.items()}
 
     def _run(self, index: int) -> None:
+        with pulse.watched(f"trainer-{index}"):
+            self._train(index)
+
+    def _train(self, index: int) -> None:
         trainer = self.trainers[index]
+        self._stand_back()
         try:
             while not self._stopping.is_set():
+                pulse.beat(_IDLE_S)
                 if not self._may_train.wait(_IDLE_S) or self._stopping.is_set():
                     continue
                 if not self._preparation.done(_IDLE_S):
@@ -308,11 +323,22 @@ class Learner:
                 batch = self.curriculum.take(timeout=_IDLE_S, step=self.progress.steps)
                 if batch is not None:
                     self._turn(trainer, index, batch)
+                elif not self.curriculum.in_flight:
+                    self.progress.settle()
                 self.judge.look()
         except BaseException as error:
             # A trainer that dies may have left a layer half-written: the supervisor stops the service.
             self.failure = error
             log.exception("trainer.died", thread=index)
+
+    def _stand_back(self) -> None:
+        """This thread takes a processor only when the server does not want it, if that is allowed and wished for."""
+        if not self.config.training.low_priority:
+            return
+        try:
+            lower_priority()
+        except OSError as error:
+            log.warning("priority.unchanged", error=str(error))
 
     def _turn(self, trainer: Trainer, index: int, batch: Batch) -> None:
         """Take, forward, backward and update, record: one step on new examples and on what is replayed beside them."""

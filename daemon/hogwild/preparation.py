@@ -29,6 +29,7 @@ class Preparation:
         model: for reading only.
         tokenizing: held while the tokenizer is used.
         stopped: asked between tokens.
+        stand_back: called first in the thread: the server goes first.
     """
 
     def __init__(
@@ -38,9 +39,10 @@ class Preparation:
         config: Config,
         tokenizing: threading.Lock,
         stopped: Callable[[], bool],
+        stand_back: Callable[[], None],
     ) -> None:
         self._model, self._tokenizer, self._config = model, tokenizer, config
-        self._tokenizing, self._stopped = tokenizing, stopped
+        self._tokenizing, self._stopped, self._stand_back = tokenizing, stopped, stand_back
         self._thread: ThreadPoolExecutor | None = None
         self._work: list[Future[None]] = []
 
@@ -54,7 +56,7 @@ class Preparation:
                 log.exception("preparation.failed", error=str(error))
 
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "preparation")
+            self._thread = ThreadPoolExecutor(1, "preparation", self._stand_back)
         self._work.append(self._thread.submit(run))
 
     def done(self, timeout_s: float | None = None) -> bool:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hogwild import metrics, selfreplay
+from hogwild import metrics, pulse, selfreplay
 from hogwild.config import ProbesConfig
 from hogwild.errors import ConfigError, ExampleError, HogwildError
 from hogwild.examples import Encoded, Example, parse_line
@@ -173,6 +173,7 @@ class Probes:
 @torch.no_grad()
 def measure(model: PreTrainedModel, probe: Probe) -> tuple[float, float]:
     """(mean loss in nats a token, share of tokens that are the likeliest)."""
+    pulse.beat()
     ids = torch.tensor([probe.ids], device=model.device)
     count = len(probe.ids) - probe.start
     logits = model(ids[:, :-1], use_cache=False, logits_to_keep=count).logits[0, -count:].float()

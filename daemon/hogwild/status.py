@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import threading
 import time
 from collections import deque
 from dataclasses import asdict
@@ -12,11 +11,11 @@ from typing import Any
 
 from hogwild import generation as generations
 from hogwild import metrics
+from hogwild.arena.control import Load
 from hogwild.config import Config
 from hogwild.learner import Learner
 from hogwild.ledger import Ledger
 from hogwild.probes import Score
-from hogwild.serving import Latency
 
 _WINDOW_S = 60.0  # over which speed is measured
 _SERIES_S = 60.0  # between two notes of how the server does
@@ -31,7 +30,8 @@ class Status:
         self._began = time.time()
         self._points: deque[tuple[float, float, float]] = deque()  # (when, tokens, updates)
         self._noted_at = 0.0
-        self._latency = Latency()
+        self._loads: deque[tuple[float, int, float]] = deque()  # (when, tokens, seconds waited for them)
+        self._yielded = (0, 0.0)
         metrics.started.set(self._began)
         metrics.watch_process()
         metrics.incoming_files.set_function(lambda: self._incoming()[0])
@@ -44,9 +44,9 @@ class Status:
         counts = asdict(self._ledger.counts())
         left, loss = self._ledger.remaining()
         attached = bool(server)
-        running, waiting = control.load
-        # The server publishes its own latency where its plugin can; where not, its metrics are asked.
-        latency = getattr(control, "token_latency_s", None) or self._latency.newest
+        load = control.load
+        running, waiting = load.running, load.waiting
+        latency = self._token_latency_s(load)
         self._gauges(learner, counts, left, attached=attached)
         metrics.running.set(running)
         metrics.waiting.set(waiting)
@@ -120,6 +120,12 @@ class Status:
         return found
 
     def _gauges(self, learner: Learner, counts: dict[str, int], left: int, *, attached: bool) -> None:
+        yields, yielded_s = learner.governor.yields, learner.governor.yielded_s
+        if yields < self._yielded[0]:  # another learner
+            self._yielded = (0, 0.0)
+        metrics.yields.inc(yields - self._yielded[0])
+        metrics.yield_seconds.inc(max(yielded_s - self._yielded[1], 0.0))
+        self._yielded = yields, yielded_s
         metrics.training.set(learner.training)
         metrics.server_up.set(attached)
         metrics.step.set(learner.progress.steps)
@@ -139,13 +145,22 @@ class Status:
         if not server or (self._noted_at and now - self._noted_at < _SERIES_S):
             return
         self._noted_at = now
-        url = self._config.server.url or str(server.get("url", ""))
-        threading.Thread(target=self._latency.ask, args=(url,), name="latency", daemon=True).start()
         values = {"serving.running": float(running), "serving.waiting": float(waiting)}
         if latency is not None:
             values["serving.token_latency_s"] = latency
         values["training.tokens_per_s"] = self._speed()[0]
         self._ledger.guards.note(learner.progress.steps, values)
+
+    def _token_latency_s(self, load: Load) -> float | None:
+        """Mean time between two tokens of an answer, over the last minute; None: nothing was answered."""
+        now = time.monotonic()
+        if self._loads and load.tokens < self._loads[-1][1]:  # another server
+            self._loads.clear()
+        self._loads.append((now, load.tokens, load.waited_s))
+        while len(self._loads) > 2 and now - self._loads[1][0] > _WINDOW_S:
+            self._loads.popleft()
+        (_, tokens, waited_s), (_, tokens_now, waited_now_s) = self._loads[0], self._loads[-1]
+        return (waited_now_s - waited_s) / (tokens_now - tokens) if tokens_now > tokens else None
 
     def _speed(self) -> tuple[float, float]:
         """(trained tokens, training steps) a second, over the last minute."""

@@ -15,7 +15,19 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from hogwild import __version__, generation, leftovers, metrics, recovery, rollback, served, state_lock, trips
+from hogwild import (
+    __version__,
+    generation,
+    leftovers,
+    metrics,
+    pulse,
+    recovery,
+    rollback,
+    served,
+    state_lock,
+    status_line,
+    trips,
+)
 from hogwild import config as configuration
 from hogwild import log as logs
 from hogwild.arena.client import Arena
@@ -27,8 +39,10 @@ from hogwild.errors import CheckpointError, ConfigError, HogwildError, Verificat
 from hogwild.keeper import Keeper
 from hogwild.learner import Learner, Saved
 from hogwild.ledger import Ledger
+from hogwild.notify import Notifier
 from hogwild.spool import Spool
 from hogwild.status import Status
+from hogwild.watchdog import Watchdog
 
 log = logs.get(__name__)
 
@@ -74,9 +88,10 @@ class Supervisor:
             on_accepted=lambda _file: self.curriculum.wake(),
         )
         self.commands = Commands()
-        self.hub = Hub(config.socket, self._on_offer, self._on_session, self.commands.ask)
+        self.hub = Hub(config.socket, self._offered, self._on_session, self.commands.ask)
         self.learner: Learner | None = None
         self._server: dict[str, Any] = {}
+        self._server_here = False
         self._must_check = False  # served equals trained, as soon as the server answers
         self._saved_step, self._tried_step, self._tried_at = 0, 0, time.monotonic()
         self._asked: list[Command] = []  # for a checkpoint that is not begun yet
@@ -85,8 +100,13 @@ class Supervisor:
         self._api: served.Server | None = None
         self._stop = self._reload = self._save_now = False
         self._stuck = False  # the probes have fallen, and no generation could be gone back to
+        self._failure = ""
         self._wrote_status_at = 0.0
-        self._status = Status(config, self.ledger)
+        self._status: dict[str, Any] = {}
+        self._collector = Status(config, self.ledger)
+        self._refused = ""  # why the newest offer of a server was
+        self._systemd = Notifier()
+        self._watchdog = Watchdog(self._systemd, self._ready, self._status_line)
 
     def run(self) -> int:
         """Serve until TERM or INT. Returns the exit code."""
@@ -107,24 +127,35 @@ class Supervisor:
         self.keeper.start_tidying()  # what the last daemon had no time for
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         spooling = threading.Event()
-        spool_thread = threading.Thread(target=self.spool.run, args=(spooling,), name="spool", daemon=True)
+        spool_thread = threading.Thread(target=self._watch_spool, args=(spooling,), name="spool", daemon=True)
         spool_thread.start()
-        with metrics.serving(self.config.metrics.port):
+        self._watchdog.start()
+        with metrics.serving(self.config.metrics.port), pulse.watched("loop"):
             code = self._turn_until_stopped(spool_thread)
             spooling.set()
-            return max(code, self._shut_down(save=code == 0))
+            self._watchdog.stopping()
+            with pulse.away():
+                code = max(code, self._shut_down(save=code == 0))
+        self._watchdog.end("stopped" if code == 0 else f"failed: {self._failure}")
+        return code
 
     def _turn_until_stopped(self, spool_thread: threading.Thread) -> int:
         try:
             while not self._stop:
+                pulse.beat()
                 self.turn()
                 if not spool_thread.is_alive():
                     raise HogwildError("the spool thread ended; see the log line before this one")
                 time.sleep(_TURN_S)
         except HogwildError as error:
             log.error("daemon.failed", error=str(error))
+            self._failure = str(error)
             return 1
         return 0
+
+    def _watch_spool(self, stop: threading.Event) -> None:
+        with pulse.watched("spool"):
+            self.spool.run(stop)
 
     def turn(self) -> None:
         """One round: what signals and commands asked for, verification that is due, checkpoints that are due.
@@ -136,14 +167,16 @@ class Supervisor:
             self._reload = False
             self._reread()
         while (command := self.commands.next()) is not None:
-            self._obey(command)
+            with pulse.away():
+                self._obey(command)
         learner = self.learner
         if learner is None:
             return
         if learner.failure is not None:
             raise HogwildError(f"a trainer thread died ({learner.failure!r}): its layer may be half-written")
         if learner.judge.tripped is not None and not self._stuck:
-            self._probes_fell(learner, go_on=True)
+            with pulse.away():
+                self._probes_fell(learner, go_on=True)
         if self._must_check:
             self._check(after="attach")
         if (saved := self.keeper.saved()) is not None and self._after_save(saved) and not self._stop:
@@ -153,6 +186,14 @@ class Supervisor:
         self._write_status(learner)
 
     # --- the server's side ---------------------------------------------------------------------------------------
+
+    def _offered(self, arena: Arena) -> None:
+        try:
+            self._on_offer(arena)
+        except Exception as error:
+            self._refused = str(error).splitlines()[0] if str(error) else repr(error)
+            raise
+        self._refused = ""
 
     def _on_offer(self, arena: Arena) -> None:
         """Verify an arena that a server offers, and build the trainers on it. Runs in the session's thread.
@@ -184,6 +225,7 @@ class Supervisor:
         )
 
     def _on_session(self, server: dict[str, Any], begins: bool) -> None:
+        self._server_here = begins
         if begins:
             self._server = server
             self._must_check = True
@@ -193,6 +235,10 @@ class Supervisor:
 
     def _check(self, after: str) -> None:
         """*Served equals trained*; training starts when it holds, and stops when it does not."""
+        with pulse.away():  # a server has its own time to answer
+            self._compare_with_server(after)
+
+    def _compare_with_server(self, after: str) -> None:
         learner = self.learner
         assert learner is not None
         url = self.config.server.url or self._server.get("url", "")
@@ -383,6 +429,26 @@ class Supervisor:
         log.info("daemon.stopped", code=code, seconds=round(time.monotonic() - began, 1))
         return code
 
+    # --- systemd -------------------------------------------------------------------------------------------------
+
+    def _ready(self) -> bool:
+        """Is everything there that this service is for: weights to train, and a spool that has been looked at?"""
+        return self.learner is not None and self.spool.scanned.is_set()
+
+    def _status_line(self) -> str:
+        learner = self.learner
+        return status_line.compose(
+            self._status,
+            attached=learner is not None,
+            training=learner is not None and learner.training,
+            server=self._server.get("url", "") if self._server_here else None,
+            refused=self._refused,
+            scanned=self.spool.scanned.is_set(),
+            saving=self.keeper.saving,
+            stopping=self._stop or bool(self._failure),
+            socket=str(self.config.socket),
+        )
+
     # --- small things --------------------------------------------------------------------------------------------
 
     def _flag(self, name: str) -> Callable[[int, object], None]:
@@ -392,20 +458,35 @@ class Supervisor:
         return handler
 
     def _beat(self) -> None:
-        """Tell the server that this process lives, also while a checkpoint is written."""
+        """Tell the server that this process lives, also while a checkpoint is written; and end weight epochs."""
         while True:
-            if self.learner is not None:
-                self.learner.arena.control.beat_daemon()
+            if (learner := self.learner) is not None:
+                learner.arena.control.beat_daemon()
+                learner.progress.tick()
             time.sleep(_BEAT_S)
 
     def _reread(self) -> None:
         """SIGHUP: take over what can change live, and name what cannot."""
+        if self._watchdog.is_ready:
+            self._systemd.reloading()
+        try:
+            self._take_over_settings()
+        finally:
+            if self._watchdog.is_ready:
+                self._systemd.ready(self._status_line())
+
+    def _take_over_settings(self) -> None:
         try:
             fresh = configuration.load(self._config_path, self._overrides)
         except ConfigError as error:
             log.error("config.rejected", error=str(error))
             return
-        live = {"checkpoint": fresh.checkpoint, "history": fresh.history, "log": fresh.log}
+        live = {
+            "checkpoint": fresh.checkpoint,
+            "history": fresh.history,
+            "governor": fresh.governor,
+            "log": fresh.log,
+        }
         restart = [
             name
             for name in type(fresh).model_fields
@@ -413,6 +494,8 @@ class Supervisor:
         ]
         self.config = self.config.model_copy(update=live)
         self.keeper.configure(self.config)
+        if self.learner is not None:
+            self.learner.governor.configure(fresh.governor)
         logs.configure(fresh.log.level, fresh.log.format)
         log.info("config.reloaded", live=sorted(live), needs_restart=restart)
 
@@ -422,11 +505,12 @@ class Supervisor:
         if now - self._wrote_status_at < _STATUS_S:
             return
         self._wrote_status_at = now
-        body = self._status.of(learner, self._server, self._saved_step, stuck=self._stuck)
+        status = self._collector.of(learner, self._server, self._saved_step, stuck=self._stuck)
+        self._status = status
         path = self.config.state_dir / "status.json"
         fresh = path.with_suffix(".tmp")
         try:
-            fresh.write_text(json.dumps(body) + "\n")
+            fresh.write_text(json.dumps(status) + "\n")
             fresh.rename(path)
         except OSError as error:  # a full disk is no reason to stop learning
             log.warning("status.unwritten", path=str(path), error=str(error))

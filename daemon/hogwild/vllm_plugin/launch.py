@@ -4,12 +4,13 @@ Run as a module this *is* the server process (python -m hogwild.vllm_plugin.laun
 """
 
 import importlib.metadata
+import os
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hogwild.vllm_plugin import orphan
+from hogwild.vllm_plugin import orphan, ready
 from hogwild.vllm_plugin.names import (
     BASE_VARIABLE,
     PAGE_VARIABLE,
@@ -22,15 +23,8 @@ MIDDLEWARE = "hogwild.vllm_plugin.middleware.Generation"
 
 
 def command(model: str, arguments: Sequence[str]) -> list[str]:
-    """The command line of the server.
-
-    Prefix caching is off unless asked for: until responses are salted by weight epoch, a cached prefix could hold
-    keys and values of weights that have since moved.
-    """
-    given = {argument.split("=")[0] for argument in arguments}
+    """The command line of the server. Prefix caching is as vLLM has it, which is on: see salt.py."""
     extra = ["--load-format", "hogwild", "--middleware", MIDDLEWARE]
-    if not given & {"--enable-prefix-caching", "--no-enable-prefix-caching"}:
-        extra.append("--no-enable-prefix-caching")
     return [sys.executable, "-m", "hogwild.vllm_plugin.launch", "serve", model, *extra, *arguments]
 
 
@@ -90,6 +84,7 @@ def run() -> None:
     sys.argv[0] = "vllm"
     orphan.note_server()
     _provide_vllm_metadata()
+    ready.report(os.environ.get(URL_VARIABLE, ""))
     from vllm.entrypoints.cli.main import main
 
     main()
