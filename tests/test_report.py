@@ -1,6 +1,9 @@
 """The report page and the status screen: what they show, and what they make of hostile names."""
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,6 +17,7 @@ from hogwild.examples import parse_line
 from hogwild.ledger import GoodLine, Ledger, Pass, Trip
 from hogwild.report import page
 from hogwild.screen import screen
+from support import environment
 
 LINE = b'{"text": "a", "id": "<b>"}'
 EVIL = '<script>alert("1")</script>[red]&.jsonl'
@@ -149,3 +153,28 @@ def test_a_probe_that_is_no_number_is_shown_as_that():
     said = console.export_text()
     assert "not a number" in said
     assert "not training" in said
+
+
+def test_quarantine_lists_what_is_set_aside_and_lets_it_out(config):
+    """From the command line, without a daemon."""
+    learned(config)
+
+    def hogwild(*arguments: str) -> str:
+        env = environment(HOGWILD_STATE_DIR=str(config.state_dir), COLUMNS="250", NO_COLOR="1")
+        command = [sys.executable, "-m", "hogwild", *arguments]
+        ran = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    shown = hogwild("quarantine")
+    assert EVIL in shown
+    assert "loss" in shown
+    (one,) = json.loads(hogwild("quarantine", "--json"))
+    assert (one["example_id"], one["file"], one["about"]) == (3, EVIL, {"losses": [None]})
+    assert json.loads(hogwild("quarantine", "--retrain", "--file", "facts.jsonl", "--json")) == {
+        "examples": 0
+    }
+    assert json.loads(hogwild("quarantine", "3", "--retrain", "--json")) == {"examples": 1}
+    assert "nothing" in hogwild("quarantine")
+    with Ledger(config.state_dir / "ledger.sqlite", readonly=True) as ledger:
+        assert 3 in {pending.example_id for pending in ledger.pending(9)}
