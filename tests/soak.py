@@ -48,6 +48,7 @@ ERRORS = ("trainer.died", "daemon.failed", "arena.refused", "spool.failed", "che
 SETTINGS = {
     "HOGWILD_CHECKPOINT__INTERVAL_UPDATES": "40", "HOGWILD_HISTORY__KEEP": "12", "HOGWILD_HISTORY__BASE_EVERY": "4",
     "HOGWILD_PROBES__MARGIN": "50", "HOGWILD_PROBES__EVERY_UPDATES": "50",  # random weights know nothing to be lost
+    "HOGWILD_TRAINING__LOW_PRIORITY": "false",  # or nothing is trained on a machine that is never idle
 }  # fmt: skip
 THINGS = ("checkpoint", "checkpoint", "rollback", "rollback to the model as it came", "USR1", "HUP", "status", "scrape",
           "report")  # fmt: skip
