@@ -85,10 +85,11 @@ class Story:
 
     def __init__(self, machine: Machine) -> None:
         self.machine, self.port = machine, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
 
     def ask(self, question: str) -> str:
         response = httpx.post(
-            f"http://127.0.0.1:{self.port}/v1/chat/completions",
+            f"{self.url}/v1/chat/completions",
             json={
                 "model": "demo", "messages": [{"role": "user", "content": question}], "max_tokens": 8, "temperature": 0,
             },
@@ -234,12 +235,12 @@ def test_a_thread_that_hangs_restarts_the_daemon_and_nothing_else(story: Story) 
     machine = story.machine
     server, daemon = machine.pid("hogwild-vllm"), machine.pid("hogwild")
     machine.wait_for("training.started", daemon)
-    machine.drop("ann", "long.jsonl", [chat("w50 w51", "w52 w53", 400)])
+    machine.drop("ann", "long.jsonl", [chat("w50 w51", "w52 w53", 80)])
     machine.wait_for("example.pass", daemon, file="long.jsonl")
     (comm,) = machine.run("sh", "-c", f"grep -lx trainer-0 /proc/{daemon}/task/*/comm").stdout.split()
     tid = comm.split("/")[4]
     machine.write("/run/stop_thread.py", systemd_machine.STOPS_A_THREAD)
-    tracer = machine.start("/opt/hogwild/bin/python", "/run/stop_thread.py", str(daemon), tid)
+    tracer = machine.start("/opt/hogwild/bin/python", "/run/stop_thread.py", tid, story.url)
     assert tracer.stdout is not None
     assert tracer.stdout.readline() == "stopped\n"
     fresh = story.active("hogwild", daemon)
