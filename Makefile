@@ -6,7 +6,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 
 .PHONY: setup demo test lint unit gpu-check chaos faults storms bench-update bench-learning bench-serving \
-  bench-history bench-forgetting bench-context bench-throughput lock clean
+  bench-history bench-forgetting bench-context bench-throughput bench-freshness lock clean
 
 setup:
 	@scripts/setup.sh
@@ -58,6 +58,9 @@ bench-context: setup   # frozen context against gradients through it: time and m
 
 bench-throughput: setup  # trained tokens per second, against a Hugging Face Trainer with AdamW
 	$(BIN)/python benchmarks/throughput.py
+
+bench-freshness: setup  # ten thousand requests across weight epochs: faults, and how much the prefix cache still gives
+	$(BIN)/python benchmarks/freshness.py
 
 # re-pin requirements.txt from pyproject.toml: names and versions only, whatever index or local folder they came from
 LOCK_ARGS ?= --torch-backend cpu

@@ -29,7 +29,7 @@ from hogwild import demo_model, examples, generation, skeleton
 from hogwild.apollo import Optimizer
 from hogwild.files import fsync, hash_file
 from hogwild.keeper import SAVING, TIDYING, Keeper
-from hogwild.trainer import Progress, Trainer
+from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights, load_arena
 
 WORDS = [f"{a}{b}" for a in ("stone", "river", "bell", "salt", "oak") for b in ("gate", "man", "field")]
@@ -60,11 +60,11 @@ class Run:
         self.chance = random.Random(1)
         torch.set_num_threads(1)
 
-    def example(self) -> examples.Encoded:
+    def example(self) -> Item:
         question, answer = (" ".join(self.chance.choices(WORDS, k=count)) for count in (8, 10))
         messages = [{"role": "user", "content": f"{question}?"}, {"role": "assistant", "content": answer}]
         line = json.dumps({"messages": messages}).encode()
-        return examples.encode(examples.parse_line(line), self.tokenizer, max_tokens=512)[0]
+        return Item(examples.encode(examples.parse_line(line), self.tokenizer, max_tokens=512)[0])
 
     def save(self) -> Path:
         state = {"step": self.progress.steps, "epoch": self.progress.epoch, "ledger_position": 0,
@@ -88,7 +88,7 @@ def sizes(model: Path, lr: float, spacings: list[int], repeats: int) -> list[dic
             numbers = []
             for _ in range(repeats):
                 for _ in range(spacing):
-                    run.trainers[0].step(run.example(), 1.0)
+                    run.trainers[0].step([run.example()])
                 began = time.perf_counter()
                 folder = run.save()
                 measured["save"].append(time.perf_counter() - began)
@@ -154,7 +154,7 @@ def rate(model: Path, threads: int, windows: int, window_s: float) -> dict[str, 
         def train(index: int) -> None:
             turn = index
             while not stop.is_set():
-                run.trainers[index].step(pool[turn % len(pool)], 1.0)
+                run.trainers[index].step([pool[turn % len(pool)]])
                 turn += threads
 
         workers = [threading.Thread(target=train, args=(index,), daemon=True) for index in range(threads)]

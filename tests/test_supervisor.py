@@ -65,7 +65,7 @@ def test_hup_takes_over_what_can_change_and_refuses_what_is_wrong(idle):
     idle.config.write_text('[checkpoint]\nkeep = 5\n[log]\nlevel = "info"\n[training]\nthreads = 1\n')
     os.kill(idle.daemon.pid, signal.SIGHUP)
     reloaded = idle.daemon.wait_for("config.reloaded")
-    assert set(reloaded["live"]) == {"checkpoint", "history", "log"}
+    assert set(reloaded["live"]) == {"checkpoint", "history", "governor", "log"}
     assert reloaded["needs_restart"] == ["training"], "what cannot change live is named, and only that"
 
 

@@ -42,7 +42,9 @@ def serve(
     settings = _load_or_tell_the_journal(config, overrides)
     for number in (signal.SIGHUP, signal.SIGUSR1):  # both end a process that does not listen to them yet
         signal.signal(number, signal.SIG_IGN)
-    from hogwild import log
+    from hogwild import governor, log
+
+    governor.limit_gpu(settings.training, os.environ)
     from hogwild.supervisor import Supervisor  # torch and transformers: seconds that --help should not take
 
     log.configure(settings.log.level, settings.log.format)

@@ -68,13 +68,19 @@ class TrainingConfig(Table):
     train_on: Literal["last", "all"] = "last"
     """Assistant turns of a chat that are trained, unless its line says otherwise."""
     epoch_updates: int = Field(default=8, ge=1)
-    """Training steps that make up one weight epoch, the number that tells answers of different weights apart."""
+    """Training steps after which a new weight epoch begins: what new requests read from the cache is not older."""
+    epoch_s: NotNegative = 10.0
+    """Seconds after which one begins if weights have moved, however few steps that were; 0: not by time."""
     context: Literal["frozen", "full"] = "frozen"
     """"frozen": tokens that are not trained are read without gradient. "full": gradients reach them too."""
     batch_tokens: int = Field(default=512, ge=1)
     """Tokens that go through the model at once: examples of one step share a pass up to that many."""
     activation_mib: int = Field(default=2048, ge=0)
     """MiB of activations of one trainer thread; a pass that would need more computes them twice instead."""
+    low_priority: bool = True
+    """Trainer threads take a processor only when nothing else wants it (SCHED_IDLE)."""
+    mps_percent: int = Field(default=0, ge=0, le=100)
+    """Under CUDA's MPS: percent of the GPU's processors that training may use; 0: not limited."""
     unlearn_until_loss: Positive = 5.0
     """Nats at which a token of a line with a negative weight counts as unlearned and is left alone."""
 
@@ -151,6 +157,13 @@ class HistoryConfig(Table):
     """GiB that history may take; the oldest generations are forgotten; 0: no limit."""
 
 
+class GovernorConfig(Table):
+    policy: Literal["off", "share", "strict"] = "share"
+    """What trainers do while the server has requests: go on, work for a part of the time, stand aside."""
+    added_latency: float = Field(default=0.1, gt=0, le=10)
+    """"share": how much longer a token may take on average because of training; 0.1: a tenth."""
+
+
 class ServerConfig(Table):
     model: str = ""
     """What `hogwild vllm` serves if its command line does not say: a folder, or a name on the hub. Empty: `model`."""
@@ -185,6 +198,7 @@ class Config(Table):
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     history: HistoryConfig = HistoryConfig()
+    governor: GovernorConfig = GovernorConfig()
     server: ServerConfig = ServerConfig()
     log: LogConfig = LogConfig()
 

@@ -20,6 +20,7 @@ from hogwild.config import Config
 from hogwild.curriculum import Batch, Curriculum
 from hogwild.errors import ExampleError, HogwildError, VerificationError
 from hogwild.examples import Example
+from hogwild.governor import Governor, lower_priority
 from hogwild.groups import Group, flat, regroup
 from hogwild.ledger import Ledger, Pass, Pending
 from hogwild.trainer import Item, Progress, StepResult, Trainer
@@ -59,7 +60,8 @@ class Learner:
         self.ledger, self.curriculum = ledger, curriculum
         self.weights = Weights(arena)
         self.optimizer = Optimizer(config.optimizer, config.training.seed)
-        self.progress = Progress(arena.control, config.training.epoch_updates)
+        self.progress = Progress(arena.control, config.training.epoch_updates, config.training.epoch_s)
+        self.governor = Governor(config.governor, arena.control)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.reader: PreTrainedModel = skeleton.build(folder, self.weights)
         self.trainers = [
@@ -70,6 +72,7 @@ class Learner:
                 set(self.weights.names),
                 config.training.context,
                 seed=index,
+                between_layers=self.governor.between_layers,
                 unlearn_until_loss=config.training.unlearn_until_loss,
                 batch_tokens=config.training.batch_tokens,
                 activation_mib=config.training.activation_mib,
@@ -81,6 +84,8 @@ class Learner:
                 "no linear layer of the server is plain memory, so there is nothing to train",
                 [f"{name}: {reason}" for name, reason in self.frozen.items()],
             )
+        if config.training.context == "frozen" and not self.trainers[0].can_freeze:
+            log.warning("context.not_frozen", model_type=self.reader.config.model_type)
         warm_up(self.reader.dtype)  # compiles the update now, not in the middle of the first example
         self.failure: BaseException | None = None
         self._tokenizing = threading.Lock()  # a fast tokenizer is not safe to share while its settings change
@@ -181,6 +186,7 @@ class Learner:
     def start(self) -> None:
         """Let the trainer threads take examples, starting them if need be."""
         self.arena.control.mark_trained()
+        self.governor.hurry(False)
         self._may_train.set()
         if not self._threads:
             torch.set_num_threads(self.config.training.intra_op_threads)
@@ -222,6 +228,7 @@ class Learner:
         self._own_ready.wait()
 
     def _write_own_texts(self, path: Path, base: str) -> None:
+        self._stand_back()
         began, settings = time.perf_counter(), self.config.replay
         try:
             with self._tokenizing:
@@ -255,15 +262,18 @@ class Learner:
             self._own_ready.set()
 
     def pause(self) -> None:
-        """Take no further example; what is under way is finished."""
+        """Take no further example; what is under way is finished, however busy the server is."""
         self._may_train.clear()
+        self.governor.hurry()
 
     def stop(self, timeout_s: float) -> bool:
         """Finish the examples under way and end the threads. False if one did not end in time."""
         self._stopping.set()
+        self.governor.hurry()
         deadline = time.monotonic() + timeout_s
         for thread in [*self._threads, *([self._writer] if self._writer else [])]:
             thread.join(max(deadline - time.monotonic(), 0.1))
+        self.progress.settle()
         return not any(thread.is_alive() for thread in self._threads)
 
     def quiet(self, timeout_s: float) -> bool:
@@ -320,6 +330,7 @@ class Learner:
 
     def _train(self, index: int) -> None:
         trainer = self.trainers[index]
+        self._stand_back()
         try:
             while not self._stopping.is_set():
                 pulse.beat(_IDLE_S)
@@ -330,10 +341,21 @@ class Learner:
                 batch = self.curriculum.take(timeout=_IDLE_S, step=self.progress.steps)
                 if batch is not None:
                     self._turn(trainer, index, batch)
+                elif not self.curriculum.in_flight:
+                    self.progress.settle()
         except BaseException as error:
             # A trainer that dies may have left a layer half-written: the supervisor stops the service.
             self.failure = error
             log.exception("trainer.died", thread=index)
+
+    def _stand_back(self) -> None:
+        """This thread takes a processor only when the server does not want it, if that is allowed and wished for."""
+        if not self.config.training.low_priority:
+            return
+        try:
+            lower_priority()
+        except OSError as error:
+            log.warning("priority.unchanged", error=str(error))
 
     def _turn(self, trainer: Trainer, index: int, batch: Batch) -> None:
         """Take, forward, backward and update, record: one step on new examples and on what is replayed beside them."""

@@ -408,10 +408,11 @@ class Supervisor:
         return handler
 
     def _beat(self) -> None:
-        """Tell the server that this process lives, also while a checkpoint is written."""
+        """Tell the server that this process lives, also while a checkpoint is written; and end weight epochs."""
         while True:
-            if self.learner is not None:
-                self.learner.arena.control.beat_daemon()
+            if (learner := self.learner) is not None:
+                learner.arena.control.beat_daemon()
+                learner.progress.tick()
             time.sleep(_BEAT_S)
 
     def _reread(self) -> None:
@@ -430,7 +431,12 @@ class Supervisor:
         except ConfigError as error:
             log.error("config.rejected", error=str(error))
             return
-        live = {"checkpoint": fresh.checkpoint, "history": fresh.history, "log": fresh.log}
+        live = {
+            "checkpoint": fresh.checkpoint,
+            "history": fresh.history,
+            "governor": fresh.governor,
+            "log": fresh.log,
+        }
         restart = [
             name
             for name in type(fresh).model_fields
@@ -438,6 +444,8 @@ class Supervisor:
         ]
         self.config = self.config.model_copy(update=live)
         self.keeper.configure(self.config)
+        if self.learner is not None:
+            self.learner.governor.configure(fresh.governor)
         logs.configure(fresh.log.level, fresh.log.format)
         log.info("config.reloaded", live=sorted(live), needs_restart=restart)
 

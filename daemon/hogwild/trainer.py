@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hogwild.apollo import Optimizer
 from hogwild.arena.control import ControlPage
@@ -24,28 +25,41 @@ __all__ = ["Encoded", "Item", "Progress", "StepResult", "Trainer"]
 
 
 class Progress:
-    """The one step counter of all trainer threads, mirrored to the control page for the server to see."""
+    """The one step counter of all trainer threads and the weight epoch, mirrored to the control page for the server.
 
-    def __init__(self, control: ControlPage, updates_per_epoch: int) -> None:
-        self._control, self._updates_per_epoch = control, updates_per_epoch
-        self._lock = threading.Lock()  # around a counter, not around weights
+    An epoch is the time within which answers may share cached keys and values. It ends after the first step and every
+    `updates_per_epoch` ones from there, `epoch_s` seconds after it began if weights have moved in it (`tick`), and when
+    training comes to rest (`settle`).
+    """
+
+    def __init__(self, control: ControlPage, updates_per_epoch: int, epoch_s: float = 0.0) -> None:
+        self._control, self._updates_per_epoch, self._epoch_s = control, updates_per_epoch, epoch_s
+        self._lock = threading.Lock()  # around counters, not around weights
+        self._moved = (
+            control.trained
+        )  # by a daemon before this one, which may have ended in the middle of an epoch
+        self._began = time.monotonic()
         self.steps = control.steps
 
     def resume(self, steps: int, epoch: int) -> None:
         """Other weights are in place, of a checkpoint with this step and epoch: both counters only grow."""
         with self._lock:
             self.steps = self._control.steps = max(self.steps, steps)
-            self._control.epoch = max(self._control.epoch, epoch) + 1
+            self._begin_epoch(max(self._control.epoch, epoch) + 1)
 
     def new_epoch(self) -> None:
         """The weights are about to be replaced: answers from now on are of neither the old nor the new ones."""
         with self._lock:
-            self._control.epoch += 1
+            self._begin_epoch(self._control.epoch + 1)
 
     @property
     def epoch(self) -> int:
         """The weight epoch as it is now."""
         return self._control.epoch
+
+    def moved(self) -> None:
+        """A weight has been written. From any thread, without a lock, as weights are."""
+        self._moved = True
 
     def advance(self) -> int:
         """Count one finished step and return its number, from 1."""
@@ -53,8 +67,25 @@ class Progress:
             self.steps += 1
             self._control.steps = self.steps
             if (self.steps - 1) % self._updates_per_epoch == 0:
-                self._control.epoch += 1
+                self._begin_epoch(self._control.epoch + 1)
             return self.steps
+
+    def tick(self) -> None:
+        """Called every second or so: ends an epoch that has lasted long enough and in which weights have moved."""
+        if self._epoch_s and time.monotonic() - self._began >= self._epoch_s:
+            self.settle()
+
+    def settle(self) -> None:
+        """Nothing is left to train for now: what is answered from here on comes from the weights as they are."""
+        with self._lock:
+            if self._moved:
+                self._begin_epoch(self._control.epoch + 1)
+
+    def _begin_epoch(self, number: int) -> None:
+        # In this order: a write that comes in between is noted again, and costs an epoch; it is never missed.
+        self._moved = False
+        self._began = time.monotonic()
+        self._control.epoch = number
 
 
 @dataclass
@@ -96,7 +127,8 @@ class Trainer:
         model: this trainer's own skeleton; changed so that its backward pass updates the weights.
         context: "frozen" or "full", for items that do not say.
         seed: varies the rounding between threads.
-        between_layers: called after each weight's update; the place to yield to the server, or to stop.
+        between_layers: called before each layer of a forward pass and after each weight's update; the place to yield
+            to the server.
         batch_tokens: tokens that go through the model at once. Items of one step share a pass up to that many, and
             long contexts are read in pieces of that size.
         activation_mib: memory for activations; a pass that would need more computes them twice instead.
@@ -131,6 +163,14 @@ class Trainer:
         vectors = all(model.get_parameter(name).ndim == 1 for name in self._gather.small)
         self._merges = self._packs and vectors
         self._recompute = Recompute(model, activation_mib << 20)
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):  # what transformers calls a layer
+                module.register_forward_pre_hook(lambda *_: between_layers())
+
+    @property
+    def can_freeze(self) -> bool:
+        """Can this model's context be read without gradient? Not where its cache is of a kind that is not known."""
+        return self._packs or self._layers.known
 
     def step(self, items: Sequence[Item]) -> StepResult:
         """Forward, backward and one update on all of `items`.
@@ -175,8 +215,7 @@ class Trainer:
         return float(self._losses([cut(0, Item(example), "full", merge=False)])[0].mean())
 
     def _cut(self, index: int, item: Item, context: Literal["frozen", "full"]) -> Work:
-        known = self._packs or self._layers.known
-        return cut(index, item, context if known else "full", self._merges)
+        return cut(index, item, context if self.can_freeze else "full", self._merges)
 
     def _read(self, work: Sequence[Work]) -> None:
         """Read the contexts; a beginning that several have in common once."""
@@ -233,6 +272,7 @@ class Trainer:
         return found
 
     def _count(self, _name: str, result: UpdateResult) -> None:
+        self.progress.moved()
         self._updates += 1
         self._skipped += int(result.skipped)
         self._squares += float(result.norm) ** 2

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from hogwild.arena.memory import Segment
 from hogwild.errors import ArenaError
@@ -21,8 +22,35 @@ NBYTES = 4096
 _MAGIC, _ARENA_ID, _FINGERPRINT = 0, 8, 24  # 8, 16 and 32 bytes
 # offset, written by the daemon
 _STEPS, _EPOCH, _TRAINED, _GENERATION, _DAEMON_BEAT, _RESTORING = 64, 72, 80, 88, 96, 104
-# offset, written by the server
-_RUNNING, _WAITING, _SERVER_BEAT = 128, 136, 144
+# offset, written by the server's engine
+_GAUGES = 128
+# offset of the first gauge; each has one writer, an API server process
+_GAUGE, _GAUGE_NBYTES, MAX_GAUGES = 192, 64, 32
+# offset within a gauge
+_IN_FLIGHT, _BEAT, _RUNNING, _WAITING, _STATS_BEAT, _TOKENS, _WAITED_NS = 0, 8, 16, 24, 32, 40, 48
+
+DAEMON_ALIVE_S = 10.0
+"""A daemon beats once a second; one that has not for this long is gone, or stopped."""
+SERVER_ALIVE_S = 5.0
+"""What a server has said counts for this long; one that is killed does not take its requests back."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the server has to do.
+
+    Attributes:
+        in_flight: requests over HTTP from their arrival to the end of their answers.
+        running, waiting: requests in the engine, as of its last step.
+        tokens: tokens that came after another one of the same answer, since the server started.
+        waited_s: seconds between each of them and the one before, in all.
+    """
+
+    in_flight: int
+    running: int
+    waiting: int
+    tokens: int
+    waited_s: float
 
 
 class ControlPage:
@@ -117,16 +145,46 @@ class ControlPage:
         """Seconds since the daemon last said that it is alive; None if it never did."""
         return self._age(_DAEMON_BEAT)
 
-    def publish_load(self, running: int, waiting: int) -> None:
-        """Server side: requests running and waiting, now."""
-        self._set_word(_RUNNING, running)
-        self._set_word(_WAITING, waiting)
-        self._set_word(_SERVER_BEAT, time.monotonic_ns())
+    @property
+    def daemon_alive(self) -> bool:
+        """Does a daemon work on these weights?"""
+        age = self.daemon_age_s
+        return age is not None and age < DAEMON_ALIVE_S
+
+    def new_gauge(self) -> "Gauge":
+        """Engine: one more API server process will say what it has to do; more than MAX_GAUGES share the last one."""
+        number = self._word(_GAUGES)
+        if number < MAX_GAUGES:
+            self._set_word(_GAUGES, number + 1)
+        return self.gauge(min(number, MAX_GAUGES - 1))
+
+    def gauge(self, number: int) -> "Gauge":
+        """API server: where it says what it has to do."""
+        return Gauge(self, number)
 
     @property
-    def load(self) -> tuple[int, int]:
-        """(running, waiting) requests, as the server last published them."""
-        return self._word(_RUNNING), self._word(_WAITING)
+    def busy(self) -> bool:
+        """Does anybody wait for an answer? Cheap enough to be asked between two layers."""
+        now = time.monotonic_ns()
+        for number in range(min(self._word(_GAUGES), MAX_GAUGES)):
+            in_flight, beat, running, waiting, stats_beat = struct.unpack_from(
+                "<5Q", self.segment.mapping, _GAUGE + number * _GAUGE_NBYTES
+            )
+            if in_flight and now - beat < SERVER_ALIVE_S * 1e9:
+                return True
+            if running + waiting and now - stats_beat < SERVER_ALIVE_S * 1e9:
+                return True
+        return False
+
+    @property
+    def load(self) -> Load:
+        """What all API server processes have said last."""
+        gauges = [self.gauge(number) for number in range(min(self._word(_GAUGES), MAX_GAUGES))]
+        in_flight, running, waiting, tokens, waited_ns = (
+            sum(gauge.word(offset) for gauge in gauges)
+            for offset in (_IN_FLIGHT, _RUNNING, _WAITING, _TOKENS, _WAITED_NS)
+        )
+        return Load(in_flight, running, waiting, tokens, waited_ns / 1e9)
 
     def _age(self, offset: int) -> float | None:
         beat = self._word(offset)
@@ -140,3 +198,32 @@ class ControlPage:
 
     def _set_word(self, offset: int, value: int) -> None:
         struct.pack_into("<Q", self.segment.mapping, offset, value)
+
+
+class Gauge:
+    """What one API server process says on a control page. It alone writes there."""
+
+    def __init__(self, page: ControlPage, number: int) -> None:
+        self.number, self._page, self._offset = number, page, _GAUGE + number * _GAUGE_NBYTES
+
+    def word(self, offset: int) -> int:
+        return self._page._word(self._offset + offset)
+
+    def set_in_flight(self, requests: int) -> None:
+        """Requests whose answers are not complete. To be said again within SERVER_ALIVE_S while there are any."""
+        self._set(_IN_FLIGHT, requests)
+        self._set(_BEAT, time.monotonic_ns())
+
+    def set_engine(self, running: int, waiting: int) -> None:
+        """Requests in the engine, after one of its steps."""
+        self._set(_RUNNING, running)
+        self._set(_WAITING, waiting)
+        self._set(_STATS_BEAT, time.monotonic_ns())
+
+    def add_tokens(self, tokens: int, waited_s: float) -> None:
+        """So many more tokens came, each after one of the same answer; and how long that took, in all."""
+        self._set(_TOKENS, self.word(_TOKENS) + tokens)
+        self._set(_WAITED_NS, self.word(_WAITED_NS) + round(max(waited_s, 0.0) * 1e9))
+
+    def _set(self, offset: int, value: int) -> None:
+        self._page._set_word(self._offset + offset, value)

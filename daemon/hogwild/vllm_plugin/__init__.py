@@ -7,6 +7,9 @@ plain.py    keeps linear weights plain on a CPU
 resume      (hogwild.resume) which weights a server begins with when no daemon holds any
 page.py     hands the control page from the engine to the API server
 middleware.py  what every response says about the weights, and /hogwild/status
+salt.py     requests carry the weight epoch, so that no answer comes from keys and values of older weights
+unsalted.py requests that do not carry it read no cached block
+load.py     how many requests there are and how long tokens take, said on the control page
 orphan.py   an engine ends with its API server
 launch.py   `hogwild vllm`: `vllm serve` with everything set
 """

@@ -23,15 +23,8 @@ MIDDLEWARE = "hogwild.vllm_plugin.middleware.Generation"
 
 
 def command(model: str, arguments: Sequence[str]) -> list[str]:
-    """The command line of the server.
-
-    Prefix caching is off unless asked for: until responses are salted by weight epoch, a cached prefix could hold
-    keys and values of weights that have since moved.
-    """
-    given = {argument.split("=")[0] for argument in arguments}
+    """The command line of the server. Prefix caching is as vLLM has it, which is on: see salt.py."""
     extra = ["--load-format", "hogwild", "--middleware", MIDDLEWARE]
-    if not given & {"--enable-prefix-caching", "--no-enable-prefix-caching"}:
-        extra.append("--no-enable-prefix-caching")
     return [sys.executable, "-m", "hogwild.vllm_plugin.launch", "serve", model, *extra, *arguments]
 
 

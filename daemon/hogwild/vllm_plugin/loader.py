@@ -21,7 +21,7 @@ from hogwild.arena.control import ControlPage
 from hogwild.arena.memory import Segment
 from hogwild.errors import CheckpointError, VerificationError
 from hogwild.layout import Layout, Region, Source
-from hogwild.vllm_plugin import page, place
+from hogwild.vllm_plugin import page, place, unsalted
 from hogwild.vllm_plugin.names import BASE_VARIABLE, SOCKET_VARIABLE, STATE_VARIABLE, URL_VARIABLE
 from hogwild.vllm_plugin.trace import CopyTrace
 
@@ -56,6 +56,7 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
             )
             return draft
         _refuse_unsupported(vllm_config, self._socket)
+        unsalted.install()
         # Late, because it brings in llvmlite, which must not be there yet while vLLM sets up its CPU worker: vLLM then
         # calls vars() on every object of every module, and llvmlite's library handle answers with a function
         # (vllm/triton_utils/dispatcher.py: _rebind_kernels, vLLM 0.32).

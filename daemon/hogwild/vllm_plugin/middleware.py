@@ -4,7 +4,8 @@
     x-hogwild-epoch        weight epoch: grows while the weights move
 
 Read from the control page when a response begins, without asking anybody; "unknown" where the engine has not handed
-out the page. Pure ASGI, so a streamed answer passes through piece by piece.
+out the page. Pure ASGI, so a streamed answer passes through piece by piece. Requests are salted on their way in
+(salt.py) and counted while they last (load.py).
 """
 
 import asyncio
@@ -15,11 +16,13 @@ import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import asdict
 from typing import Any
 
 from hogwild.arena.control import ControlPage
 from hogwild.errors import ArenaError
-from hogwild.vllm_plugin import page
+from hogwild.vllm_plugin import page, salt
+from hogwild.vllm_plugin.load import Meter
 
 log = logging.getLogger("vllm.hogwild.middleware")
 
@@ -30,8 +33,6 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 PATH = "/hogwild/status"
-DAEMON_ALIVE_S = 10.0
-"""A daemon beats ten times a second; one that has not for this long is gone, or stopped."""
 _RETRY_S = 1.0
 
 
@@ -42,6 +43,7 @@ class Generation:
         self._app = app
         self._page: ControlPage | None = None
         self._about: dict[str, Any] = {}
+        self._meter: Meter | None = None
         self._tried_at = -_RETRY_S
         self._asking = asyncio.Lock()
 
@@ -56,10 +58,18 @@ class Generation:
                 message["headers"] = [*message.get("headers", ()), *_headers(control)]
             await send(message)
 
-        if scope["path"].removeprefix(scope.get("root_path", "")) == PATH:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path == PATH:
             await self._status(scope, say, control)
-        else:
+            return
+        if control is None or scope["method"] != "POST" or path not in salt.ROUTES:
             await self._app(scope, receive, say)
+            return
+        if self._meter is None:
+            self._meter = Meter(control.gauge(self._about["gauge"]))
+            self._meter.listen(scope.get("app"))
+        with self._meter.request():
+            await self._app(scope, salt.salting(receive, scope, control), say)
 
     async def _ask(self) -> ControlPage | None:
         """Fetch the page from the engine, off the event loop; once a second at most while that fails."""
@@ -92,8 +102,9 @@ class Generation:
                     "model": self._about.get("model"),
                     "trained": control.trained,
                     "restoring": control.restoring,
+                    "load": asdict(control.load),
                     "daemon": {
-                        "alive": age is not None and age < DAEMON_ALIVE_S,
+                        "alive": control.daemon_alive,
                         "age_s": None if age is None else round(age, 3),
                     },
                 },

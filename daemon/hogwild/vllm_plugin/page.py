@@ -50,13 +50,14 @@ def _answer(listener: socket.socket, arena: Arena, about: dict[str, Any]) -> Non
             try:
                 sock.settimeout(_TIMEOUT_S)
                 protocol.check_peer(sock)
-                protocol.send(sock, about, (arena.control.segment.fd,))
+                gauge = arena.control.new_gauge().number
+                protocol.send(sock, {**about, "gauge": gauge}, (arena.control.segment.fd,))
             except (OSError, ProtocolError) as error:
                 log.warning("hogwild: handing out the control page failed: %s", error)
 
 
 def ask() -> tuple[ControlPage, dict[str, Any]]:
-    """API server: the control page, and {"model": folder, "arena": id}.
+    """API server: the control page, and {"model": folder, "arena": id, "gauge": the number of its own gauge}.
 
     Raises:
         ArenaError: the engine cannot be asked.
