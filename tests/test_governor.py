@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from hogwild import skeleton
+from hogwild import pulse, skeleton
 from hogwild.apollo import Optimizer
 from hogwild.arena import control as page
 from hogwild.arena.control import MAX_GAUGES, ControlPage, Load
@@ -334,3 +334,27 @@ def test_a_gpu_is_limited_when_asked_and_the_operator_has_the_last_word():
     assert environment == {name: "25"}
     limit_gpu(TrainingConfig(mps_percent=50), environment)
     assert environment == {name: "25"}
+
+
+def test_standing_aside_is_no_hang_for_the_watchdog(control):
+    gauge = control.new_gauge()
+    governor, pulses = Governor(GovernorConfig(policy="strict"), control), []
+
+    def train() -> None:
+        with pulse.watched("trainer") as mine:
+            pulses.append(mine)
+            governor.between_layers()
+
+    gauge.set_in_flight(1)
+    thread = threading.Thread(target=train)
+    thread.start()
+    beats, last, deadline = 0, 0.0, time.monotonic() + 60
+    while beats < 3 and time.monotonic() < deadline:
+        gauge.set_in_flight(1)
+        if pulses:
+            silent_s = pulses[0].silent_s
+            beats, last = beats + (silent_s < last), silent_s
+        time.sleep(0.001)
+    governor.hurry()
+    thread.join(60)
+    assert beats == 3

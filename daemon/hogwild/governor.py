@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
 
+from hogwild import pulse
 from hogwild.arena.control import ControlPage, Load
 from hogwild.config import GovernorConfig, TrainingConfig
 
@@ -165,6 +166,7 @@ class Governor:
                 if waited >= seconds and not self.share.quiet:
                     break
             left = _NAP_S if seconds is None or self.share.quiet else seconds - waited
+            pulse.beat()  # it waits on purpose, however long: no hang
             self._sleep(min(max(left, _SHORTEST_NAP_S), _NAP_S))
         if waited:
             with self._lock:
