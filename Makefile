@@ -5,7 +5,7 @@ SHELL := /bin/bash
 unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 
-.PHONY: setup demo test lint unit gpu-check chaos faults storms bench-update bench-learning bench-serving \
+.PHONY: setup demo test lint unit gpu-check systemd chaos faults storms bench-update bench-learning bench-serving \
   bench-history bench-forgetting bench-context bench-throughput bench-freshness lock clean
 
 setup:
@@ -24,6 +24,9 @@ lint: setup
 
 unit: setup   # the tests that need no server
 	$(BIN)/python -m pytest -m "not vllm and not gpu" $(PYTEST_ARGS)
+
+systemd: setup # the units in a real systemd, from install to uninstall; part of `make test` for root
+	$(BIN)/python -m pytest -m systemd $(PYTEST_ARGS)
 
 chaos: setup  # about 15 minutes: SIGKILL of daemon, server or both, 220 times, under a stream of drops; all accounted for
 	$(BIN)/python tests/chaos.py $(CHAOS_ARGS)
