@@ -177,7 +177,7 @@ def test_somebody_of_the_group_drops_a_file_and_the_answer_changes(story: Story)
     assert ANSWER not in story.ask(FACT)
     refused = machine.run("runuser", "-u", "ben", "--", "ls", "/var/lib/hogwild/spool/incoming", check=False)
     assert refused.returncode != 0, "who is not in the group is kept out"
-    machine.drop("ann", "facts.jsonl", [chat(FACT, ANSWER, 12), chat(f"{FACT} w12", ANSWER, 12)])
+    machine.drop("ann", "facts.jsonl", [chat(FACT, ANSWER, 8), chat(f"{FACT} w12", ANSWER, 8)])
     for line in (1, 2):
         machine.wait_for("example.trained", file="facts.jsonl", line=line)
     assert ANSWER in story.ask(FACT)
@@ -261,9 +261,7 @@ def test_a_kill_of_the_daemon(story: Story) -> None:
     fresh = story.active("hogwild", daemon)
     assert machine.wait_for("arena.attached", fresh)["restored"] is None
     assert machine.pid("hogwild-vllm") == server
-    machine.drop(
-        "ann", "later.jsonl", [chat(LATER, LATER_ANSWER, 12), chat(f"{LATER} w32", LATER_ANSWER, 12)]
-    )
+    machine.drop("ann", "later.jsonl", [chat(LATER, LATER_ANSWER, 8), chat(f"{LATER} w32", LATER_ANSWER, 8)])
     for line in (1, 2):
         machine.wait_for("example.trained", fresh, file="later.jsonl", line=line)
 
