@@ -15,7 +15,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_TILE_BYTES = 2 << 20  # half of what the last-level cache of one core holds, at least; 4 MiB was 1.6 times slower
+_TILE_BYTES = (
+    2 << 20
+)  # half of what the last-level cache of one core holds, at least; 4 MiB was 1.6 times slower
 _FEW_ROWS = (
     4  # with fewer rows of x than this many, reading W once is all that counts, and the library does that
 )
