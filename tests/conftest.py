@@ -1,6 +1,8 @@
 """Fixtures that are expensive and therefore made once per session."""
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 
 import faults
 import powercut
+import systemd_machine
 from hogwild import demo_model
 from world import World
 
@@ -20,6 +23,19 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def demo_model_dir() -> Path:
     """The real small chat model, as `hogwild demo` makes it; kept between runs, never written to."""
     return demo_model.build(REPOSITORY / ".demo" / "model")
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package as a user gets it, built from this checkout without the network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    uv = Path(sys.executable).with_name("uv")
+    subprocess.run(
+        [uv, "build", "-q", "--wheel", "--no-build-isolation", "--offline", "-o", folder, REPOSITORY],
+        check=True,
+    )
+    (built,) = folder.glob("*.whl")
+    return built
 
 
 @pytest.fixture
@@ -36,7 +52,9 @@ LEFT_OUT = pytest.StashKey[list[str]]()
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that this machine cannot run are left out, not skipped, and named in the summary."""
     wanted = {
-        mark for mark in ("gpu", "jq", "strace", "powercut") if any(mark in item.keywords for item in items)
+        mark
+        for mark in ("gpu", "jq", "strace", "powercut", "systemd")
+        if any(mark in item.keywords for item in items)
     }
     reasons = {mark: why for mark in sorted(wanted) if (why := _impossible(mark))}
     left_out = [item for item in items if reasons.keys() & set(item.keywords)]
@@ -58,4 +76,6 @@ def _impossible(mark: str) -> str:
         return "" if shutil.which("jq") else "no program jq"
     if mark == "strace":
         return faults.possible()
+    if mark == "systemd":
+        return systemd_machine.possible()
     return powercut.possible()

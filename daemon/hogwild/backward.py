@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hogwild import pulse
 from hogwild.apollo import Optimizer
 from hogwild_kernels import UpdateResult, products
 
@@ -66,6 +67,7 @@ class TrainedLinear(torch.nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pulse.beat()
         if not torch.is_grad_enabled():
             return products.linear(x, self.weight, self.bias)
         self.pending += 1
@@ -74,6 +76,7 @@ class TrainedLinear(torch.nn.Module):
 
     def receive(self, x: torch.Tensor, d: torch.Tensor) -> None:
         """x (T, n) input, d (T, m) gradient of the output, of one forward pass. Updates once all are there."""
+        pulse.beat()
         self._rows.append((x, d))
         self.pending -= 1
         if self.pending == 0 and not self.gather.more:

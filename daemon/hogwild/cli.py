@@ -3,15 +3,18 @@
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
 
-from hogwild import __version__, cli_history, state_lock
+from hogwild import __version__, cli_history, cli_service, journal, owner, state_lock
 from hogwild import config as configuration
 from hogwild.cli_history import ConfigOption, JsonOption
-from hogwild.errors import HogwildError, UsageError
+from hogwild.errors import ConfigError, HogwildError, UsageError
+from hogwild.notify import Notifier
 
 app = typer.Typer(
     name="hogwild",
@@ -36,7 +39,7 @@ def serve(
     import signal
 
     overrides = {"model": str(Path(model).resolve()) if model else None}
-    settings = configuration.load(config, overrides)
+    settings = _load_or_tell_the_journal(config, overrides)
     for number in (signal.SIGHUP, signal.SIGUSR1):  # both end a process that does not listen to them yet
         signal.signal(number, signal.SIG_IGN)
     from hogwild import governor, log
@@ -51,7 +54,9 @@ def serve(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def vllm(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Model folder or name, as for `vllm serve`.")],
+    model: Annotated[
+        str, typer.Argument(help="Model folder or name, as for `vllm serve`.", show_default="server.model")
+    ] = "",
     config: ConfigOption = None,
     base_weights: Annotated[
         bool,
@@ -66,19 +71,37 @@ def vllm(
     """
     from hogwild.vllm_plugin import launch
 
-    settings = configuration.load(config)
-    command = launch.command(model, context.args)
+    settings = _load_or_tell_the_journal(config)
+    arguments = [*settings.server.arguments, *context.args]
+    if model.startswith("-"):  # the first argument is an option: the model is the configured one
+        model, arguments = "", [*settings.server.arguments, model, *context.args]
+    model = model or settings.server.model or settings.model
+    if not model:
+        raise ConfigError("no model: name its folder, or set `model` in the configuration")
+    command = launch.command(model, arguments)
     environment = launch.environment(
-        settings.socket, settings.state_dir, context.args, os.environ, base_weights=base_weights
+        settings.socket, settings.state_dir, arguments, os.environ, base_weights=base_weights
     )
     sys.stdout.flush()
     os.execve(command[0], command, environment)
+
+
+def _load_or_tell_the_journal(
+    config: Path | None, overrides: Mapping[str, Any] = MappingProxyType({})
+) -> configuration.Config:
+    """As `load`; what is wrong is the last thing that `systemctl status` shows of a service that cannot start."""
+    try:
+        return configuration.load(config, overrides)
+    except ConfigError as error:
+        Notifier().send(f"STATUS={error}")
+        raise
 
 
 @app.command()
 def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Say what the daemon is doing."""
     settings = configuration.load(config)
+    owner.become(settings.state_dir)
     pid = _daemon(settings.state_dir)
     data = {"pid": pid, "training": False}  # until a server has brought its weights
     try:
@@ -193,6 +216,7 @@ def demo(
 
 
 cli_history.register(app)
+cli_service.register(app)
 
 
 @app.command()
@@ -206,5 +230,11 @@ def main() -> None:
     try:
         app()
     except HogwildError as error:
-        typer.echo(f"hogwild: {error}", err=True)
+        if journal.is_stderr():
+            from hogwild import log
+
+            log.configure(stream=sys.stderr)
+            log.get(__name__).error("daemon.failed", error=str(error), code=error.exit_code)
+        else:
+            typer.echo(f"hogwild: {error}", err=True)
         sys.exit(error.exit_code)

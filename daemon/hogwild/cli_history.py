@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hogwild import commands, state_lock
+from hogwild import commands, owner, state_lock
 from hogwild import config as configuration
 from hogwild.errors import HogwildError, UsageError
 
@@ -16,7 +16,14 @@ if TYPE_CHECKING:
 
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", "-c", envvar="HOGWILD_CONFIG", help="TOML file; see config/hogwild.toml."),
+    typer.Option(
+        "--config",
+        "-c",
+        envvar="HOGWILD_CONFIG",
+        callback=lambda path: path or configuration.find(),
+        show_default="~/.config/hogwild/hogwild.toml, else /etc/hogwild/hogwild.toml, if there",
+        help="TOML file; `hogwild config` says what it and the environment come to.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -30,6 +37,7 @@ def register(app: typer.Typer) -> None:
 def checkpoint(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Have the running daemon write a checkpoint now; wait for it and print its generation."""
     settings = configuration.load(config)
+    owner.become(settings.state_dir)
     if state_lock.holder(settings.state_dir) is None:
         raise HogwildError(f"no daemon is running with the state folder {settings.state_dir}")
     saved = commands.send(settings.socket, "checkpoint")
@@ -46,6 +54,7 @@ def history(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     from hogwild import history_report
 
     settings = configuration.load(config)
+    owner.become(settings.state_dir)
     records = history_report.listing(settings.state_dir)
     if as_json:
         typer.echo(json.dumps(records))
@@ -107,6 +116,7 @@ def rollback(
     next one starts.
     """
     settings = configuration.load(config)
+    owner.become(settings.state_dir)
     if state_lock.holder(settings.state_dir) is not None:
         done = commands.send(settings.socket, "rollback", generation=generation, retrain=retrain)
     else:

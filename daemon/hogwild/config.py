@@ -17,6 +17,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from hogwild.errors import ConfigError
 
 ENV_PREFIX = "HOGWILD_"
+SYSTEM_FILE = Path("/etc/hogwild/hogwild.toml")
+"""Where `hogwild install` writes it, and the units read it."""
 SUN_PATH_BYTES = 107  # sockaddr_un.sun_path is 108 bytes on Linux, the last one a NUL
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -163,6 +165,10 @@ class GovernorConfig(Table):
 
 
 class ServerConfig(Table):
+    model: str = ""
+    """What `hogwild vllm` serves if its command line does not say: a folder, or a name on the hub. Empty: `model`."""
+    arguments: tuple[str, ...] = ()
+    """Arguments of `vllm serve`, before those of the command line."""
     url: str = ""
     """Base URL of the vLLM server. Empty: as announced by the server's plugin."""
     api_key_env: str = "HOGWILD_API_KEY"
@@ -233,6 +239,15 @@ def default_socket(state_dir: Path) -> Path:
     return state_dir / "arena.sock"
 
 
+def find() -> Path | None:
+    """The file that is read when nobody names one: the user's own, or the machine's; None if there is neither."""
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    for path in (home / "hogwild" / "hogwild.toml", SYSTEM_FILE):
+        if path.is_file():
+            return path
+    return None
+
+
 def load(path: Path | None = None, overrides: Mapping[str, Any] = MappingProxyType({})) -> Config:
     """Reads the configuration.
 
@@ -244,8 +259,30 @@ def load(path: Path | None = None, overrides: Mapping[str, Any] = MappingProxyTy
     Raises:
         ConfigError: listing every problem, each with its key and where the value came from.
     """
-    origin: dict[tuple[str, ...], str] = {}
+    data, origin = gather(path, overrides)
     problems: list[str] = []
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            keys = tuple(str(part) for part in item["loc"])
+            shortened = (keys[:n] for n in range(len(keys), 0, -1))
+            source = next((origin[part] for part in shortened if part in origin), str(path or ""))
+            unknown = item["type"] == "extra_forbidden"
+            what = unknown_key(keys) if unknown else _message(item["msg"], item["input"])
+            problems.append(": ".join(part for part in (source, ".".join(keys), what) if part))
+    raise ConfigError("\n  - ".join([f"the configuration is wrong ({len(problems)} found):", *problems]))
+
+
+def gather(
+    path: Path | None, overrides: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
+    """What was set, unchecked, nested like the file; and by key where: a path, "$NAME" or "command line".
+
+    Raises:
+        ConfigError: the file cannot be read, or is not TOML.
+    """
+    origin: dict[tuple[str, ...], str] = {}
     data: dict[str, Any] = {}
     if path is not None:
         data = _read_toml(path)
@@ -257,17 +294,7 @@ def load(path: Path | None = None, overrides: Mapping[str, Any] = MappingProxyTy
         dotted = tuple(part for key in keys for part in key.split("."))
         if value is not None and _put(data, dotted, value):
             origin[dotted] = "command line"
-    try:
-        return Config.model_validate(data)
-    except ValidationError as error:
-        for item in error.errors(include_url=False):
-            keys = tuple(str(part) for part in item["loc"])
-            shortened = (keys[:n] for n in range(len(keys), 0, -1))
-            source = next((origin[part] for part in shortened if part in origin), str(path or ""))
-            unknown = item["type"] == "extra_forbidden"
-            what = _unknown_key(keys) if unknown else _message(item["msg"], item["input"])
-            problems.append(": ".join(part for part in (source, ".".join(keys), what) if part))
-    raise ConfigError("\n  - ".join([f"the configuration is wrong ({len(problems)} found):", *problems]))
+    return data, origin
 
 
 def field_paths(table: type[BaseModel] = Config, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -334,7 +361,7 @@ def _put(data: dict[str, Any], keys: tuple[str, ...], value: Any) -> bool:
     return True
 
 
-def _unknown_key(keys: tuple[str, ...]) -> str:
+def unknown_key(keys: tuple[str, ...]) -> str:
     """Names the nearest key of the same table, else the nearest key anywhere."""
     table, key = keys[:-1], keys[-1]
     known = list(field_paths())

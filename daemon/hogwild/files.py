@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from hogwild import pulse
+
 PIECE = 8 << 20  # bytes that are held at once
 _LONGEST_REST_S = 5.0
 _pace = threading.local()
@@ -28,6 +30,7 @@ def paced(share: float, hurry: threading.Event) -> Iterator[None]:
 
 def rest() -> None:
     """Called after every piece of work: sleep as long as the pace asks for; without one, not at all."""
+    pulse.beat()
     if (pace := getattr(_pace, "rest", None)) is None:
         return
     share, hurry, since = pace

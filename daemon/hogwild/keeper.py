@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hogwild import log as logs
+from hogwild import pulse
 from hogwild.checkpoint import Checkpoints
 from hogwild.config import CheckpointConfig, Config
 from hogwild.errors import CheckpointError
@@ -27,6 +28,8 @@ log = logs.get(__name__)
 T = TypeVar("T")
 
 SAVING, TIDYING = 0.125, 0.03  # of all cores
+FSYNC_S = 600.0
+"""An fsync of a large model on a slow disk says nothing for minutes, and is no hang."""
 
 
 class Keeper:
@@ -57,7 +60,10 @@ class Keeper:
         """Have the thread do this after what it has to do already, in a share of all cores' time."""
 
         def run() -> T:
-            with paced(min(share * (os.cpu_count() or 1), 1.0), self.hurry):
+            with (
+                paced(min(share * (os.cpu_count() or 1), 1.0), self.hurry),
+                pulse.watched("checkpoint", FSYNC_S),
+            ):
                 return work()
 
         return self._thread.submit(run)
@@ -78,7 +84,8 @@ class Keeper:
         """Write a checkpoint in the calling thread, at once; nothing else may be under way but tidying."""
         self.settle()
         try:
-            return learner.save(self.checkpoints, about)
+            with pulse.watched("checkpoint", FSYNC_S):
+                return learner.save(self.checkpoints, about)
         except CheckpointError as error:
             return error
 

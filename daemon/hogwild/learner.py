@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from hogwild import checkpoint, encoding, examples, generation, selfreplay, served, skeleton
+from hogwild import checkpoint, encoding, examples, generation, pulse, selfreplay, served, skeleton
 from hogwild import log as logs
 from hogwild.apollo import Optimizer
 from hogwild.arena.client import Arena
@@ -325,10 +325,15 @@ class Learner:
         return Saved(number, step, path)
 
     def _run(self, index: int) -> None:
+        with pulse.watched(f"trainer-{index}"):
+            self._train(index)
+
+    def _train(self, index: int) -> None:
         trainer = self.trainers[index]
         self._stand_back()
         try:
             while not self._stopping.is_set():
+                pulse.beat(_IDLE_S)
                 if not self._may_train.wait(_IDLE_S) or self._stopping.is_set():
                     continue
                 if not self._own_ready.wait(_IDLE_S):

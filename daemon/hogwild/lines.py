@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 import zstandard
 
+from hogwild import pulse
 from hogwild.errors import ExampleError
 from hogwild.examples import parse_line
 from hogwild.ledger_records import BadLine, GoodLine
@@ -118,7 +119,9 @@ def read_chunks(path: Path) -> Iterator[bytes]:
         DamagedFileError: see `content_hash`.
     """
     with path.open("rb") as file:
-        yield from unpack(file, path.name)
+        for chunk in unpack(file, path.name):
+            pulse.beat()
+            yield chunk
 
 
 def unpack(file: BinaryIO, name: str) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from hogwild import log, spool_identity
+from hogwild import log, pulse, spool_identity
 from hogwild.config import SpoolConfig
 from hogwild.errors import SpoolError
 from hogwild.ledger import Ledger
@@ -68,6 +68,7 @@ class Spool:
         self._said: dict[str, tuple[object, ...]] = {}
         self._errors_not_before = 0.0
         self._recovered = False
+        self.scanned = threading.Event()  # once everything that lay there has been looked at
 
     def prepare(self) -> None:
         """Creates the folders and finishes what a crash interrupted.
@@ -96,11 +97,13 @@ class Spool:
         """
         try:
             while not stop.is_set():
+                pulse.beat()
                 pause, began = self._config.rescan_interval_s, time.monotonic()
                 try:
                     self.prepare()
                     self._watch.ensure()
                     waiting = bool(self.scan_once(stop).waiting)
+                    self.scanned.set()
                     if self._growth.check(self._passes) or waiting:
                         pause = min(pause, max(self._config.settle_s / 2, 0.02))
                     self._write_errors()
@@ -109,6 +112,7 @@ class Spool:
                 except (SpoolError, OSError) as error:
                     self._say_once("", "spool.failed", error=str(error), user=user())
                 rest = min(pause, IDLE_SHARE * (time.monotonic() - began))
+                pulse.beat(pause)
                 if not self._watch.wait(rest, events=False):
                     self._watch.wait(pause - rest)
         finally:

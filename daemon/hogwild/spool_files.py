@@ -49,7 +49,10 @@ def make_folders(folders: Iterable[Path]) -> None:
         try:
             if not folder.is_dir():
                 folder.mkdir(parents=True)
-                folder.chmod(FOLDER_MODE)
+                try:
+                    folder.chmod(FOLDER_MODE)
+                except PermissionError:
+                    pass  # RestrictSUIDSGID= of our unit; the bit is inherited, and tmpfiles.d makes what a group needs
         except OSError as error:
             raise SpoolError(f"{folder}: user {user()} cannot make this folder: {error.strerror}") from error
         if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hogwild import log
+from hogwild import log, pulse
 from hogwild.config import SpoolConfig
 from hogwild.errors import AlreadyAccepted, LedgerError
 from hogwild.ledger import Ledger
@@ -126,6 +126,7 @@ class Intake:
             for name, signature, unchanged_s in ready:
                 if stopped():
                     return
+                pulse.beat()
                 path, began = f"{self.incoming}/{name}", time.perf_counter()
                 one = Candidate(name, path, signature, unchanged_s, began, printable(name))
                 if not self._guarded(lambda one=one: self._read(one), one, scan):  # type: ignore[misc]
@@ -412,6 +413,8 @@ def _shortened(name: str, digest: str) -> str:
 
 def _unchanged(one: Candidate, lines: Iterable[GoodLine | BadLine]) -> Iterator[GoodLine | BadLine]:
     """Passes lines through, and refuses the file if it is not the one that was complete before."""
-    yield from lines
+    for line in lines:
+        pulse.beat()
+        yield line
     if Signature.of(os.lstat(one.path)) != one.signature:
         raise _ChangedError

@@ -15,7 +15,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from hogwild import __version__, generation, leftovers, recovery, rollback, served, state_lock
+from hogwild import (
+    __version__,
+    generation,
+    leftovers,
+    pulse,
+    recovery,
+    rollback,
+    served,
+    state_lock,
+    status_line,
+)
 from hogwild import config as configuration
 from hogwild import log as logs
 from hogwild.arena.client import Arena
@@ -27,7 +37,9 @@ from hogwild.errors import CheckpointError, ConfigError, HogwildError, Verificat
 from hogwild.keeper import Keeper
 from hogwild.learner import Learner, Saved
 from hogwild.ledger import Ledger
+from hogwild.notify import Notifier
 from hogwild.spool import Spool
+from hogwild.watchdog import Watchdog
 
 log = logs.get(__name__)
 
@@ -73,9 +85,10 @@ class Supervisor:
             on_accepted=lambda _file: self.curriculum.wake(),
         )
         self.commands = Commands()
-        self.hub = Hub(config.socket, self._on_offer, self._on_session, self.commands.ask)
+        self.hub = Hub(config.socket, self._offered, self._on_session, self.commands.ask)
         self.learner: Learner | None = None
         self._server: dict[str, Any] = {}
+        self._server_here = False
         self._must_check = False  # served equals trained, as soon as the server answers
         self._saved_step, self._tried_step, self._tried_at = 0, 0, time.monotonic()
         self._asked: list[Command] = []  # for a checkpoint that is not begun yet
@@ -83,7 +96,12 @@ class Supervisor:
         self._changing = threading.Lock()  # one at a time: an arena is taken, a generation is rolled back to
         self._api: served.Server | None = None
         self._stop = self._reload = self._save_now = False
+        self._failure = ""
         self._wrote_status_at = 0.0
+        self._status: dict[str, Any] = {}
+        self._refused = ""  # why the newest offer of a server was
+        self._systemd = Notifier()
+        self._watchdog = Watchdog(self._systemd, self._ready, self._status_line)
 
     def run(self) -> int:
         """Serve until TERM or INT. Returns the exit code."""
@@ -104,20 +122,35 @@ class Supervisor:
         self.keeper.start_tidying()  # what the last daemon had no time for
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         spooling = threading.Event()
-        spool_thread = threading.Thread(target=self.spool.run, args=(spooling,), name="spool", daemon=True)
+        spool_thread = threading.Thread(target=self._watch_spool, args=(spooling,), name="spool", daemon=True)
         spool_thread.start()
-        code = 0
+        self._watchdog.start()
+        with pulse.watched("loop"):
+            code = self._turn_until_stopped(spool_thread)
+            spooling.set()
+            self._watchdog.stopping()
+            with pulse.away():
+                code = max(code, self._shut_down(save=code == 0))
+        self._watchdog.end("stopped" if code == 0 else f"failed: {self._failure}")
+        return code
+
+    def _turn_until_stopped(self, spool_thread: threading.Thread) -> int:
         try:
             while not self._stop:
+                pulse.beat()
                 self.turn()
                 if not spool_thread.is_alive():
                     raise HogwildError("the spool thread ended; see the log line before this one")
                 time.sleep(_TURN_S)
         except HogwildError as error:
             log.error("daemon.failed", error=str(error))
-            code = 1
-        spooling.set()
-        return max(code, self._shut_down(save=code == 0))
+            self._failure = str(error)
+            return 1
+        return 0
+
+    def _watch_spool(self, stop: threading.Event) -> None:
+        with pulse.watched("spool"):
+            self.spool.run(stop)
 
     def turn(self) -> None:
         """One round: what signals and commands asked for, verification that is due, checkpoints that are due.
@@ -129,7 +162,8 @@ class Supervisor:
             self._reload = False
             self._reread()
         while (command := self.commands.next()) is not None:
-            self._obey(command)
+            with pulse.away():
+                self._obey(command)
         learner = self.learner
         if learner is None:
             return
@@ -144,6 +178,14 @@ class Supervisor:
         self._write_status(learner)
 
     # --- the server's side ---------------------------------------------------------------------------------------
+
+    def _offered(self, arena: Arena) -> None:
+        try:
+            self._on_offer(arena)
+        except Exception as error:
+            self._refused = str(error).splitlines()[0] if str(error) else repr(error)
+            raise
+        self._refused = ""
 
     def _on_offer(self, arena: Arena) -> None:
         """Verify an arena that a server offers, and build the trainers on it. Runs in the session's thread.
@@ -175,6 +217,7 @@ class Supervisor:
         )
 
     def _on_session(self, server: dict[str, Any], begins: bool) -> None:
+        self._server_here = begins
         if begins:
             self._server = server
             self._must_check = True
@@ -184,6 +227,10 @@ class Supervisor:
 
     def _check(self, after: str) -> None:
         """*Served equals trained*; training starts when it holds, and stops when it does not."""
+        with pulse.away():  # a server has its own time to answer
+            self._compare_with_server(after)
+
+    def _compare_with_server(self, after: str) -> None:
         learner = self.learner
         assert learner is not None
         url = self.config.server.url or self._server.get("url", "")
@@ -332,6 +379,26 @@ class Supervisor:
         log.info("daemon.stopped", code=code, seconds=round(time.monotonic() - began, 1))
         return code
 
+    # --- systemd -------------------------------------------------------------------------------------------------
+
+    def _ready(self) -> bool:
+        """Is everything there that this service is for: weights to train, and a spool that has been looked at?"""
+        return self.learner is not None and self.spool.scanned.is_set()
+
+    def _status_line(self) -> str:
+        learner = self.learner
+        return status_line.compose(
+            self._status,
+            attached=learner is not None,
+            training=learner is not None and learner.training,
+            server=self._server.get("url", "") if self._server_here else None,
+            refused=self._refused,
+            scanned=self.spool.scanned.is_set(),
+            saving=self.keeper.saving,
+            stopping=self._stop or bool(self._failure),
+            socket=str(self.config.socket),
+        )
+
     # --- small things --------------------------------------------------------------------------------------------
 
     def _flag(self, name: str) -> Callable[[int, object], None]:
@@ -350,6 +417,15 @@ class Supervisor:
 
     def _reread(self) -> None:
         """SIGHUP: take over what can change live, and name what cannot."""
+        if self._watchdog.is_ready:
+            self._systemd.reloading()
+        try:
+            self._take_over_settings()
+        finally:
+            if self._watchdog.is_ready:
+                self._systemd.ready(self._status_line())
+
+    def _take_over_settings(self) -> None:
         try:
             fresh = configuration.load(self._config_path, self._overrides)
         except ConfigError as error:
@@ -389,6 +465,7 @@ class Supervisor:
             "generation": learner.arena.control.generation,
             **asdict(self.ledger.counts()),
         }
+        self._status = status
         path = self.config.state_dir / "status.json"
         fresh = path.with_suffix(".tmp")
         try:

@@ -4,12 +4,13 @@ Run as a module this *is* the server process (python -m hogwild.vllm_plugin.laun
 """
 
 import importlib.metadata
+import os
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hogwild.vllm_plugin import orphan
+from hogwild.vllm_plugin import orphan, ready
 from hogwild.vllm_plugin.names import (
     BASE_VARIABLE,
     PAGE_VARIABLE,
@@ -83,6 +84,7 @@ def run() -> None:
     sys.argv[0] = "vllm"
     orphan.note_server()
     _provide_vllm_metadata()
+    ready.report(os.environ.get(URL_VARIABLE, ""))
     from vllm.entrypoints.cli.main import main
 
     main()

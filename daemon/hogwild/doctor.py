@@ -1,0 +1,157 @@
+"""`hogwild doctor`: everything that can be wrong, looked at before it is, each with what mends it. Imports no torch.
+
+Nothing is changed. Checks are functions that return findings; one that fails itself is a finding too.
+"""
+
+import json
+import os
+import pwd
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from hogwild import config as configuration
+from hogwild.config import Config
+from hogwild.errors import ConfigError
+
+UNIT = Path("/etc/systemd/system/hogwild.service")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one look came to.
+
+    Attributes:
+        level: "fail": it will not work; "warn": it may not, or not well; "ok".
+        what: was looked at.
+        found: there.
+        fix: what to do; empty if nothing.
+    """
+
+    level: Literal["ok", "warn", "fail"]
+    what: str
+    found: str
+    fix: str = ""
+
+
+def ok(what: str, found: object) -> Finding:
+    return Finding("ok", what, str(found))
+
+
+def warn(what: str, found: object, fix: str) -> Finding:
+    return Finding("warn", what, str(found), fix)
+
+
+def fail(what: str, found: object, fix: str) -> Finding:
+    return Finding("fail", what, str(found), fix)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is examined.
+
+    Attributes:
+        config: effective.
+        user: who the service runs as: that of the installed unit, else who asks.
+        quick: leave out what takes seconds.
+    """
+
+    config: Config
+    user: pwd.struct_passwd
+    quick: bool
+
+    def may(self, path: Path, mode: int) -> bool:
+        """As `os.access`, for the service's user."""
+        if self.user.pw_uid == os.geteuid() or os.geteuid() != 0:
+            return os.access(path, mode)
+        child = os.fork()
+        if child == 0:
+            try:
+                os.initgroups(self.user.pw_name, self.user.pw_gid)
+                os.setgid(self.user.pw_gid)
+                os.setuid(self.user.pw_uid)
+                os._exit(0 if os.access(path, mode) else 1)
+            finally:
+                os._exit(1)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+Check = Callable[[Subject], Iterable[Finding]]
+
+
+def examine(path: Path | None, *, quick: bool, as_json: bool) -> int:
+    """Run every check and print what it finds. Returns the exit code: 1 if anything fails.
+
+    Args:
+        path: configuration file; None: defaults and environment.
+    """
+    from hogwild import doctor_folders, doctor_machine, doctor_service
+
+    show = _Json() if as_json else _Console()
+    findings = []
+    try:
+        config = configuration.load(path)
+        findings.append(ok("configuration", path or "no file: defaults and environment"))
+    except ConfigError as error:
+        findings.append(fail("configuration", error, "mend what is named; `hogwild config` shows the rest"))
+        config = configuration.load(None)
+    show.add(findings[0])
+    subject = Subject(config, _service_user(), quick)
+    checks: tuple[Check, ...] = (*doctor_machine.CHECKS, *doctor_folders.CHECKS, *doctor_service.CHECKS)
+    for check in checks:
+        try:
+            found = list(check(subject))
+        except Exception as error:  # the next check may say why
+            name = check.__name__.replace("_", " ")
+            found = [
+                warn(
+                    name, f"could not be looked at: {error!r}", "report it, if nothing else here explains it"
+                )
+            ]
+        for one in found:
+            findings.append(one)
+            show.add(one)
+    show.end(findings)
+    return 1 if any(one.level == "fail" for one in findings) else 0
+
+
+def _service_user() -> pwd.struct_passwd:
+    if UNIT.is_file():
+        try:
+            return pwd.getpwnam("hogwild")
+        except KeyError:
+            pass  # the check of the units says so
+    try:
+        return pwd.getpwuid(os.geteuid())
+    except KeyError:
+        return pwd.struct_passwd((f"uid {os.geteuid()}", "x", os.geteuid(), os.getegid(), "", "/", ""))
+
+
+_MARKS = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
+
+
+class _Console:
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(highlight=False, soft_wrap=True)
+
+    def add(self, one: Finding) -> None:
+        from rich.markup import escape
+
+        self._console.print(f"{_MARKS[one.level]}  {one.what}: {escape(one.found)}")
+        if one.fix:
+            self._console.print(f"        [bold]{escape(one.fix)}[/]")
+
+    def end(self, findings: list[Finding]) -> None:
+        counts = {level: sum(one.level == level for one in findings) for level in ("ok", "warn", "fail")}
+        self._console.print(f"\n{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} to mend")
+
+
+class _Json:
+    def add(self, one: Finding) -> None:
+        pass
+
+    def end(self, findings: list[Finding]) -> None:
+        print(json.dumps([asdict(one) for one in findings]))

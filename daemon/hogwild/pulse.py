@@ -1,0 +1,91 @@
+"""Signs of life of the threads that must not hang. Imports no torch.
+
+A thread is `watched`; deep inside its work, whatever gets on calls `beat`, which costs a few hundred nanoseconds and
+does nothing in a thread that is not watched. Who waits on purpose says for how long at most. A thread that has been
+silent for longer hangs, and `silent` names it.
+"""
+
+import contextlib
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+_mine = threading.local()
+_all: "dict[int, Pulse]" = {}
+
+
+class Pulse:
+    """One watched thread.
+
+    Attributes:
+        name: of the thread.
+    """
+
+    def __init__(self, name: str, patience_s: float) -> None:
+        self.name, self._patience_s, self._ident = name, patience_s, threading.get_ident()
+        self.beat(0.0)
+
+    def beat(self, within_s: float) -> None:
+        self._due = time.monotonic() + within_s + self._patience_s
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds for which it has said nothing, beyond what it announced."""
+        return max(time.monotonic() - self._due, 0.0)
+
+    def stack(self) -> list[str]:
+        """Where it is now, innermost call last: "file:line function"."""
+        frame = sys._current_frames().get(self._ident)
+        return [f"{one.filename}:{one.lineno} {one.name}" for one in traceback.extract_stack(frame)]
+
+
+@contextlib.contextmanager
+def watched(name: str, patience_s: float = 0.0) -> Iterator[Pulse]:
+    """Inside, this thread has to beat; `patience_s` is what one piece of its work may take beyond the usual."""
+    outer = getattr(_mine, "pulse", None)
+    if outer is None and threading.current_thread() is not threading.main_thread():
+        _name_for_top(name)
+    _mine.pulse = pulse = Pulse(name, patience_s)
+    _all[id(pulse)] = pulse
+    try:
+        yield pulse
+    finally:
+        _mine.pulse = outer
+        del _all[id(pulse)]
+
+
+def _name_for_top(name: str) -> None:
+    """So that `top -H` and a debugger tell threads apart; Python itself names them only from 3.14 on."""
+    try:
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(name)
+    except OSError:
+        pass  # it is only a name
+
+
+def beat(within_s: float = 0.0) -> None:
+    """This thread gets on.
+
+    Args:
+        within_s: it is about to wait, on purpose, for so many seconds at most.
+    """
+    if (pulse := getattr(_mine, "pulse", None)) is not None:
+        pulse.beat(within_s)
+
+
+@contextlib.contextmanager
+def away() -> Iterator[None]:
+    """Inside, this thread waits for something that has limits of its own, or is watched itself."""
+    beat(float("inf"))
+    try:
+        yield
+    finally:
+        beat()
+
+
+def silent(for_s: float) -> list[Pulse]:
+    """Watched threads that have been silent for longer than that, the longest first."""
+    found = [(pulse.silent_s, pulse) for pulse in list(_all.values())]
+    return [pulse for seconds, pulse in sorted(found, key=lambda one: -one[0]) if seconds > for_s]

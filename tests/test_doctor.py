@@ -1,0 +1,163 @@
+"""`hogwild doctor` finds what is wrong, and says what mends it; what it advises is done, and then it is content."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import environment, free_port
+from tiny import llama, tokenizer
+
+
+class Service:
+    """A configuration that is all right."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.port = root, free_port()
+        self.model = llama(root / "model")
+        tokenizer(self.model)
+        self.config = root / "hogwild.toml"
+        self.write()
+
+    def write(self, more: str = "") -> None:
+        self.config.write_text(
+            f'model = "{self.model}"\nstate_dir = "{self.root}/state"\nsocket = "{self.root}/run/arena.sock"\n{more}\n'
+            f'[server]\narguments = ["--port", "{self.port}"]\n'
+        )
+
+    def examine(self, *arguments: str, **extra: str) -> tuple[int, list[dict[str, Any]]]:
+        ran = subprocess.run(
+            [sys.executable, "-m", "hogwild", "doctor", "--quick", "--json", "-c", self.config, *arguments],
+            env=environment(**extra), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert ran.stderr == ""
+        return ran.returncode, json.loads(ran.stdout)
+
+    def found(self, what: str, level: str, **extra: str) -> dict[str, Any]:
+        """The finding of that level about `what`; the exit code has to fit."""
+        code, findings = self.examine(**extra)
+        assert code == (1 if any(one["level"] == "fail" for one in findings) else 0)
+        matching = [one for one in findings if (one["what"], one["level"]) == (what, level)]
+        assert len(matching) == 1, findings
+        assert level == "ok" or matching[0]["fix"]
+        return matching[0]
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Service:
+    return Service(tmp_path)
+
+
+def test_nothing_is_wrong(service: Service) -> None:
+    code, findings = service.examine()
+    assert code == 0, findings
+    assert [one for one in findings if one["level"] == "fail"] == []
+    whats = {one["what"] for one in findings}
+    assert {
+        "configuration", "python", "torch", "gpu", "memfd", "/dev/shm", "inotify", "systemd", "state folder",
+        "disk space", "file system", "spool", "model", "server", "daemon", "plugin", "units",
+    } <= whats  # fmt: skip
+    assert not (service.root / "state").exists(), "looking changes nothing"
+
+
+def test_it_reads_well_on_a_terminal(service: Service) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "hogwild", "doctor", "--quick", "-c", service.config],
+        env=environment(HOGWILD_MODEL="/nowhere/model"), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 1
+    assert "FAIL  model: /nowhere/model does not exist\n        set `model`" in ran.stdout
+    assert ran.stdout.rstrip().endswith("1 to mend")
+
+
+def test_a_wrong_configuration(service: Service) -> None:
+    service.write("modle = 3")
+    assert "did you mean `model`" in service.found("configuration", "fail")["found"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda model: (model / "config.json").unlink(), "config.json is missing"),
+        (lambda model: (model / "model.safetensors").unlink(), "no *.safetensors"),
+        (
+            lambda model: (model / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"a": "b.safetensors"}}'
+            ),
+            "b.safetensors is missing",
+        ),
+    ],
+)
+def test_a_model_that_is_not_whole(service: Service, damage: Any, says: str) -> None:
+    damage(service.model)
+    code, findings = service.examine()
+    assert code == 1
+    assert any(one["what"] == "model" and says in one["found"] for one in findings)
+
+
+def test_a_quantised_model(service: Service) -> None:
+    config = service.model / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"bits": 4}}))
+    assert "quantised" in service.found("model", "fail")["found"]
+
+
+def test_a_port_that_somebody_else_has(service: Service) -> None:
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(404)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    other = HTTPServer(("127.0.0.1", service.port), Other)
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    assert "something else answers" in service.found("server", "fail")["found"]
+    other.shutdown()
+    other.server_close()
+    assert "port is free" in service.found("server", "ok")["found"]
+
+
+def test_a_socket_of_a_daemon_with_another_state_folder(service: Service) -> None:
+    path = service.root / "run" / "arena.sock"
+    path.parent.mkdir()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        assert "another state folder" in service.found("daemon", "fail")["found"]
+    assert "left over" in service.found("daemon", "ok")["found"]
+
+
+def test_a_plugin_that_vllm_is_told_to_leave_out(service: Service) -> None:
+    assert "VLLM_PLUGINS" in service.found("plugin", "fail", VLLM_PLUGINS="other")["found"]
+
+
+def test_a_spool_that_nobody_else_can_write(service: Service) -> None:
+    incoming = service.root / "state" / "spool" / "incoming"
+    incoming.mkdir(parents=True)
+    incoming.chmod(0o755)
+    advice = service.found("spool", "warn")["fix"]
+    assert advice.startswith(f"chmod 2770 {incoming}")
+    incoming.chmod(0o2770)
+    assert service.found("spool", "ok")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user")
+def test_files_of_another_user_in_the_state_folder(service: Service) -> None:
+    state = service.root / "state"
+    state.mkdir()
+    (state / "ledger.sqlite").write_text("")
+    os.chown(state / "ledger.sqlite", 12345, 12345)
+    assert "ledger.sqlite is not owned by root" in service.found("state folder", "fail")["found"]
+
+
+def test_a_state_folder_in_memory(service: Service) -> None:
+    text = service.config.read_text()
+    service.config.write_text(text.replace(f"{service.root}/state", "/dev/shm/hogwild-doctor-test"))
+    assert "a reboot loses everything" in service.found("file system", "fail")["found"]
