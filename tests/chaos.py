@@ -444,11 +444,15 @@ class Chaos:
             self._must_run()
             if self._greeted and self._all_trained():
                 break
-            if (now := self._newest_pass()) != steps:  # a busy machine takes long; a daemon that hangs makes no step
+            if (
+                now := self._newest_pass()
+            ) != steps:  # a busy machine takes long; a daemon that hangs makes no step
                 deadline, steps = time.monotonic() + PATIENCE_S, now
             time.sleep(0.5)
         else:
-            self._violation(f"nothing was trained for {PATIENCE_S:.0f} s, with some left: {self.events()[-3:]}")
+            self._violation(
+                f"nothing was trained for {PATIENCE_S:.0f} s, with some left: {self.events()[-3:]}"
+            )
         daemon, server = self.daemon, self.server
         assert daemon is not None
         assert server is not None
