@@ -6,7 +6,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 
 .PHONY: setup demo test lint unit gpu-check systemd chaos faults storms bench-update bench-learning bench-serving \
-  bench-history bench-forgetting bench-context bench-throughput bench-freshness lock clean
+  bench-history bench-forgetting bench-context bench-throughput bench-freshness bench-interference lock clean
 
 setup:
 	@scripts/setup.sh
@@ -64,6 +64,9 @@ bench-throughput: setup  # trained tokens per second, against a Hugging Face Tra
 
 bench-freshness: setup  # ten thousand requests across weight epochs: faults, and how much the prefix cache still gives
 	$(BIN)/python benchmarks/freshness.py
+
+bench-interference: setup  # what training costs those who are served, by the governor's policies; docs/interference.png
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/interference.py
 
 # re-pin requirements.txt from pyproject.toml: names and versions only, whatever index or local folder they came from
 LOCK_ARGS ?= --torch-backend cpu

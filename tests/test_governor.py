@@ -4,6 +4,7 @@ import asyncio
 import os
 import threading
 import time
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -245,6 +246,39 @@ def test_a_policy_changes_live_and_a_step_that_must_end_is_not_held_up(control):
         governor.configure(GovernorConfig(policy="strict"))
         governor.hurry(False)
     assert governor.yields == 3
+
+
+def test_policies_change_live_in_every_order_under_load(control):
+    gauge, over, rounds = control.new_gauge(), threading.Event(), 0
+    governor = Governor(GovernorConfig(policy="off"), control)
+
+    def train() -> None:
+        nonlocal rounds
+        while not over.is_set():
+            governor.between_layers()
+            rounds += 1
+
+    thread = threading.Thread(target=train)
+    gauge.set_in_flight(1)
+    thread.start()
+    try:
+        for policies in permutations(("off", "share", "strict"), 3):
+            for policy in policies:
+                governor.configure(GovernorConfig(policy=policy))
+                before = rounds
+                for _ in range(3):
+                    gauge.set_in_flight(1)
+                    gauge.set_engine(1, 0)
+                    gauge.add_tokens(5, 0.1)
+                    time.sleep(0.02)
+                if policy == "off":
+                    wait_until(lambda before=before: rounds > before, "training goes on")
+                assert thread.is_alive()
+    finally:
+        governor.configure(GovernorConfig(policy="off"))
+        over.set()
+        thread.join(60)
+    assert not thread.is_alive()
 
 
 def test_trainers_yield_between_the_layers_of_both_passes(tmp_path: Path) -> None:

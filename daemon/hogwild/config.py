@@ -78,7 +78,7 @@ class TrainingConfig(Table):
     activation_mib: int = Field(default=2048, ge=0)
     """MiB of activations of one trainer thread; a pass that would need more computes them twice instead."""
     low_priority: bool = True
-    """Trainer threads take a processor only when nothing else wants it (SCHED_IDLE)."""
+    """Trainer threads are of the scheduling class SCHED_IDLE: others of their session come first."""
     mps_percent: int = Field(default=0, ge=0, le=100)
     """Under CUDA's MPS: percent of the GPU's processors that training may use; 0: not limited."""
     unlearn_until_loss: Positive = 5.0
