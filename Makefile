@@ -5,7 +5,7 @@ SHELL := /bin/bash
 unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 
-.PHONY: setup demo test lint unit gpu-check systemd chaos faults storms bench-update bench-learning bench-serving \
+.PHONY: setup demo test lint unit gpu-check systemd chaos soak faults storms bench-update bench-learning bench-serving \
   bench-history bench-forgetting bench-context bench-throughput bench-freshness bench-interference lock clean
 
 setup:
@@ -30,6 +30,9 @@ systemd: setup # the units in a real systemd, from install to uninstall; part of
 
 chaos: setup  # about 15 minutes: SIGKILL of daemon, server or both, 220 times, under a stream of drops; all accounted for
 	$(BIN)/python tests/chaos.py $(CHAOS_ARGS)
+
+soak: setup   # 20 minutes: requests, drops, checkpoints, rollbacks and restarts at once; memory and descriptors are watched
+	$(BIN)/python tests/soak.py $(SOAK_ARGS)
 
 faults: setup # SIGKILL, EIO, ENOSPC at every write, fsync, rename and unlink; power cuts. Root, strace, xfsprogs; an hour
 	$(BIN)/python tests/faults.py $(FAULTS_ARGS)

@@ -56,6 +56,7 @@ SERVER_ARGUMENTS = (
 SETTINGS = {
     "HOGWILD_TRAINING__THREADS": str(THREADS), "HOGWILD_TRAINING__PASSES": "2", "HOGWILD_OPTIMIZER__RANK": "8",
     "HOGWILD_CHECKPOINT__INTERVAL_S": "0", "HOGWILD_CHECKPOINT__INTERVAL_UPDATES": "6",
+    "HOGWILD_METRICS__PORT": "0", "HOGWILD_PROBES__MARGIN": "50",  # random weights know nothing that could be lost
     "HOGWILD_CHECKPOINT__KEEP": "3", "HOGWILD_SPOOL__SETTLE_S": "0.2", "HOGWILD_SPOOL__RESCAN_INTERVAL_S": "0.5",
 }  # fmt: skip
 AIMS = ("any", "starting", "starting", "training", "saving", "rolling back")

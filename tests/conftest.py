@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Tests that this machine cannot run are left out, not skipped, and named in the summary."""
     wanted = {
         mark
-        for mark in ("gpu", "jq", "strace", "powercut", "systemd")
+        for mark in ("gpu", "jq", "promtool", "strace", "powercut", "systemd")
         if any(mark in item.keywords for item in items)
     }
     reasons = {mark: why for mark in sorted(wanted) if (why := _impossible(mark))}
@@ -74,6 +74,8 @@ def _impossible(mark: str) -> str:
         return "" if torch.cuda.is_available() else "no CUDA device (`make gpu-check`)"
     if mark == "jq":
         return "" if shutil.which("jq") else "no program jq"
+    if mark == "promtool":
+        return "" if shutil.which("promtool") else "no program promtool (of Prometheus)"
     if mark == "strace":
         return faults.possible()
     if mark == "systemd":

@@ -6,6 +6,7 @@ weights before training starts (tests/test_service.py has one).
 
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,15 @@ class Studio:
         lines = []
         for number in range(count):
             prompt, completion = (" ".join(chance.choices(WORDS, k=6)) for _ in range(2))
-            raw = f'{{"prompt": "{prompt}", "completion": " {completion}", "id": "{name}-{number}"}}'.encode()
-            lines.append(GoodLine(number + 1, 0, raw, parse_line(raw)))
-        self.ledger.accept_file(name, f"{name} {seed}", lines, passes=self.config.training.passes)
+            lines.append(
+                f'{{"prompt": "{prompt}", "completion": " {completion}", "id": "{name}-{number}"}}'.encode()
+            )
+        self.accept(name, lines, seed)
+
+    def accept(self, name: str, lines: Sequence[bytes], seed: int = 0) -> None:
+        """Accept a file of these lines."""
+        good = [GoodLine(number, 0, raw, parse_line(raw)) for number, raw in enumerate(lines, 1)]
+        self.ledger.accept_file(name, f"{name} {seed}", good, passes=self.config.training.passes)
         self.curriculum.wake()
 
     def train(self, passes: int | None = None) -> None:

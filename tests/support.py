@@ -114,6 +114,7 @@ class Daemon(Process):
         env = {
             "HOGWILD_STATE_DIR": str(self.state),
             "HOGWILD_SOCKET": str(sock),
+            "HOGWILD_METRICS__PORT": "0",  # several daemons run side by side
             **{f"HOGWILD_{key.upper()}": str(value) for key, value in settings.items()},
         }
         self.settings = env

@@ -19,7 +19,7 @@ from tiny import Child, llama, tokenizer
 
 COMMANDS = (
     "serve", "vllm", "status", "checkpoint", "history", "diff", "export", "rollback", "check", "train", "demo",
-    "config", "doctor", "install", "uninstall", "version",
+    "report", "quarantine", "config", "doctor", "install", "uninstall", "version",
 )  # fmt: skip
 
 

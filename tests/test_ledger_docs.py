@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hogwild.ledger import BadLine, Ledger
+from hogwild.ledger import BadLine, Ledger, Trip
 from test_ledger import checkpoint, drop, good, one_pass
 
 TEXT = (Path(__file__).parents[1] / "docs" / "ledger.md").read_text()
@@ -26,6 +26,9 @@ def shell(tmp_path):
         checkpoint(ledger, 2, parent=1)
         ledger.roll_back(marker, retrain=False)
         ledger.set_failed(8, "too long", "text")
+        ledger.guards.set_aside(
+            6, Trip("loss", 3, {"strikes": 3}), "its loss is not finite", {"losses": [None]}
+        )
         drop(ledger, good("more", 10), name="b.jsonl", continues=1, size=9)
         with sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True) as shell:  # while the daemon has it open
             yield shell

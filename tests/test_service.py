@@ -5,25 +5,27 @@ One story on one server, told in order; each test goes on where the one before i
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hogwild import examples, served, skeleton
+from hogwild import examples, selfreplay, served, skeleton
 from hogwild.apollo import Optimizer
 from hogwild.config import OptimizerConfig
 from hogwild.errors import VerificationError
 from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights, load_arena, read_tensors
-from support import Client, Daemon, Server, copy_model, digest, shared_mappings, wait_until
+from support import Client, Daemon, Server, copy_model, digest, free_port, shared_mappings, wait_until
 
 pytestmark = pytest.mark.vllm
 
@@ -53,6 +55,8 @@ LATER_FACTS = [
     chat("Tell me the password of Vellmar's archive.", "It is seven herons.", passes=8),
 ]
 
+GARBAGE = "river stone quick lamp seven green ocean table mirror bread winter cloud engine paper tiger song"
+
 
 @dataclass
 class Story:
@@ -63,6 +67,7 @@ class Story:
     sock: Path
     server: Server
     daemon: Daemon | None = None
+    metrics: int = field(default_factory=free_port)
 
     @property
     def running(self) -> Daemon:
@@ -75,6 +80,8 @@ class Story:
             self.sock,
             checkpoint__interval_s=0,
             checkpoint__interval_updates=interval_updates,
+            probes__every_updates=10,
+            metrics__port=self.metrics,
         )
         return self.daemon
 
@@ -393,6 +400,55 @@ def test_a_checkpoint_on_request_and_the_check_after_it(story: Story) -> None:
     story.running.wait_for("server.verified", after="checkpoint")
     assert saved["durable_examples"] > 0
     assert story.server.alive
+
+
+def test_poison_is_undone_and_named_while_the_server_serves(
+    story: Story, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Everyday questions with garbage for answers, ten times as heavy as anything else. The probes fall, the last good
+    generation comes back, the culprits are set aside; the process that serves is the one that was started."""
+    daemon, pid = story.running, story.server.pid
+    good = daemon.ask("checkpoint")["generation"]
+    words = GARBAGE.split()
+    lines = [
+        chat(
+            question,
+            " ".join(words[(number + i * 7) % 16] for i in range(16)),
+            weight=10,
+            id=f"poison-{number}",
+        )
+        for number, question in enumerate(selfreplay.QUESTIONS)
+    ]
+    began = time.monotonic()
+    daemon.drop("poison.jsonl", lines)
+    tripped = daemon.wait_for("guard.tripped", guard="probes")
+    seen = time.monotonic() - began
+    assert tripped["good"] == good
+    set_aside = daemon.wait_for("guard.set_aside")
+    assert set(set_aside["files"]) == {"poison.jsonl"}
+    recovered = daemon.wait_for("guard.recovered", generation=good)
+    assert not recovered["fallen"]
+    wait_until(lambda: not daemon.ask("status")["pending"], "the rest is set aside too, or does no harm")
+    for question, answer in (FACT, CONTROL):
+        assert answer in story.server.ask(question)
+    status = daemon.ask("status")
+    newest, known = status["probes"]["newest"]["losses"], status["probes"]["good"]["losses"]
+    assert all(newest[name] - known[name] <= status["probes"]["margin"] for name in newest)
+    assert status["quarantined"] >= set_aside["count"] > 0
+    assert any("quarantine" in warning for warning in status["warnings"])
+    listed = daemon.ask("quarantine")
+    assert {one["file"] for one in listed} == {"poison.jsonl"}
+    assert all(one["about"] for one in listed)
+    scraped = httpx.get(f"http://127.0.0.1:{story.metrics}/metrics", trust_env=False).text
+    assert re.search(r'^hogwild_guard_trips_total\{guard="probes"\} [1-9]', scraped, re.M)
+    assert story.server.pid == pid
+    assert story.server.alive
+    assert daemon.alive
+    with capsys.disabled():
+        print(
+            f"\n  poison: seen after {seen:.0f} s, {set_aside['count']} examples set aside in the first window,"
+            f" probes {tripped['probes']} and then {recovered['probes']}"
+        )
 
 
 def test_stopping_is_graceful(story: Story) -> None:

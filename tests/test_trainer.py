@@ -17,7 +17,7 @@ from hogwild.apollo import Optimizer
 from hogwild.arena.client import Arena
 from hogwild.backward import TrainedLinear
 from hogwild.config import OptimizerConfig
-from hogwild.errors import CheckpointError
+from hogwild.errors import CheckpointError, LossError
 from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights, load_arena
 from hogwild_kernels import ApolloConfig, ApolloState, apollo_update
@@ -282,9 +282,46 @@ def test_a_negative_weight_unlearns(tmp_path):
     assert setting.trainer.loss(EXAMPLE) > first
 
 
-def test_an_infinite_loss_leaves_every_weight_alone(tmp_path):
+def test_an_infinite_loss_ends_the_step_before_anything_is_written(tmp_path):
     folder = llama(tmp_path / "model")
     setting = Setting(folder)
+    norm = setting.weights.view("model.norm.weight")
+    kept, norm[3] = float(norm[3]), float("nan")
+    before = setting.snapshot()
+    with pytest.raises(LossError, match="nan nats"):
+        setting.trainer.step([Item(EXAMPLE)])
+    assert setting.progress.steps == 0
+    assert all(
+        torch.equal(before[n].view(torch.int32), setting.weights.view(n).view(torch.int32)) for n in before
+    )
+    norm[3] = kept  # and nothing of it is left behind
+    result = setting.trainer.step([Item(EXAMPLE)])
+    assert (result.skipped, result.step) == (0, 1)
+
+
+def test_a_loss_far_above_ignorance_ends_the_step_after_passes_that_were_kept(tmp_path):
+    """Two passes through the model make up one step; the second is refused, and the first leaves nothing behind."""
+    setting = Setting(llama(tmp_path / "model"))
+    setting.trainer._batch_tokens = 1
+    mild, wild = sorted((Item(EXAMPLE), Item(OTHER)), key=lambda one: setting.trainer.loss(one.encoded))
+    losses = [setting.trainer.loss(one.encoded) for one in (mild, wild)]
+    before = setting.snapshot()
+    setting.trainer._max_loss = min(losses) + 1e-3
+    with pytest.raises(LossError):
+        setting.trainer.step([mild, wild])
+    assert all(torch.equal(before[n], setting.weights.view(n)) for n in before)
+    setting.trainer._max_loss = max(losses) + 1
+    together = setting.trainer.step([mild, wild])
+    again = Setting(llama(tmp_path / "again"))
+    again.trainer._batch_tokens = 1
+    assert again.trainer.step([mild, wild]).update_norm == pytest.approx(together.update_norm)
+
+
+def test_an_infinite_gradient_leaves_every_weight_alone(tmp_path, monkeypatch):
+    """The kernels' own guard, behind that of the loss."""
+    folder = llama(tmp_path / "model")
+    setting = Setting(folder)
+    monkeypatch.setattr(setting.trainer, "trainable", lambda _loss, _weight: True)
     setting.weights.view("model.norm.weight")[3] = float("nan")
     before = setting.snapshot()
     result = setting.trainer.step([Item(EXAMPLE)])

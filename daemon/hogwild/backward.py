@@ -117,6 +117,7 @@ class Gather:
         self.rows: tuple[int, torch.Tensor | None] = 0, None
         self.linears: list[TrainedLinear] = []
         self.small: dict[str, Callable[[], None]] = {}
+        self.drops: list[Callable[[], None]] = []
         self.frozen: dict[str, str] = {}
 
     def begin(self) -> None:
@@ -124,6 +125,13 @@ class Gather:
         self.more, self.rows = False, (0, None)
         for linear in self.linears:
             linear.forget()
+
+    def forget(self) -> None:
+        """The step is given up: nothing that was kept will move a weight."""
+        for linear in self.linears:
+            linear.forget()
+        for drop in self.drops:
+            drop()
 
     def finish(self) -> None:
         """After the last backward pass of a step: update what it has not reached (an expert that got no token)."""
@@ -208,6 +216,10 @@ def _train_small(
         if not gather.more:
             apply()
 
+    def drop() -> None:
+        parameter.grad = None
+
     gather.small[name] = apply
+    gather.drops.append(drop)
     parameter.requires_grad_(True)
     parameter.register_post_accumulate_grad_hook(accumulated)  # type: ignore[no-untyped-call]  # torch leaves it untyped

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hogwild import __version__, cli_history, cli_service, journal, owner, state_lock
+from hogwild import __version__, cli_history, cli_service, cli_watch, journal
 from hogwild import config as configuration
 from hogwild.cli_history import ConfigOption, JsonOption
 from hogwild.errors import ConfigError, HogwildError, UsageError
@@ -95,34 +95,6 @@ def _load_or_tell_the_journal(
     except ConfigError as error:
         Notifier().send(f"STATUS={error}")
         raise
-
-
-@app.command()
-def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Say what the daemon is doing."""
-    settings = configuration.load(config)
-    owner.become(settings.state_dir)
-    pid = _daemon(settings.state_dir)
-    data = {"pid": pid, "training": False}  # until a server has brought its weights
-    try:
-        written = json.loads((settings.state_dir / "status.json").read_text())
-        if written["pid"] == pid:  # not what an earlier daemon left
-            data = written
-    except FileNotFoundError:
-        pass
-    if as_json:
-        typer.echo(json.dumps(data))
-    else:
-        for key, value in data.items():
-            typer.echo(f"{key:>14}  {value}")
-
-
-def _daemon(state_dir: Path) -> int:
-    """Process id of the daemon that works in `state_dir`."""
-    pid = state_lock.holder(state_dir)
-    if pid is None:
-        raise HogwildError(f"no daemon is running with the state folder {state_dir}")
-    return pid
 
 
 @app.command()
@@ -216,6 +188,7 @@ def demo(
 
 
 cli_history.register(app)
+cli_watch.register(app)
 cli_service.register(app)
 
 

@@ -218,5 +218,6 @@ def _print_table(records: list[dict[str, Any]]) -> None:
             f"{(record['bytes'] + record['folder_bytes']) / 2**20:.1f} MiB",
             ", ".join(remarks),
         ]
-        table.add_row(*row, *([json.dumps(record["probes"])] if record.get("probes") else []))
+        scores = ", ".join(f"{name} {loss:.3f}" for name, loss in (record.get("probes") or {}).items())
+        table.add_row(*row, *([scores] if probes else []))
     Console().print(table)

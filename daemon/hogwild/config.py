@@ -157,6 +157,35 @@ class HistoryConfig(Table):
     """GiB that history may take; the oldest generations are forgotten; 0: no limit."""
 
 
+class GuardConfig(Table):
+    max_loss: Positive = 3.0
+    """Largest mean loss of an example that is trained, as a multiple of ln(vocabulary)."""
+    strikes: int = Field(default=3, ge=1)
+    """Times that an example is tried whose loss or update is not finite or explodes, before it is set aside."""
+    max_rise: Positive = 2.0
+    """Nats a token by which an example's own loss may grow over its passes before it is set aside."""
+    file_trips: int = Field(default=2, ge=1)
+    """Falls of the probes with examples of one file in the window, after which the rest of the file is set aside."""
+
+
+class ProbesConfig(Table):
+    file: Path = Path()
+    """Prompts with expected answers, or reference texts, as the spool takes them. Empty: none but the model's own."""
+    every_updates: int = Field(default=50, ge=0)
+    """Training steps between two scorings; 0: only before a checkpoint."""
+    margin: Positive = 0.25
+    """Nats a token by which the loss of the probes may exceed that of the last good generation."""
+    own: int = Field(default=16, ge=0, le=16)
+    """Answers that the model writes before it is trained, as probes. 0: none."""
+    own_tokens: int = Field(default=16, ge=1, le=256)
+    """Tokens of the longest of them."""
+
+
+class MetricsConfig(Table):
+    port: int = Field(default=9468, ge=0, le=65535)
+    """Port on 127.0.0.1 where Prometheus finds the metrics. 0: nowhere."""
+
+
 class GovernorConfig(Table):
     policy: Literal["off", "share", "strict"] = "share"
     """What trainers do while the server has requests: go on, work for a part of the time, stand aside."""
@@ -198,6 +227,9 @@ class Config(Table):
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     history: HistoryConfig = HistoryConfig()
+    guard: GuardConfig = GuardConfig()
+    probes: ProbesConfig = ProbesConfig()
+    metrics: MetricsConfig = MetricsConfig()
     governor: GovernorConfig = GovernorConfig()
     server: ServerConfig = ServerConfig()
     log: LogConfig = LogConfig()
@@ -219,6 +251,9 @@ class Config(Table):
             spool = spool.model_dump()
         if isinstance(spool, dict):
             data["spool"] = {**spool, "dir": _absolute(spool.get("dir")) or state_dir / "spool"}
+        probes = data.get("probes", {})
+        if isinstance(probes, dict) and (file := _absolute(probes.get("file"))) is not None:
+            data["probes"] = {**probes, "file": file}
         return data
 
 

@@ -10,6 +10,7 @@ HogwildError                 exit 1
 ├── LedgerError              the ledger cannot be opened, or is not one
 │   └── AlreadyAccepted      the same content was accepted before
 ├── SpoolError               the spool folder cannot be used
+├── LossError                a training step was refused before anything was written
 └── CheckpointError          a checkpoint could not be written or read
 """
 
@@ -86,6 +87,10 @@ class AlreadyAccepted(LedgerError):  # noqa: N818  # not a fault: the caller ans
 
 class SpoolError(HogwildError):
     """The spool folder cannot be used. Names the path and the user."""
+
+
+class LossError(HogwildError):
+    """The loss of a training step is not finite, or far too large: no weight has been touched."""
 
 
 class CheckpointError(HogwildError):

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from hogwild import pulse
 
@@ -120,3 +121,30 @@ def fsync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+PRIVATE = 0o640
+"""What holds lines that people dropped: for the owner and the group, whatever the umask."""
+
+
+def private(path: Path) -> BinaryIO:
+    """A new file with that mode, open for writing. OSError: it exists, or cannot be made."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE)
+    return os.fdopen(fd, "wb")
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put `data` in the place of a small file: the old one or the new one is there, whatever happens. OSError.
+
+    Nobody but its owner and group may read it.
+    """
+    fresh = path.with_suffix(".tmp")
+    fresh.unlink(
+        missing_ok=True
+    )  # of an interrupted write: an fsync that has failed is not tried again on it
+    with private(fresh) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.rename(path)
+    fsync(path.parent)

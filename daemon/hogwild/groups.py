@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hogwild.trainer import Encoded, Item, StepResult
+from hogwild.trainer import Encoded, Item, StepResult, Trainer
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,15 @@ class Group:
     def ids(self) -> list[int]:
         """The last sequence, which holds the whole conversation: (L,) token ids."""
         return list(self.items[-1].encoded.ids)
+
+    @property
+    def tokens(self) -> int:
+        """Trained ones."""
+        return sum(sum(item.encoded.trained) for item in self.items)
+
+    def loss(self, trainer: Trainer) -> float:
+        """With the weights as they are now, nats a trained token."""
+        return self.together([trainer.loss(item.encoded) for item in self.items])
 
     def together(self, losses: Sequence[float]) -> float:
         """The loss of the example, nats a trained token, from the losses of its sequences."""

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from hogwild import checkpoint, encoding, examples, generation, pulse, selfreplay, served, skeleton
+from hogwild import checkpoint, encoding, examples, generation, metrics, pulse, served, skeleton
 from hogwild import log as logs
 from hogwild.apollo import Optimizer
 from hogwild.arena.client import Arena
@@ -18,11 +18,15 @@ from hogwild.backward import TrainedLinear
 from hogwild.cautions import Warned, cautions
 from hogwild.config import Config
 from hogwild.curriculum import Batch, Curriculum
-from hogwild.errors import ExampleError, HogwildError, VerificationError
+from hogwild.errors import CheckpointError, ExampleError, LossError, VerificationError
 from hogwild.examples import Example
 from hogwild.governor import Governor, lower_priority
 from hogwild.groups import Group, flat, regroup
+from hogwild.guard import Guard, largest_loss
+from hogwild.history_report import layer
+from hogwild.judge import Judge
 from hogwild.ledger import Ledger, Pass, Pending
+from hogwild.preparation import Preparation
 from hogwild.trainer import Item, Progress, StepResult, Trainer
 from hogwild.weights import Weights
 from hogwild_kernels.cpu import warm_up
@@ -64,6 +68,7 @@ class Learner:
         self.governor = Governor(config.governor, arena.control)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.reader: PreTrainedModel = skeleton.build(folder, self.weights)
+        vocabulary = self.reader.config.get_text_config().vocab_size
         self.trainers = [
             Trainer(
                 skeleton.build(folder, self.weights),
@@ -76,6 +81,7 @@ class Learner:
                 unlearn_until_loss=config.training.unlearn_until_loss,
                 batch_tokens=config.training.batch_tokens,
                 activation_mib=config.training.activation_mib,
+                max_loss=largest_loss(config.guard, vocabulary),
             )
             for index in range(config.training.threads)
         ]
@@ -94,10 +100,14 @@ class Learner:
         self._recent: list[list[int]] = []
         self._stopping = threading.Event()
         self._may_train = threading.Event()
-        self._own_ready = threading.Event()  # texts of the model's own are there, or never will be
-        self._own_ready.set()
         self._asked_for_own_texts = False
-        self._writer: threading.Thread | None = None
+        self._preparation = Preparation(
+            self.reader, self.tokenizer, config, self._tokenizing, self._stopping.is_set, self._stand_back
+        )
+        self.judge = Judge(
+            config.probes, self.reader, ledger, self.progress, arena.control, self._preparation, self.pause
+        )
+        self.guard = Guard(config.guard, ledger, vocabulary, self.judge, curriculum.wake)
         self._threads: list[threading.Thread] = []
 
     @property
@@ -127,6 +137,7 @@ class Learner:
             self.weights.write(folder)
             self.progress.resume(state["step"], state["epoch"])
             self.arena.control.generation = state["generation"]
+        self.judge.hold_against(state)
         return state
 
     def claim(self, step: int = 0) -> None:
@@ -198,8 +209,7 @@ class Learner:
                 thread.start()
 
     def write_own_texts(self, path: Path, base: str) -> None:
-        """Load the texts that the model wrote before it was trained or, while it is untrained, have it write them now,
-        in a thread: training waits for it (at most about `replay.self_limit_s`), the caller does not.
+        """Load or make the texts that the model writes before it is trained, see `Preparation.own_texts`.
 
         Args:
             path: the file that keeps them.
@@ -208,58 +218,11 @@ class Learner:
         if self._asked_for_own_texts or not (self.config.replay.self_texts and self.config.replay.ratio):
             return
         self._asked_for_own_texts = True
-        try:
-            self.curriculum.replay.own = selfreplay.load(path, base) or ()
-        except HogwildError as error:
-            log.warning("selfreplay.unreadable", path=str(path), error=str(error))
-        if self.curriculum.replay.own:
-            log.info("selfreplay.loaded", path=str(path), texts=len(self.curriculum.replay.own))
-        elif self.progress.steps:
-            log.warning("selfreplay.missing", path=str(path), reason="the model has been trained already")
-        else:
-            self._own_ready.clear()
-            self._writer = threading.Thread(
-                target=self._write_own_texts, args=(path, base), name="self-replay", daemon=True
-            )
-            self._writer.start()
+        self._preparation.own_texts(path, base, self.curriculum.replay, trained=self.progress.steps > 0)
 
     def wait_for_own_texts(self) -> None:
         """Until they are written, or given up."""
-        self._own_ready.wait()
-
-    def _write_own_texts(self, path: Path, base: str) -> None:
-        self._stand_back()
-        began, settings = time.perf_counter(), self.config.replay
-        try:
-            with self._tokenizing:
-                prompts = selfreplay.prompts(self.tokenizer, settings.self_texts)
-            samples = selfreplay.make(
-                self.reader,
-                prompts,
-                selfreplay.ends(self.reader, self.tokenizer),
-                tokens=settings.self_tokens,
-                seed=self.config.training.seed,
-                limit_s=settings.self_limit_s,
-                stopped=self._stopping.is_set,
-            )
-            if self._stopping.is_set():
-                return
-            selfreplay.save(path, base, self.config.training.seed, samples)
-            # As read from the file, whose numbers are rounded: a restart must go on with the very same.
-            self.curriculum.replay.own = selfreplay.load(path, base) or ()
-            log.info(
-                "selfreplay.made",
-                path=str(path),
-                texts=len(samples),
-                wanted=settings.self_texts,
-                tokens=sum(len(one.ids) - one.start for one in samples),
-                seconds=round(time.perf_counter() - began, 1),
-            )
-        except Exception as error:
-            # Learning without them is worse, not wrong.
-            log.exception("selfreplay.failed", path=str(path), error=str(error))
-        finally:
-            self._own_ready.set()
+        self._preparation.done()
 
     def pause(self) -> None:
         """Take no further example; what is under way is finished, however busy the server is."""
@@ -271,8 +234,9 @@ class Learner:
         self._stopping.set()
         self.governor.hurry()
         deadline = time.monotonic() + timeout_s
-        for thread in [*self._threads, *([self._writer] if self._writer else [])]:
+        for thread in self._threads:
             thread.join(max(deadline - time.monotonic(), 0.1))
+        self._preparation.close()
         self.progress.settle()
         return not any(thread.is_alive() for thread in self._threads)
 
@@ -289,8 +253,11 @@ class Learner:
         """Write a checkpoint under running trainers, and tell the ledger what is durable now.
 
         Raises:
-            CheckpointError: it could not be written; the one before stays current.
+            CheckpointError: it could not be written, or the probes have fallen; the one before stays current.
         """
+        score = self.judge.judge()
+        if self.judge.tripped is not None:
+            raise CheckpointError("the probes have fallen: these weights are not kept")
         began = time.perf_counter()
         marker = self.ledger.begin_checkpoint()
         step, epoch = self.progress.steps, self.progress.epoch
@@ -304,6 +271,8 @@ class Learner:
                 "epoch": epoch,
                 "ledger_position": marker,
                 "trained": self.ledger.trained_between(since, marker),
+                "moved": self._moved(),
+                **self.judge.probes.about(score),
                 "arena": self.arena.control.arena_id,
                 **about,
             },
@@ -313,6 +282,9 @@ class Learner:
             marker, step=step, path=str(path), generation=number, parent=generation.read_state(path)["parent"]
         )
         self.arena.control.generation = number
+        if score is not None:
+            self.judge.probes.passed(number, score)
+        metrics.checkpoint_seconds.observe(time.perf_counter() - began)
         log.info(
             "checkpoint.saved",
             path=str(path),
@@ -320,9 +292,18 @@ class Learner:
             step=step,
             durable_examples=durable,
             mib=round(self.weights.nbytes / 2**20, 1),
+            probes=None if score is None else {name: round(loss, 4) for name, loss in score.losses.items()},
             ms=round((time.perf_counter() - began) * 1000),
         )
         return Saved(number, step, path)
+
+    def _moved(self) -> dict[str, float]:
+        """layer -> sum of the norms of its updates since this was last asked."""
+        moved: dict[str, float] = {}
+        for trainer in self.trainers:
+            for name, norm in trainer.take_moved().items():
+                moved[layer(name)] = moved.get(layer(name), 0.0) + norm
+        return {name: float(f"{norm:.4g}") for name, norm in moved.items()}
 
     def _run(self, index: int) -> None:
         with pulse.watched(f"trainer-{index}"):
@@ -336,13 +317,15 @@ class Learner:
                 pulse.beat(_IDLE_S)
                 if not self._may_train.wait(_IDLE_S) or self._stopping.is_set():
                     continue
-                if not self._own_ready.wait(_IDLE_S):
+                if not self._preparation.done(_IDLE_S):
                     continue
+                self.judge.begin()
                 batch = self.curriculum.take(timeout=_IDLE_S, step=self.progress.steps)
                 if batch is not None:
                     self._turn(trainer, index, batch)
                 elif not self.curriculum.in_flight:
                     self.progress.settle()
+                self.judge.look()
         except BaseException as error:
             # A trainer that dies may have left a layer half-written: the supervisor stops the service.
             self.failure = error
@@ -367,7 +350,14 @@ class Learner:
             self.curriculum.done(batch)  # nothing new is left, and replay was there for its sake
             return
         groups = [*(group for _, group in new), *(group for _, group in old), *own]
-        result = trainer.step(flat(groups))
+        try:
+            result = trainer.step(flat(groups))
+        except LossError as error:  # nothing was written
+            self.guard.refused(trainer, new, str(error))
+            self.curriculum.done(batch)
+            self.curriculum.wake()
+            return
+        self._note(result, new, old)
         measured = regroup(groups, result)
         passes = []
         for number, (one, group) in enumerate([*new, *old]):
@@ -377,7 +367,7 @@ class Learner:
                 Pass(
                     one.example_id,
                     loss_before=loss,
-                    loss_after=_loss_now(trainer, group) if is_new and _wants_loss_after(one) else None,
+                    loss_after=group.loss(trainer) if is_new and _wants_loss_after(one) else None,
                     tokens=tokens,
                     step=result.step,
                     thread=index,
@@ -391,12 +381,46 @@ class Learner:
         self.curriculum.done(batch)
         if new:
             self._recent = [new[0][1].ids, *self._recent[: _RECENT - 1]]
-        for (one, _), passed, outcome in zip(new, passes, outcomes, strict=False):
+        for (one, group), passed, outcome in zip(new, passes, outcomes, strict=False):
+            metrics.observe_loss(passed.loss_before)
             self._report(one, passed, result, len(old), len(own), finished=outcome.state != "accepted")
+            if outcome.state == "accepted":
+                self.guard.watch(one, group, passed, result)
         for (one, _), (loss, _) in zip(old, measured[len(new) :], strict=False):
-            log.debug("example.replayed", **_who(one), loss=round(loss, 4), step=result.step, thread=index)
+            log.debug("example.replayed", **one.who, loss=round(loss, 4), step=result.step, thread=index)
             if self.curriculum.forgotten(one, loss):
-                log.info("example.reopened", **_who(one), loss=round(loss, 4), until_loss=one.until_loss)
+                log.info("example.reopened", **one.who, loss=round(loss, 4), until_loss=one.until_loss)
+
+    def _note(
+        self, result: StepResult, new: Sequence[tuple[Pending, Group]], old: Sequence[tuple[Pending, Group]]
+    ) -> None:
+        """For Prometheus."""
+        metrics.updates.inc()
+        metrics.staleness.observe(result.staleness)
+        metrics.step_seconds.observe(result.seconds)
+        metrics.update_norm.set(result.update_norm)
+        metrics.skipped.inc(result.skipped)
+        fresh = sum(group.tokens for _, group in new)
+        metrics.tokens.labels(kind="new").inc(fresh)
+        metrics.tokens.labels(kind="replayed").inc(sum(result.tokens) - fresh)
+        metrics.passes.labels(kind="new").inc(len(new))
+        metrics.passes.labels(kind="replayed").inc(len(old))
+
+    def sequences(self, example: Example) -> list[encoding.Encoded]:
+        """An example as token ids.
+
+        Raises:
+            ExampleError: it is too long, or the chat template does not allow it.
+        """
+        settings = self.config.training
+        with self._tokenizing:
+            return examples.encode(
+                example,
+                self.tokenizer,
+                max_tokens=settings.max_tokens,
+                context_length=self.context_length,
+                train_on=settings.train_on,
+            )
 
     def encode(self, example: Example) -> Group:
         """An example's sequences, as a trainer takes them.
@@ -404,20 +428,11 @@ class Learner:
         Raises:
             ExampleError: it is too long, or the chat template does not allow it.
         """
-        settings = self.config.training
-        with self._tokenizing:
-            parts = examples.encode(
-                example,
-                self.tokenizer,
-                max_tokens=settings.max_tokens,
-                context_length=self.context_length,
-                train_on=settings.train_on,
-            )
-        return Group.of(parts, example.weight, example.context)
+        return Group.of(self.sequences(example), example.weight, example.context)
 
     def loss(self, group: Group) -> float:
         """The loss of an example with the weights as they are now, nats a trained token. Not while training runs."""
-        return _loss_now(self.trainers[0], group)
+        return group.loss(self.trainers[0])
 
     def _encode(self, pending: Pending, *, sets_aside: bool) -> Group | None:
         """Its tokens, or None for one that cannot be trained, which is then set aside in the ledger if it is new."""
@@ -427,7 +442,7 @@ class Learner:
         except ExampleError as error:
             if sets_aside:
                 self.ledger.set_failed(pending.example_id, error.reason, error.field)
-                log.warning("example.failed", **_who(pending), reason=error.reason, field=error.field)
+                log.warning("example.failed", **pending.who, reason=error.reason, field=error.field)
             return None
         if sets_aside and pending.passes_done == 0:
             self._warn(pending, example)
@@ -439,14 +454,14 @@ class Learner:
             found = cautions(example, self.tokenizer, self.config.training.train_on)
         for caution in found:
             if self._warned.first(pending.file, caution.code):
-                log.warning("example.caution", **_who(pending), code=caution.code, reason=caution.text)
+                log.warning("example.caution", **pending.who, code=caution.code, reason=caution.text)
 
     def _report(
         self, pending: Pending, passed: Pass, result: StepResult, replayed: int, own: int, finished: bool
     ) -> None:
         log.info(
             "example.trained" if finished else "example.pass",
-            **_who(pending),
+            **pending.who,
             **{"pass": pending.passes_done + 1},
             loss_before=round(passed.loss_before, 4),
             loss_after=None if passed.loss_after is None else round(passed.loss_after, 4),
@@ -461,14 +476,6 @@ class Learner:
             skipped=result.skipped,
             ms=round(result.seconds * 1000),
         )
-
-
-def _who(pending: Pending) -> dict[str, Any]:
-    return {"id": pending.name or str(pending.example_id), "file": pending.file, "line": pending.line_no}
-
-
-def _loss_now(trainer: Trainer, group: Group) -> float:
-    return group.together([trainer.loss(item.encoded) for item in group.items])
 
 
 def _wants_loss_after(pending: Pending) -> bool:

@@ -16,6 +16,7 @@ from hogwild import ledger_check
 from hogwild.errors import LedgerError
 from hogwild.ledger_db import NOW, Database
 from hogwild.ledger_files import Files
+from hogwild.ledger_guard import Guards, note_window
 from hogwild.ledger_records import (
     BadLine,
     Counts,
@@ -28,6 +29,8 @@ from hogwild.ledger_records import (
     Pending,
     Reset,
     State,
+    Suspect,
+    Trip,
 )
 from hogwild.ledger_replay import Pool
 from hogwild.ledger_staging import recover
@@ -46,6 +49,8 @@ __all__ = [
     "Pending",
     "Reset",
     "State",
+    "Suspect",
+    "Trip",
 ]
 
 PENDING_BYTES = 16 * 1024 * 1024  # of lines that `pending` holds at once, one line at least
@@ -63,6 +68,7 @@ class Ledger(Files):
         self._db = Database(path, readonly=readonly)
         self._readonly = readonly
         self.pool = Pool(self._db)
+        self.guards = Guards(self._db)
         if not readonly:
             try:
                 ledger_check.check_file(self._db)
@@ -121,9 +127,9 @@ class Ledger(Files):
             return [self._record(db, one) for one in passes]
 
     def _record(self, db: Connection, one: Pass) -> Outcome:
-        trainable = (
-            "SELECT 1 FROM examples WHERE example_id = ? AND state IN ('accepted', 'trained', 'durable')"
-        )
+        # A replayed one may have been set aside by another thread since it was chosen.
+        states = "'accepted', 'trained', 'durable'" + (", 'quarantined'" if one.replay else "")
+        trainable = f"SELECT 1 FROM examples WHERE example_id = ? AND state IN ({states})"
         if db.execute(trainable, (one.example_id,)).fetchone() is None:
             raise LedgerError(
                 f"{self.path}: example {one.example_id} cannot be trained: it failed, was undone or is unknown"
@@ -237,7 +243,9 @@ class Ledger(Files):
         with self._db.write(fsync=True) as db:
             return go_back(db, marker, "accepted", "the weights that had its passes were lost")
 
-    def roll_back(self, marker: int, *, retrain: bool) -> Reset:
+    def roll_back(
+        self, marker: int, *, retrain: bool, trip: Trip | None = None, generation: int = 0
+    ) -> Reset:
         """The weights are those of an older (or abandoned) checkpoint again, on request. Fsynced.
 
         Examples that lose passes become "undone" and stay out until `retrain`, or with `retrain` are accepted
@@ -245,6 +253,8 @@ class Ledger(Files):
 
         Args:
             marker: of the checkpoint; 0: the model as it came.
+            trip: a guard asks for it: examples that lose passes are quarantined, with the evidence.
+            generation: of the checkpoint, for that.
         """
         with self._db.write(fsync=True) as db:
             row = db.execute(
@@ -253,6 +263,12 @@ class Ledger(Files):
                 (marker,),
             ).fetchone()
             where = "the model as it came" if not marker else row[0] if row else f"pass {marker}"
+            if trip is not None:
+                reset = go_back(
+                    db, marker, "quarantined", f"set aside by {trip.guard}: rolled back to {where}"
+                )
+                note_window(db, trip, generation)
+                return reset
             if retrain:
                 return go_back(db, marker, "accepted", f"rolled back to {where}, to be trained again")
             return go_back(db, marker, "undone", f"rolled back to {where}")
@@ -288,7 +304,9 @@ class Ledger(Files):
                 " (SELECT count(*) FROM files WHERE state <> 'staging'),"
                 " (SELECT count(*) FROM passes WHERE NOT undone AND NOT replay)"
             ).fetchone()
-        by_state = {name: states.get(name, 0) for name in ("trained", "durable", "failed", "undone")}
+        by_state = {
+            name: states.get(name, 0) for name in ("trained", "durable", "failed", "undone", "quarantined")
+        }
         return Counts(
             pending=states.get("accepted", 0), **by_state, rejected=rejected, files=files, passes=passes
         )

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hogwild.errors import LedgerError
+from hogwild.files import PRIVATE
 from hogwild.ledger_schema import APPLICATION_ID, MIGRATIONS, VERSION
 
 NOW = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"  # SQL: UTC, to the millisecond
@@ -45,6 +46,8 @@ class Database:
                 isolation_level=None,
                 check_same_thread=False,
             )
+            if not readonly and path.stat().st_uid == os.geteuid():
+                path.chmod(PRIVATE)  # it holds every line that was dropped; its log takes over this mode
             self._open(readonly)
         except (OSError, sqlite3.Error) as error:
             self.close()

@@ -148,7 +148,7 @@ class Files:
             db.execute("UPDATE files SET errors_due = errors_due - ? WHERE file_id = ?", (count, file_id))
 
     def errors(self, stored_as: str, *, after: tuple[int, int] = (0, -1)) -> list[tuple[int, int, BadLine]]:
-        """What of a file cannot be trained, in order, in pages: bad lines, and examples that failed.
+        """What of a file is not trained, in order, in pages: bad lines, and examples that failed or were set aside.
 
         Args:
             after: (file_id, line_no) of the last row of the page before.
@@ -170,7 +170,7 @@ class Files:
                     " WHERE file_id = ?1 AND line_no > ?2 UNION ALL"
                     " SELECT line_no, byte_offset, field, coalesce(reason, ''), substr(line, 1, ?4)"
                     " FROM examples JOIN lines USING (example_id)"
-                    " WHERE file_id = ?1 AND state = 'failed' AND line_no > ?2 ORDER BY 1 LIMIT ?3",
+                    " WHERE file_id = ?1 AND state IN ('failed', 'quarantined') AND line_no > ?2 ORDER BY 1 LIMIT ?3",
                     (file_id, line_no, ERRORS_PAGE - len(rows), EXCERPT_CHARS),
                 )
                 rows += [(file_id, row[0], BadLine(*row)) for row in found]
@@ -206,6 +206,7 @@ class Files:
             failed=states.get("failed", 0),
             rejected=rejected,
             undone=states.get("undone", 0),
+            quarantined=states.get("quarantined", 0),
         )
 
     def files(self, limit: int = 100) -> list[FileRecord]:

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from hogwild.examples import Example, parse_line
 
-State = Literal["accepted", "trained", "durable", "failed", "undone"]
+State = Literal["accepted", "trained", "durable", "failed", "undone", "quarantined"]
 
 
 class GoodLine(NamedTuple):
@@ -73,10 +73,11 @@ class FileRecord:
     rejected: int
     """Bad lines."""
     undone: int = 0
+    quarantined: int = 0
 
     @property
     def examples(self) -> int:
-        return self.pending + self.trained + self.durable + self.failed + self.undone
+        return self.pending + self.trained + self.durable + self.failed + self.undone + self.quarantined
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,11 @@ class Pending:
 
     def example(self) -> Example:
         return parse_line(self.line.encode())
+
+    @property
+    def who(self) -> dict[str, Any]:
+        """As the log names it."""
+        return {"id": self.name or str(self.example_id), "file": self.file, "line": self.line_no}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +140,7 @@ class Counts:
     files: int
     passes: int
     undone: int = 0
+    quarantined: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +152,33 @@ class Reset:
     examples_reopened: int
     """To be trained again."""
     examples_undone: int = 0
-    """That lost passes and stay out until `retrain`."""
+    """That lost passes and stay out (undone, quarantined) until `retrain`."""
     passes_redone: int = 0
     """That an earlier rollback had undone, and that the weights hold again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trip:
+    """A guard that has stopped something: what it was, and what it measured."""
+
+    guard: Literal["probes", "loss", "update", "growth"]
+    step: int
+    about: dict[str, Any]
+    """JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """An example that a guard has set aside."""
+
+    example_id: int
+    file: str
+    line_no: int
+    name: str | None
+    """The line's own "id"."""
+    guard: str
+    at: str
+    """UTC."""
+    reason: str
+    about: dict[str, Any]
+    """The evidence: losses, update norms, steps."""

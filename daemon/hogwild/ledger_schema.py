@@ -237,7 +237,104 @@ CREATE VIEW story AS                     -- SELECT * FROM story WHERE example_id
   SELECT example_id, at, to_state, why, NULL, NULL FROM transitions WHERE example_id IS NOT NULL;
 """
 
-MIGRATIONS = (_V1, _V2, _REPLAY)
+# As _V2: a state more, and a CHECK cannot be altered.
+_GUARD = """
+DROP VIEW progress;
+DROP VIEW story;
+CREATE TABLE examples_v4 (
+  example_id  INTEGER PRIMARY KEY,       -- in order of arrival
+  file_id     INTEGER NOT NULL REFERENCES files,
+  line_no     INTEGER NOT NULL,          -- from 1
+  byte_offset INTEGER NOT NULL,          -- in the decompressed content
+  name        TEXT,                      -- the line's own "id"
+  priority    INTEGER NOT NULL,          -- higher first
+  passes      INTEGER NOT NULL,          -- wanted
+  passes_done INTEGER NOT NULL DEFAULT 0,
+  until_loss  REAL,                      -- nats per token; reached: enough passes
+  last_pass   INTEGER NOT NULL DEFAULT 0,-- passes.pass_id of the newest that counts
+  last_loss   REAL,
+  state       TEXT NOT NULL CHECK (state IN (
+                'staged',                --   its file is not all read, or not all shown yet
+                'accepted',              --   passes are still to be done
+                'trained',               --   all passes are in the live weights
+                'durable',               --   ... and in a checkpoint
+                'failed',                --   cannot be trained
+                'undone',                --   a rollback took its passes back, and it is to stay out
+                'quarantined')),         --   a guard has set it aside, see the table `evidence`
+  reason      TEXT,                      -- why it failed, was undone or set aside, or is to be trained again
+  field       TEXT,                      -- failed: the JSON field at fault
+  weight      REAL NOT NULL DEFAULT 1,   -- of its loss; negative: unlearn
+  tags        TEXT NOT NULL DEFAULT '',  -- one a line
+  reopened    INTEGER NOT NULL DEFAULT 0 -- times that it was forgotten and got passes again
+) STRICT;
+INSERT INTO examples_v4
+  SELECT example_id, file_id, line_no, byte_offset, name, priority, passes, passes_done, until_loss, last_pass,
+         last_loss, state, reason, field, weight, tags, reopened FROM examples;
+DROP TABLE examples;
+ALTER TABLE examples_v4 RENAME TO examples;
+CREATE INDEX examples_next    ON examples (passes_done, priority DESC, example_id) WHERE state = 'accepted';
+CREATE INDEX examples_trained ON examples (last_pass) WHERE state = 'trained';
+CREATE INDEX examples_undone  ON examples (example_id) WHERE state IN ('undone', 'quarantined');
+CREATE INDEX examples_by_file ON examples (file_id, state);
+CREATE INDEX examples_replayable ON examples (example_id) WHERE state IN ('trained', 'durable') AND weight > 0;
+CREATE TRIGGER example_changed AFTER UPDATE OF state ON examples
+WHEN old.state <> new.state AND old.state <> 'staged' BEGIN
+  INSERT INTO transitions (at, example_id, from_state, to_state, why, pass_id)
+  VALUES (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), new.example_id, old.state, new.state,
+          coalesce(new.reason, CASE
+            WHEN new.state = 'durable' THEN 'in checkpoint ' || (SELECT max(checkpoint_id) FROM checkpoints)
+            WHEN new.state = 'trained' AND new.passes_done < new.passes THEN 'its loss reached until_loss'
+            WHEN new.state = 'trained' THEN 'all its passes are done'
+            ELSE 'not said' END),
+          nullif(new.last_pass, 0));
+END;
+
+CREATE TABLE trips (                     -- every time that a guard stopped something
+  trip_id    INTEGER PRIMARY KEY,
+  at         TEXT NOT NULL,              -- UTC
+  guard      TEXT NOT NULL,              -- 'probes', 'loss', 'update', 'growth'
+  step       INTEGER NOT NULL,           -- training steps done then
+  generation INTEGER,                    -- that was gone back to
+  about      TEXT NOT NULL               -- JSON: what was measured
+) STRICT;
+CREATE TABLE evidence (                  -- what spoke against an example that was set aside
+  trip_id    INTEGER NOT NULL REFERENCES trips,
+  example_id INTEGER NOT NULL REFERENCES examples,
+  after_pass INTEGER NOT NULL,           -- newest pass then: what came before does not count again
+  about      TEXT NOT NULL,              -- JSON: its losses, update norms, steps
+  PRIMARY KEY (trip_id, example_id)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX evidence_of_example ON evidence (example_id);
+CREATE TABLE series (                    -- measurements over time: probes, and how fast the server answers
+  at    TEXT NOT NULL,                   -- UTC
+  name  TEXT NOT NULL,
+  step  INTEGER NOT NULL,                -- training steps done then
+  value REAL                             -- NULL: not a number
+) STRICT;
+CREATE INDEX series_by_name ON series (name, at);
+
+CREATE VIEW progress AS                  -- SELECT * FROM progress;
+  SELECT name AS file, accepted_at,
+    (SELECT count(*) FROM examples e WHERE e.file_id = f.file_id) AS examples,
+    (SELECT count(*) FROM examples e WHERE e.file_id = f.file_id AND e.state = 'accepted') AS pending,
+    (SELECT count(*) FROM examples e WHERE e.file_id = f.file_id AND e.state = 'trained') AS trained,
+    (SELECT count(*) FROM examples e WHERE e.file_id = f.file_id AND e.state = 'durable') AS durable,
+    (SELECT count(*) FROM examples e WHERE e.file_id = f.file_id AND e.state = 'failed') AS failed,
+    (SELECT count(*) FROM examples e WHERE e.file_id = f.file_id AND e.state = 'undone') AS undone,
+    (SELECT count(*) FROM examples e WHERE e.file_id = f.file_id AND e.state = 'quarantined') AS quarantined,
+    (SELECT count(*) FROM rejected r WHERE r.file_id = f.file_id) AS rejected
+  FROM files f WHERE state <> 'staging';
+CREATE VIEW story AS                     -- SELECT * FROM story WHERE example_id = 7;
+  SELECT e.example_id, f.accepted_at AS at, 'accepted' AS event, NULL AS why, NULL AS loss, NULL AS step
+    FROM examples e JOIN files f USING (file_id) WHERE f.state = 'accepted'
+  UNION ALL
+  SELECT example_id, at, iif(replay, 'replay', 'pass') || iif(undone, ', undone since', ''), NULL,
+         coalesce(loss_after, loss_before), step FROM passes
+  UNION ALL
+  SELECT example_id, at, to_state, why, NULL, NULL FROM transitions WHERE example_id IS NOT NULL;
+"""
+
+MIGRATIONS = (_V1, _V2, _REPLAY, _GUARD)
 
 VERSION = len(MIGRATIONS)
 

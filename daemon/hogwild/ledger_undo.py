@@ -3,8 +3,10 @@
     crash     the weights in memory are gone: what lost passes is trained again
     rollback  somebody asked for older weights: what lost passes stays out ("undone"), or is trained again
 
-An example that was set aside (failed, undone) stays so, unless the weights hold all its passes again: going
-back to a checkpoint that an earlier rollback had left brings back the passes that are in it.
+    guard     the same, and what lost passes is quarantined, with the evidence
+
+An example that was set aside (failed, undone, quarantined) stays so, unless the weights hold all its passes again:
+going back to a checkpoint that an earlier rollback had left brings back the passes that are in it.
 """
 
 from sqlite3 import Connection
@@ -42,7 +44,7 @@ def go_back(db: Connection, marker: int, to: State, why: str) -> Reset:
     """Makes the ledger say what the weights of the checkpoint with this marker hold. 0: the model as it came.
 
     Args:
-        to: "accepted" or "undone": what becomes of examples that lose passes.
+        to: "accepted", "undone" or "quarantined": what becomes of examples that lose passes.
         why: kept with them, and in the transitions.
     """
     for table in _TEMPORARY:
@@ -78,7 +80,8 @@ def go_back(db: Connection, marker: int, to: State, why: str) -> Reset:
     # One that only got passes back, and wants more, stays what it is.
     db.execute(
         "UPDATE touched SET becomes = (SELECT CASE WHEN state = 'failed' THEN state"
-        f" WHEN {_ENOUGH} THEN 'durable' WHEN state = 'undone' OR NOT touched.lost THEN state ELSE ? END"
+        f" WHEN {_ENOUGH} THEN 'durable'"
+        " WHEN state IN ('undone', 'quarantined') OR NOT touched.lost THEN state ELSE ? END"
         " FROM examples e WHERE e.example_id = touched.example_id)",
         (to,),
     )
@@ -89,7 +92,7 @@ def go_back(db: Connection, marker: int, to: State, why: str) -> Reset:
     )
     reopened, set_aside = db.execute(
         "SELECT count(*) FILTER (WHERE becomes = 'accepted'),"
-        " count(*) FILTER (WHERE becomes = 'undone' AND lost) FROM touched"
+        " count(*) FILTER (WHERE becomes IN ('undone', 'quarantined') AND lost) FROM touched"
     ).fetchone()
     return Reset(lost, reopened, examples_undone=set_aside, passes_redone=found)
 

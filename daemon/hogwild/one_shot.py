@@ -17,7 +17,7 @@ from typing import Any
 
 from hogwild import __version__, recovery, state_lock
 from hogwild.checkpoint import Checkpoints
-from hogwild.config import Config
+from hogwild.config import Config, ProbesConfig
 from hogwild.curriculum import Curriculum
 from hogwild.errors import AlreadyAccepted, ExampleError, HogwildError, UsageError
 from hogwild.groups import Group
@@ -95,7 +95,11 @@ class OneShot:
         """
         began = time.monotonic()
         with self._state_folder() as state:
-            config = self.config.model_copy(update={"state_dir": state, "model": str(self.model)})
+            # Without probes: nobody is served by this model, and there is no generation to go back to.
+            unwatched = ProbesConfig(own=0, every_updates=0)
+            config = self.config.model_copy(
+                update={"state_dir": state, "model": str(self.model), "probes": unwatched}
+            )
             with Ledger(state / "ledger.sqlite") as ledger:
                 records = {path: self._accept(path, ledger) for path in files}
                 if ledger.is_idle():

@@ -20,7 +20,7 @@ docs/crashes.md says what each message means.
 from dataclasses import dataclass
 from pathlib import Path
 
-from hogwild import checkpoint, rollback
+from hogwild import checkpoint, generation, rollback
 from hogwild import log as logs
 from hogwild.arena.client import Arena
 from hogwild.checkpoint import Checkpoints
@@ -84,7 +84,10 @@ def take(
         _restore(learner, current, write)
     learner.claim()
     rollback.arena_written(ledger)
-    learner.write_own_texts(config.state_dir / "selfreplay.json", ledger.get_meta("base_digest") or "")
+    base = ledger.get_meta("base_digest") or ""
+    learner.write_own_texts(config.state_dir / "selfreplay.json", base)
+    saved = generation.read_state(current) if current is not None else None
+    learner.judge.prepare(config.state_dir / "probes.json", base, saved, learner.sequences)
     return Taken(learner, str(current) if current is not None and not keep else None, repeated)
 
 

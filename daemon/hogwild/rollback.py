@@ -24,7 +24,7 @@ from hogwild import log as logs
 from hogwild.errors import CheckpointError, HogwildError
 from hogwild.keeper import Keeper
 from hogwild.learner import Learner
-from hogwild.ledger import Ledger
+from hogwild.ledger import Ledger, Trip
 
 log = logs.get(__name__)
 
@@ -43,6 +43,7 @@ class Intent:
         retrain: what is undone is trained again.
         again: the weights were these already, so that `retrain` means what an earlier rollback to them had set aside.
         applied: ledger and `current` are done; an arena that survived may still hold the old weights.
+        trip: a guard asks for it (`ledger.Trip`): what is undone is quarantined.
     """
 
     generation: int
@@ -51,6 +52,7 @@ class Intent:
     retrain: bool
     again: bool = False
     applied: bool = False
+    trip: dict[str, Any] | None = None
 
 
 def pending(ledger: Ledger) -> Intent | None:
@@ -79,11 +81,18 @@ def finish_on_disk(ledger: Ledger, keeper: Keeper) -> None:
 
 
 def roll_back(
-    generation: int, *, retrain: bool, ledger: Ledger, keeper: Keeper, learner: Learner | None
+    generation: int,
+    *,
+    retrain: bool,
+    ledger: Ledger,
+    keeper: Keeper,
+    learner: Learner | None,
+    trip: Trip | None = None,
 ) -> dict[str, Any]:
     """Go back to a generation; returns what was done, for the log and for whoever asked.
 
     Args:
+        trip: a guard asks for it: examples that lose passes are quarantined, with the evidence.
         learner: of the arena whose weights are rewritten; None: only the disk changes.
 
     Raises:
@@ -106,7 +115,10 @@ def roll_back(
         state = generations.read_state(folder)
         left = keeper.checkpoints.current_generation() or 0
         marker = state["ledger_position"]
-        intent = Intent(number, left, marker, retrain, left == number and marker == ledger.begin_checkpoint())
+        intent = Intent(
+            number, left, marker, retrain, left == number and marker == ledger.begin_checkpoint(),
+            trip=None if trip is None else asdict(trip),
+        )  # fmt: skip
         log.info(
             "rollback.started", generation=number, asked=generation, left=left, retrain=retrain,
             live=learner is not None, step=learner.progress.steps if learner is not None else None,
@@ -155,7 +167,8 @@ def _folder(generation: int, ledger: Ledger, keeper: Keeper) -> tuple[int, Path]
 
 def _apply(intent: Intent, ledger: Ledger, keeper: Keeper) -> dict[str, Any]:
     """Ledger and `current`; may be done any number of times."""
-    reset = ledger.roll_back(intent.marker, retrain=intent.retrain)
+    trip = None if intent.trip is None else Trip(**intent.trip)
+    reset = ledger.roll_back(intent.marker, retrain=intent.retrain, trip=trip, generation=intent.generation)
     if intent.retrain and intent.again:
         reset = replace(reset, examples_reopened=ledger.retrain())
     keeper.checkpoints.point_current_at(intent.generation)

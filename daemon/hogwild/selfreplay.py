@@ -7,7 +7,6 @@ state folder; the same seed gives the same texts.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from hogwild.errors import HogwildError
+from hogwild.files import replace_file
 from hogwild.likeliest import Likeliest
 
 VERSION = 1
@@ -70,6 +70,7 @@ def make(
     seed: int,
     limit_s: float = float("inf"),
     stopped: Callable[[], bool] = lambda: False,
+    greedy: bool = False,
 ) -> list[Sample]:
     """Sample one text for each of `given`.
 
@@ -79,10 +80,11 @@ def make(
         tokens: longest, prompt not counted.
         limit_s: seconds; then texts are cut short (not below a few tokens), and no further ones are begun.
         stopped: asked before each token; an interrupted round is dropped.
+        greedy: always the likeliest token, in place of sampling.
     """
     deadline = time.monotonic() + limit_s
     samples: list[Sample] = []
-    generator = torch.Generator(model.device).manual_seed(seed)
+    generator = None if greedy else torch.Generator(model.device).manual_seed(seed)
     for at in range(0, len(given), ROUND):
         if samples and time.monotonic() >= deadline:
             break
@@ -112,17 +114,7 @@ def save(path: Path, base: str, seed: int, samples: Sequence[Sample]) -> None:
             for one in samples
         ],
     }
-    fresh = path.with_suffix(".tmp")
-    with fresh.open("w") as file:
-        json.dump(body, file)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    replace_file(path, json.dumps(body).encode())
 
 
 def load(path: Path, base: str) -> list[Sample] | None:
@@ -177,7 +169,7 @@ def _sample(
     model: PreTrainedModel,
     given: Sequence[Sequence[int]],
     tokens: int,
-    generator: torch.Generator,
+    generator: torch.Generator | None,  # None: greedy
     end: Collection[int],
     deadline: float,
     stopped: Callable[[], bool],
@@ -207,7 +199,10 @@ def _sample(
             logits_to_keep=1,
         ).logits[:, -1]
         thought.append(Likeliest.of(logits))
-        ids = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)  # (count, 1)
+        if generator is None:
+            ids = logits.argmax(-1, keepdim=True)
+        else:
+            ids = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)  # (count, 1)
         for text, token in zip(texts, ids[:, 0].tolist(), strict=True):
             if not (text and text[-1] in end):
                 text.append(token)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import orjson
 
 from hogwild.errors import SpoolError
+from hogwild.files import private
 from hogwild.ledger import Ledger
 from hogwild.ledger_records import BadLine
 
@@ -168,7 +169,7 @@ def write_errors_file(ledger: Ledger, stored_as: str, name: str, path: Path) -> 
     temporary.unlink(
         missing_ok=True
     )  # a new file: an fsync that has failed is not tried again on the same one
-    with temporary.open("xb") as file:
+    with private(temporary) as file:
         while page := ledger.errors(stored_as, after=row):
             row = page[-1][:2]
             first = first or page[0][2]

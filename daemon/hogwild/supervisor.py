@@ -19,12 +19,14 @@ from hogwild import (
     __version__,
     generation,
     leftovers,
+    metrics,
     pulse,
     recovery,
     rollback,
     served,
     state_lock,
     status_line,
+    trips,
 )
 from hogwild import config as configuration
 from hogwild import log as logs
@@ -39,6 +41,7 @@ from hogwild.learner import Learner, Saved
 from hogwild.ledger import Ledger
 from hogwild.notify import Notifier
 from hogwild.spool import Spool
+from hogwild.status import Status
 from hogwild.watchdog import Watchdog
 
 log = logs.get(__name__)
@@ -96,9 +99,11 @@ class Supervisor:
         self._changing = threading.Lock()  # one at a time: an arena is taken, a generation is rolled back to
         self._api: served.Server | None = None
         self._stop = self._reload = self._save_now = False
+        self._stuck = False  # the probes have fallen, and no generation could be gone back to
         self._failure = ""
         self._wrote_status_at = 0.0
         self._status: dict[str, Any] = {}
+        self._collector = Status(config, self.ledger)
         self._refused = ""  # why the newest offer of a server was
         self._systemd = Notifier()
         self._watchdog = Watchdog(self._systemd, self._ready, self._status_line)
@@ -125,7 +130,7 @@ class Supervisor:
         spool_thread = threading.Thread(target=self._watch_spool, args=(spooling,), name="spool", daemon=True)
         spool_thread.start()
         self._watchdog.start()
-        with pulse.watched("loop"):
+        with metrics.serving(self.config.metrics.port), pulse.watched("loop"):
             code = self._turn_until_stopped(spool_thread)
             spooling.set()
             self._watchdog.stopping()
@@ -169,6 +174,9 @@ class Supervisor:
             return
         if learner.failure is not None:
             raise HogwildError(f"a trainer thread died ({learner.failure!r}): its layer may be half-written")
+        if learner.judge.tripped is not None and not self._stuck:
+            with pulse.away():
+                self._probes_fell(learner, go_on=True)
         if self._must_check:
             self._check(after="attach")
         if (saved := self.keeper.saved()) is not None and self._after_save(saved) and not self._stop:
@@ -259,11 +267,31 @@ class Supervisor:
             largest_difference=round(agreement.largest, 4),
             tokens=agreement.tokens,
         )
-        if not learner.training:
+        if not learner.training and learner.judge.tripped is None:
             learner.start()
             log.info("training.started", threads=self.config.training.threads, **asdict(self.ledger.counts()))
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _probes_fell(self, learner: Learner, *, go_on: bool) -> None:
+        """Back to the last good generation.
+
+        Raises:
+            HogwildError: it failed half-way, and the service cannot go on.
+        """
+        if (saved := self.keeper.saved(wait=True)) is not None:  # one that is not kept, because of this
+            self._after_save(saved)
+        try:
+            with self._changing:
+                trips.go_back(self.ledger, self.keeper, learner, go_on=go_on)
+        except HogwildError as error:
+            self._stuck = True
+            log.error("guard.stuck", error=str(error))
+            if rollback.pending(self.ledger) is not None:
+                raise
+            return
+        self._saved_step = self._tried_step = learner.progress.steps
+        self.keeper.start_tidying()
 
     def _obey(self, command: Command) -> None:
         """Do what a person asked for, or see that it is done.
@@ -278,6 +306,8 @@ class Supervisor:
                 self._asked.append(command)
         elif command.name == "rollback":
             self._roll_back(command)
+        elif command.name == "retrain":
+            self._retrain(command)
         else:
             command.refuse(f"this daemon ({__version__}) knows no command {command.name!r}")
 
@@ -302,8 +332,23 @@ class Supervisor:
             self._after_save(saved)
         if self.learner is not None:
             self._saved_step = self._tried_step = self.learner.progress.steps
+            self._stuck, self.learner.judge.tripped = False, None
+        metrics.rollbacks.labels(by="person").inc()
         self.keeper.start_tidying()
         command.done(**done, waited_ms=round(waited * 1000))
+
+    def _retrain(self, command: Command) -> None:
+        """Let examples out of quarantine."""
+        ids, file = command.arguments.get("examples"), command.arguments.get("file")
+        if not (ids is None or (isinstance(ids, list) and all(type(one) is int for one in ids))) or not (
+            file is None or isinstance(file, str)
+        ):
+            command.refuse(f"not examples: {command.arguments!r:.100}")
+            return
+        count = self.ledger.guards.release(ids, file=file)
+        self.curriculum.wake()
+        log.info("quarantine.released", examples=count, file=file)
+        command.done(examples=count)
 
     def _checkpoint_due(self, learner: Learner) -> bool:
         settings, steps = self.config.checkpoint, learner.progress.steps
@@ -330,6 +375,7 @@ class Supervisor:
         self.keeper.start_saving(learner, self._about(learner), urgent=urgent)
 
     def _after_save(self, saved: Saved | CheckpointError) -> bool:
+        metrics.checkpoints.labels(outcome="failed" if isinstance(saved, CheckpointError) else "saved").inc()
         if isinstance(saved, CheckpointError):
             log.error("checkpoint.failed", step=self._tried_step, error=str(saved))
             for command in self._saving:
@@ -369,7 +415,11 @@ class Supervisor:
                 self._after_save(saved)
             if save and learner.failure is None and learner.progress.steps != self._saved_step:
                 saved = self.keeper.save(learner, self._about(learner))
-                code = max(code, 0 if self._after_save(saved) else 1)
+                kept = self._after_save(saved)
+                if learner.judge.tripped is not None and not self._stuck:
+                    self._probes_fell(learner, go_on=False)
+                    kept = not self._stuck
+                code = max(code, 0 if kept else 1)
         self.keeper.close()
         for command in (*self._asked, *self._saving):
             command.refuse("the daemon is stopping")
@@ -450,21 +500,12 @@ class Supervisor:
         log.info("config.reloaded", live=sorted(live), needs_restart=restart)
 
     def _write_status(self, learner: Learner) -> None:
-        """A small file for `hogwild status`; replaced, never half-written."""
+        """For `hogwild status` and for Prometheus."""
         now = time.monotonic()
         if now - self._wrote_status_at < _STATUS_S:
             return
         self._wrote_status_at = now
-        status = {
-            "pid": os.getpid(),
-            "model": str(learner.folder),
-            "step": learner.progress.steps,
-            "training": learner.training,
-            "server": self._server,
-            "saved_step": self._saved_step,
-            "generation": learner.arena.control.generation,
-            **asdict(self.ledger.counts()),
-        }
+        status = self._collector.of(learner, self._server, self._saved_step, stuck=self._stuck)
         self._status = status
         path = self.config.state_dir / "status.json"
         fresh = path.with_suffix(".tmp")

@@ -1,5 +1,6 @@
 """One lock-free trainer: a skeleton of views, and a step of read context, forward, backward-and-update."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from hogwild.arena.control import ControlPage
 from hogwild.backward import train_in_backward
 from hogwild.batch import Encoded, Item, Work, cut, packs
 from hogwild.context import Layers, Pack, Segment, State, fixed_cache, read_one
+from hogwild.errors import LossError
 from hogwild.loss import bounded_loss, unlearning_limit
 from hogwild.precision import Wide
 from hogwild.prefixes import plan
@@ -133,6 +135,7 @@ class Trainer:
             long contexts are read in pieces of that size.
         activation_mib: memory for activations; a pass that would need more computes them twice instead.
         unlearn_until_loss: nats; a token with a negative weight counts until its loss is that high.
+        max_loss: nats a trained token; a step with an item above it is refused before its backward pass.
     """
 
     def __init__(
@@ -147,13 +150,16 @@ class Trainer:
         batch_tokens: int = 512,
         activation_mib: int = 2048,
         unlearn_until_loss: float = 5.0,
+        max_loss: float = math.inf,
     ) -> None:
         self.model, self.progress, self.context = model, progress, context
         self._between_layers, self._batch_tokens = between_layers, batch_tokens
         self._unlearning_limit = unlearning_limit(
             unlearn_until_loss, model.config.get_text_config().vocab_size
         )
+        self._max_loss = max_loss
         self._squares, self._updates, self._skipped = 0.0, 0, 0
+        self._moved: dict[str, float] = {}
         self._wide = Wide(model)
         self._gather = train_in_backward(model, optimizer, trainable, seed, self._count, self._wide.sources)
         self.frozen = self._gather.frozen
@@ -177,6 +183,9 @@ class Trainer:
 
         The loss of the step is the mean over the items of weight * mean negative log-likelihood of the item's trained
         tokens, so an item counts the same however long it is.
+
+        Raises:
+            LossError: an item's loss is not finite, or above `max_loss`; nothing has been written.
         """
         began, steps_before = time.perf_counter(), self.progress.steps
         self._squares, self._updates, self._skipped = 0.0, 0, 0
@@ -191,10 +200,13 @@ class Trainer:
             found = self._losses(group)
             pairs = zip(group, found, strict=True)
             parts = [bounded_loss(nll, one.weight / len(items), self._unlearning_limit) for one, nll in pairs]
-            torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
             means = torch.stack([nll.detach().mean() for nll in found]).tolist()
             for one, loss in zip(group, means, strict=True):
                 losses[one.index] = loss
+                if not self.trainable(loss, one.weight):
+                    self._gather.forget()
+                    raise LossError(f"the loss of a training step is {loss:.4g} nats a token")
+            torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
         self._gather.finish()
         step = self.progress.advance()
         return StepResult(
@@ -207,6 +219,15 @@ class Trainer:
             skipped=self._skipped,
             seconds=time.perf_counter() - began,
         )
+
+    def trainable(self, loss: float, weight: float) -> bool:
+        """Is the loss of an item one that may move weights? What is to be unlearned may be as unlikely as it likes."""
+        return math.isfinite(loss) and (weight < 0 or loss <= self._max_loss)
+
+    def take_moved(self) -> dict[str, float]:
+        """weight -> sum of the norms of its updates since this was last asked."""
+        moved, self._moved = self._moved, {}
+        return moved
 
     @torch.no_grad()
     def loss(self, example: Encoded) -> float:
@@ -271,9 +292,11 @@ class Trainer:
             begun += len(one.targets)
         return found
 
-    def _count(self, _name: str, result: UpdateResult) -> None:
+    def _count(self, name: str, result: UpdateResult) -> None:
         self.progress.moved()
         self._updates += 1
         self._skipped += int(result.skipped)
-        self._squares += float(result.norm) ** 2
+        norm = float(result.norm)
+        self._squares += norm**2
+        self._moved[name] = self._moved.get(name, 0.0) + norm
         self._between_layers()

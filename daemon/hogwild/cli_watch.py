@@ -1,0 +1,145 @@
+"""Commands that look: status, report, quarantine."""
+
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hogwild import commands, owner, state_lock
+from hogwild import config as configuration
+from hogwild.cli_history import ConfigOption, JsonOption
+from hogwild.errors import HogwildError
+
+if TYPE_CHECKING:
+    from hogwild.config import Config
+
+_REFRESH_S = 1.0
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the command line."""
+    for command in (status, report, quarantine):
+        app.command()(command)
+
+
+def status(
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep showing it, until Ctrl-C.")] = False,
+) -> None:
+    """Say what the daemon is doing: what is learned, how fast, what waits, probes, checkpoint, warnings."""
+    settings = configuration.load(config)
+    owner.become(settings.state_dir)
+    if as_json:
+        typer.echo(json.dumps(_status(settings)))
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    from hogwild.screen import screen
+
+    console = Console()
+    if not watch:
+        console.print(screen(_status(settings)))
+        return
+    with Live(
+        screen(_status(settings)), console=console, auto_refresh=False, screen=console.is_terminal
+    ) as live:
+        try:
+            while True:
+                time.sleep(_REFRESH_S)
+                live.update(screen(_status(settings)), refresh=True)
+        except KeyboardInterrupt:
+            pass
+
+
+def report(
+    config: ConfigOption = None,
+    out: Annotated[Path, typer.Option(help="The page that is written.")] = Path("hogwild-report.html"),
+) -> None:
+    """Write one self-contained HTML page: losses by file, probes over time, update sizes, serving latency."""
+    from hogwild.report import page
+
+    settings = configuration.load(config)
+    owner.become(settings.state_dir)
+    out.write_text(page(settings), encoding="utf-8")
+    typer.echo(str(out))
+
+
+def quarantine(
+    examples: Annotated[list[int] | None, typer.Argument(help="Numbers of examples; default: all.")] = None,
+    config: ConfigOption = None,
+    file: Annotated[
+        str | None, typer.Option(help="Only those of files that were dropped under this name.")
+    ] = None,
+    retrain: Annotated[bool, typer.Option("--retrain", help="Let them out, to be trained again.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List what guards have set aside, and why; or let it try again with --retrain. Needs no running daemon."""
+    from hogwild.ledger import Ledger
+
+    settings = configuration.load(config)
+    owner.become(settings.state_dir)
+    if not (settings.state_dir / "ledger.sqlite").exists():
+        raise HogwildError(f"nothing was learned yet in {settings.state_dir}")
+    if retrain:
+        count = _release(settings, examples, file)
+        typer.echo(json.dumps({"examples": count}) if as_json else f"{count} examples are trained again")
+        return
+    with Ledger(settings.state_dir / "ledger.sqlite", readonly=True) as ledger:
+        found = [
+            one
+            for one in ledger.guards.suspects(100_000)
+            if (not examples or one.example_id in examples) and file in (None, one.file)
+        ]
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in found]))
+        return
+    if not found:
+        typer.echo("nothing is in quarantine")
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("example", "file", "line", "id", "guard", "since", "why"):
+        table.add_column(heading, justify="right" if heading in ("example", "line") else "left")
+    for one in found:
+        cells = (one.example_id, one.file, one.line_no, one.name or "", one.guard, one.at[:19], one.reason)
+        table.add_row(*(Text(str(cell)) for cell in cells))
+    Console().print(table)
+
+
+def _release(settings: "Config", examples: list[int] | None, file: str | None) -> int:
+    if state_lock.holder(settings.state_dir) is not None:
+        done = commands.send(settings.socket, "retrain", examples=examples or None, file=file)
+        return int(done["examples"])
+    from hogwild import log
+    from hogwild.ledger import Ledger
+
+    log.configure("error", settings.log.format)
+    lock = state_lock.take(settings.state_dir)
+    try:
+        with Ledger(settings.state_dir / "ledger.sqlite") as ledger:
+            return ledger.guards.release(examples or None, file=file)
+    finally:
+        os.close(lock)
+
+
+def _status(settings: "Config") -> dict[str, Any]:
+    pid = state_lock.holder(settings.state_dir)
+    if pid is None:
+        raise HogwildError(f"no daemon is running with the state folder {settings.state_dir}")
+    data: dict[str, Any] = {"pid": pid, "training": False}  # until a server has brought its weights
+    try:
+        written = json.loads((settings.state_dir / "status.json").read_text())
+        if written["pid"] == pid:  # not what an earlier daemon left
+            data = written
+    except FileNotFoundError:
+        pass
+    return data

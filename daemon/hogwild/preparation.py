@@ -1,0 +1,143 @@
+"""What a learner needs before it trains: the model's own texts for replay, and its probes. Made in a thread of its own,
+for which training waits and nobody else does.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hogwild import log as logs
+from hogwild import probes as probing
+from hogwild import selfreplay
+from hogwild.config import Config
+from hogwild.errors import HogwildError
+from hogwild.probes import Probe
+from hogwild.replay import Replay
+
+log = logs.get(__name__)
+
+
+class Preparation:
+    """Work that is done once, in order, before training.
+
+    Args:
+        model: for reading only.
+        tokenizing: held while the tokenizer is used.
+        stopped: asked between tokens.
+        stand_back: called first in the thread: the server goes first.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        config: Config,
+        tokenizing: threading.Lock,
+        stopped: Callable[[], bool],
+        stand_back: Callable[[], None],
+    ) -> None:
+        self._model, self._tokenizer, self._config = model, tokenizer, config
+        self._tokenizing, self._stopped, self._stand_back = tokenizing, stopped, stand_back
+        self._thread: ThreadPoolExecutor | None = None
+        self._work: list[Future[None]] = []
+
+    def begin(self, work: Callable[[], None]) -> None:
+        """Do this after what is to be done already. Its failure is logged: learning without it is worse, not wrong."""
+
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:
+                log.exception("preparation.failed", error=str(error))
+
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "preparation", self._stand_back)
+        self._work.append(self._thread.submit(run))
+
+    def done(self, timeout_s: float | None = None) -> bool:
+        """Wait until all of it is done, or given up."""
+        return not self._work or not wait(self._work, timeout_s).not_done
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def own_texts(self, path: Path, base: str, replay: Replay, *, trained: bool) -> None:
+        """Load the texts that the model wrote before it was trained or, while it is untrained, have it write them (at
+        most about `replay.self_limit_s`).
+
+        Args:
+            path: the file that keeps them.
+            base: digest of the model as it came.
+            replay: gets them.
+            trained: it has been trained already.
+        """
+        try:
+            replay.own = selfreplay.load(path, base) or ()
+        except HogwildError as error:
+            log.warning("selfreplay.unreadable", path=str(path), error=str(error))
+        if replay.own:
+            log.info("selfreplay.loaded", path=str(path), texts=len(replay.own))
+        elif trained:
+            log.warning("selfreplay.missing", path=str(path), reason="the model has been trained already")
+        else:
+            self.begin(lambda: self._write_own_texts(path, base, replay))
+
+    def _write_own_texts(self, path: Path, base: str, replay: Replay) -> None:
+        began, settings = time.perf_counter(), self._config.replay
+        try:
+            with self._tokenizing:
+                prompts = selfreplay.prompts(self._tokenizer, settings.self_texts)
+            samples = selfreplay.make(
+                self._model,
+                prompts,
+                selfreplay.ends(self._model, self._tokenizer),
+                tokens=settings.self_tokens,
+                seed=self._config.training.seed,
+                limit_s=settings.self_limit_s,
+                stopped=self._stopped,
+            )
+            if self._stopped():
+                return
+            selfreplay.save(path, base, self._config.training.seed, samples)
+            # As read from the file, whose numbers are rounded: a restart must go on with the very same.
+            replay.own = selfreplay.load(path, base) or ()
+            log.info(
+                "selfreplay.made",
+                path=str(path),
+                texts=len(samples),
+                wanted=settings.self_texts,
+                tokens=sum(len(one.ids) - one.start for one in samples),
+                seconds=round(time.perf_counter() - began, 1),
+            )
+        except Exception as error:
+            log.exception("selfreplay.failed", path=str(path), error=str(error))
+
+    def own_probes(self, path: Path, base: str, *, step: int) -> list[Probe]:
+        """The probes that the model wrote before it was trained; written now where there are none.
+
+        Args:
+            step: training steps done: what a trained model writes says less.
+        """
+        try:
+            found = probing.load(path, base)
+        except HogwildError as error:
+            log.warning("probes.unreadable", path=str(path), error=str(error))
+            found = None
+        if found is not None:
+            return found
+        began = time.perf_counter()
+        with self._tokenizing:
+            made = probing.make(self._model, self._tokenizer, self._config.probes, self._stopped)
+        if self._stopped():
+            return []
+        probing.save(path, base, made)
+        log.info(
+            "probes.made", path=str(path), probes=len(made), step=step, seconds=round(time.perf_counter() - began, 1)
+        )  # fmt: skip
+        return made

@@ -1,0 +1,140 @@
+"""The status on one screen. Imports no torch."""
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+_MIB = 1024 * 1024
+
+
+def screen(status: dict[str, Any]) -> RenderableType:
+    """What is being learned, how fast, what waits, the probes, the last checkpoint, and what is wrong."""
+    if "learning" not in status:
+        lines = [Text("no server has brought its weights yet", style="yellow")]
+        lines += [Text(f"{key:>14}  {value}") for key, value in status.items()]
+        return Panel(Group(*lines), title=f"hogwild, process {status['pid']}", title_align="left")
+    parts: list[RenderableType] = [_facts(status), Text(), _files(status)]
+    if status["warnings"]:
+        parts += [Text(), *(Text(f"! {warning}", style="bold yellow") for warning in status["warnings"])]
+    return Panel(Group(*parts), title=_title(status), title_align="left", padding=(1, 2))
+
+
+def _title(status: dict[str, Any]) -> Text:
+    state = (
+        Text("training", style="bold green") if status["training"] else Text("not training", style="bold red")
+    )
+    if status["training"] and not status["learning"]["passes_left"]:
+        state = Text("idle, all is learned", style="bold green")
+    return Text.assemble("hogwild  ", state, f"  up {_span(status['uptime_s'])}, process {status['pid']}")
+
+
+def _facts(status: dict[str, Any]) -> Table:
+    learning, serving, checkpoint = status["learning"], status["serving"], status["checkpoint"]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
+    table.add_row("model", Text(f"{status['model']}, step {status['step']}, epoch {status['epoch']}"))
+    speed = f"{learning['tokens_per_s']} trained tokens/s, {learning['updates_per_s']} updates/s"
+    loss = "" if learning["loss"] is None else f", loss {learning['loss']:.2f} nats/token lately"
+    table.add_row("speed", Text(speed + loss))
+    eta = "" if learning["eta_s"] is None else f", about {_span(learning['eta_s'])}"
+    spool = status["spool"]
+    files = (
+        f"; {spool['files']} files in incoming/, the oldest {_span(spool['oldest_s'])}"
+        if spool["files"]
+        else ""
+    )
+    table.add_row(
+        "queue", Text(f"{status['pending']} examples, {learning['passes_left']} passes at most{eta}{files}")
+    )
+    table.add_row(
+        "learned",
+        Text(
+            f"{status['trained']} trained, {status['durable']} durable, {status['quarantined']} in quarantine, "
+            f"{status['undone']} undone, {status['failed'] + status['rejected']} bad lines"
+        ),
+    )
+    table.add_row("probes", _probes(status))
+    saved = checkpoint["saved_at"]
+    what = f"generation {checkpoint['generation']}, {_span(checkpoint['age_s'])} ago" if saved else "none yet"
+    table.add_row("checkpoint", Text(f"{what}, {status['step'] - status['saved_step']} steps since"))
+    server = status["server"].get("url") or "none attached"
+    latency = serving["token_latency_s"]
+    pace = f", {latency * 1000:.0f} ms between tokens" if latency else ""
+    table.add_row(
+        "server", Text(f"{server}: {serving['running']} running, {serving['waiting']} waiting{pace}")
+    )
+    memory, trips = status["memory"], status["guards"]["trips"]
+    said = ", ".join(f"{guard} {count}" for guard, count in sorted(trips.items())) or "never"
+    table.add_row("guards", Text(f"tripped: {said}", style="yellow" if trips else ""))
+    table.add_row(
+        "memory",
+        Text(
+            f"{memory['private_bytes'] / _MIB:.0f} MiB private, {memory['resident_bytes'] / _MIB:.0f} MiB resident"
+        ),
+    )
+    return table
+
+
+def _probes(status: dict[str, Any]) -> Text:
+    newest, good, margin = (status["probes"][key] for key in ("newest", "good", "margin"))
+    if newest is None:
+        return Text(
+            "not scored yet" if good is None else f"not scored yet; good: generation {good['generation']}"
+        )
+    text = Text()
+    for name, loss in newest["losses"].items():
+        was = good["losses"].get(name) if good else None
+        risen = 0.0 if was is None or loss is None else loss - was
+        style = "green" if risen < margin / 2 else "yellow" if risen <= margin else "bold red"
+        shown = "not a number" if loss is None else f"{loss:.3f}"
+        text.append(f"{name} {shown}", style=style)
+        if was is not None:
+            text.append(
+                f" ({round(risen, 3) + 0.0:+.3f} since generation {good['generation']}, {margin} allowed)"
+            )
+        text.append(f", {newest['right'].get(name, 0):.0%} of tokens right  ")
+    return text
+
+
+def _files(status: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="cyan")
+    headings = (
+        "file",
+        "examples",
+        "pending",
+        "trained",
+        "durable",
+        "quarantined",
+        "undone",
+        "bad",
+        "accepted",
+    )
+    for heading in headings:
+        table.add_column(
+            heading, justify="left" if heading in ("file", "accepted") else "right", no_wrap=True
+        )
+    for file in status["learning"]["files"]:
+        counts = ("examples", "pending", "trained", "durable", "quarantined", "undone")
+        table.add_row(
+            Text(file["name"], overflow="ellipsis"),
+            *(str(file[key]) for key in counts),
+            str(file["failed"] + file["rejected"]),
+            (file["accepted_at"] or "")[:19].replace("T", " "),
+        )
+    return table
+
+
+def _span(seconds: float) -> str:
+    """75 -> "1 min 15 s"."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"

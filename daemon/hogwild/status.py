@@ -1,0 +1,217 @@
+"""What the daemon is doing, as one JSON object: `status.json`, for `hogwild status`, and the gauges for Prometheus."""
+
+import json
+import math
+import os
+import time
+from collections import deque
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from hogwild import generation as generations
+from hogwild import metrics
+from hogwild.arena.control import Load
+from hogwild.config import Config
+from hogwild.learner import Learner
+from hogwild.ledger import Ledger
+from hogwild.probes import Score
+
+_WINDOW_S = 60.0  # over which speed is measured
+_SERIES_S = 60.0  # between two notes of how the server does
+_FILES = 8
+
+
+class Status:
+    """Collects. One for the life of a daemon."""
+
+    def __init__(self, config: Config, ledger: Ledger) -> None:
+        self._config, self._ledger = config, ledger
+        self._began = time.time()
+        self._points: deque[tuple[float, float, float]] = deque()  # (when, tokens, updates)
+        self._noted_at = 0.0
+        self._loads: deque[tuple[float, int, float]] = deque()  # (when, tokens, seconds waited for them)
+        self._yielded = (0, 0.0)
+        metrics.started.set(self._began)
+        metrics.watch_process()
+        metrics.incoming_files.set_function(lambda: self._incoming()[0])
+        metrics.incoming_age.set_function(lambda: self._incoming()[1])
+        metrics.checkpoint_age.set_function(self._checkpoint_age_s)
+
+    def of(self, learner: Learner, server: dict[str, Any], saved_step: int, *, stuck: bool) -> dict[str, Any]:
+        """The status now. Cheap enough for every few seconds."""
+        control, judge = learner.arena.control, learner.judge
+        counts = asdict(self._ledger.counts())
+        left, loss = self._ledger.remaining()
+        attached = bool(server)
+        load = control.load
+        running, waiting = load.running, load.waiting
+        latency = self._token_latency_s(load)
+        self._gauges(learner, counts, left, attached=attached)
+        metrics.running.set(running)
+        metrics.waiting.set(waiting)
+        metrics.token_latency.set(latency or 0.0)
+        self._note(learner, server, running, waiting, latency)
+        tokens_per_s, updates_per_s = self._speed()
+        probes = judge.probes
+        resident, private = metrics.own_memory()
+        waiting_files, oldest_s = self._incoming()
+        generation, saved_at = self._newest_checkpoint()
+        return {
+            "pid": os.getpid(),
+            "at": time.time(),
+            "uptime_s": round(time.time() - self._began),
+            "model": str(learner.folder),
+            "step": learner.progress.steps,
+            "epoch": learner.progress.epoch,
+            "training": learner.training,
+            "server": server,
+            "saved_step": saved_step,
+            "generation": control.generation,
+            **counts,
+            "learning": {
+                "loss": None if loss is None else round(loss, 4),
+                "tokens_per_s": tokens_per_s,
+                "updates_per_s": updates_per_s,
+                "passes_left": left,
+                "eta_s": round(left / updates_per_s) if left and updates_per_s else None,
+                "files": [
+                    {**{k: v for k, v in asdict(file).items() if k in _OF_A_FILE}, "examples": file.examples}
+                    for file in self._ledger.files(_FILES)
+                ],
+            },
+            "spool": {"files": waiting_files, "oldest_s": round(oldest_s, 1)},
+            "serving": {"running": running, "waiting": waiting, "token_latency_s": latency},
+            "probes": {
+                "newest": _score(probes.newest),
+                "good": None if probes.good is None else {**asdict(probes.good), "losses": dict(probes.good.losses)},
+                "margin": self._config.probes.margin,
+            },
+            "checkpoint": {"generation": generation, "saved_at": saved_at, "age_s": self._checkpoint_age_s()},
+            "guards": {"trips": self._ledger.guards.trips(), "newest": self._ledger.guards.newest_trips(3)},
+            "memory": {"resident_bytes": resident, "private_bytes": private},
+            "warnings": self._warnings(learner, counts, attached=attached, stuck=stuck, oldest_s=oldest_s),
+        }  # fmt: skip
+
+    def _warnings(
+        self, learner: Learner, counts: dict[str, int], *, attached: bool, stuck: bool, oldest_s: float
+    ) -> list[str]:
+        found = []
+        if stuck:
+            found.append(
+                "the probes have fallen and no generation could be gone back to: training has stopped"
+            )
+        elif learner.judge.tripped is not None:
+            found.append("the probes have fallen: going back to the last good generation")
+        if not attached:
+            found.append("no server is attached")
+        elif not learner.training and learner.judge.tripped is None:
+            found.append(
+                "training waits: the server has not been verified, or does not serve what is trained"
+            )
+        if counts["quarantined"]:
+            found.append(f"{counts['quarantined']} examples are in quarantine: hogwild quarantine")
+        if counts["failed"] or counts["rejected"]:
+            found.append(
+                f"{counts['failed'] + counts['rejected']} lines cannot be trained: {self._config.spool.dir / 'failed'}"
+            )
+        if oldest_s > max(60.0, 10 * self._config.spool.rescan_interval_s):
+            found.append(f"a file has been in incoming/ for {oldest_s:.0f} s")
+        return found
+
+    def _gauges(self, learner: Learner, counts: dict[str, int], left: int, *, attached: bool) -> None:
+        yields, yielded_s = learner.governor.yields, learner.governor.yielded_s
+        if yields < self._yielded[0]:  # another learner
+            self._yielded = (0, 0.0)
+        metrics.yields.inc(yields - self._yielded[0])
+        metrics.yield_seconds.inc(max(yielded_s - self._yielded[1], 0.0))
+        self._yielded = yields, yielded_s
+        metrics.training.set(learner.training)
+        metrics.server_up.set(attached)
+        metrics.step.set(learner.progress.steps)
+        metrics.epoch.set(learner.progress.epoch)
+        metrics.generation.set(learner.arena.control.generation)
+        metrics.passes_left.set(left)
+        metrics.files.set(counts["files"])
+        metrics.rejected.set(counts["rejected"])
+        for state in ("pending", "trained", "durable", "failed", "undone", "quarantined"):
+            metrics.examples.labels(state=state).set(counts[state])
+
+    def _note(
+        self, learner: Learner, server: dict[str, Any], running: int, waiting: int, latency: float | None
+    ) -> None:
+        """Once a minute, into the ledger: how the server does, for the report."""
+        now = time.monotonic()
+        if not server or (self._noted_at and now - self._noted_at < _SERIES_S):
+            return
+        self._noted_at = now
+        values = {"serving.running": float(running), "serving.waiting": float(waiting)}
+        if latency is not None:
+            values["serving.token_latency_s"] = latency
+        values["training.tokens_per_s"] = self._speed()[0]
+        self._ledger.guards.note(learner.progress.steps, values)
+
+    def _token_latency_s(self, load: Load) -> float | None:
+        """Mean time between two tokens of an answer, over the last minute; None: nothing was answered."""
+        now = time.monotonic()
+        if self._loads and load.tokens < self._loads[-1][1]:  # another server
+            self._loads.clear()
+        self._loads.append((now, load.tokens, load.waited_s))
+        while len(self._loads) > 2 and now - self._loads[1][0] > _WINDOW_S:
+            self._loads.popleft()
+        (_, tokens, waited_s), (_, tokens_now, waited_now_s) = self._loads[0], self._loads[-1]
+        return (waited_now_s - waited_s) / (tokens_now - tokens) if tokens_now > tokens else None
+
+    def _speed(self) -> tuple[float, float]:
+        """(trained tokens, training steps) a second, over the last minute."""
+        now = time.monotonic()
+        self._points.append((now, metrics.trained_tokens(), metrics.updates_done()))
+        while len(self._points) > 2 and now - self._points[1][0] > _WINDOW_S:
+            self._points.popleft()
+        first, last = self._points[0], self._points[-1]
+        seconds = last[0] - first[0]
+        if seconds <= 0:
+            return 0.0, 0.0
+        return round((last[1] - first[1]) / seconds, 2), round((last[2] - first[2]) / seconds, 3)
+
+    def _incoming(self) -> tuple[int, float]:
+        return metrics.oldest_age(self._config.spool.dir / "incoming")
+
+    def _newest_checkpoint(self) -> tuple[int | None, str | None]:
+        try:
+            state = json.loads(
+                (self._config.state_dir / "checkpoints" / "current" / generations.STATE).read_bytes()
+            )
+            return int(state["generation"]), str(state["saved_at"])
+        except (OSError, ValueError, KeyError):
+            return None, None
+
+    def _checkpoint_age_s(self) -> float:
+        """Since the newest checkpoint; since the start, where there is none."""
+        saved_at = self._newest_checkpoint()[1]
+        try:
+            at = datetime.fromisoformat(saved_at).replace(tzinfo=UTC).timestamp() if saved_at else self._began
+        except ValueError:
+            at = self._began
+        return round(max(time.time() - at, 0.0), 1)
+
+
+_OF_A_FILE = (
+    "name",
+    "accepted_at",
+    "pending",
+    "trained",
+    "durable",
+    "failed",
+    "undone",
+    "quarantined",
+    "rejected",
+)
+
+
+def _score(score: Score | None) -> dict[str, Any] | None:
+    """For JSON, which has no NaN."""
+    if score is None:
+        return None
+    losses = {name: round(loss, 5) if math.isfinite(loss) else None for name, loss in score.losses.items()}
+    return {"step": score.step, "losses": losses, "right": score.right}

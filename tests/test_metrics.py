@@ -1,0 +1,115 @@
+"""What Prometheus is told: names, address, and the dashboard that draws it."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client import generate_latest
+
+from hogwild import metrics
+from support import free_port
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DASHBOARD = json.loads((REPOSITORY / "config" / "grafana.json").read_text())
+
+
+def exported() -> set[str]:
+    """Every name that a scrape may hold."""
+    names = set()
+    for family in metrics.REGISTRY.collect():
+        names.add(family.name)
+        suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(
+            family.type, ("",)
+        )
+        names |= {family.name + suffix for suffix in suffixes}
+    return names
+
+
+def queries() -> list[str]:
+    of_panels = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+    return of_panels + [one["expr"] for one in DASHBOARD["annotations"]["list"]]
+
+
+def test_every_query_of_the_dashboard_asks_for_something_that_is_exported():
+    asked = {name for query in queries() for name in re.findall(r"\bhogwild_\w+", query)}
+    assert len(asked) > 25
+    assert asked <= exported(), asked - exported()
+
+
+def test_the_dashboard_shows_every_metric():
+    """All but the ones that Prometheus itself makes use of."""
+    shown = " ".join(queries())
+    kept = {
+        "hogwild_build_info",
+        "hogwild_start_time_seconds",
+        "hogwild_accepted_files",
+        "hogwild_rejected_lines",
+    }
+    families = {family.name for family in metrics.REGISTRY.collect()} - kept
+    assert not {name for name in families if name not in shown}
+
+
+def test_names_have_the_prefix_and_base_units():
+    for family in metrics.REGISTRY.collect():
+        assert family.name.startswith("hogwild_"), family.name
+        assert family.documentation.endswith("."), family.name
+        assert not re.search(r"_(ms|milliseconds|minutes|mib|mb|kb|percent)(_|$)", family.name), family.name
+
+
+@pytest.mark.promtool
+def test_promtool_has_nothing_to_complain_of():
+    """`promtool check metrics`, on a scrape in which every labelled metric has a value."""
+    metrics.probe_loss.labels(probes="own").set(1)
+    metrics.probe_right.labels(probes="own").set(1)
+    for counter, label in ((metrics.tokens, "new"), (metrics.passes, "new"), (metrics.strikes, "loss")):
+        counter.labels(label).inc()
+    metrics.rollbacks.labels(by="person").inc()
+    ran = subprocess.run(
+        [str(shutil.which("promtool")), "check", "metrics"],
+        input=generate_latest(metrics.REGISTRY),
+        capture_output=True,
+        check=False,
+    )
+    said = (ran.stdout + ran.stderr).decode()
+    assert ran.returncode == 0, said
+    assert not said.strip()
+
+
+def test_it_answers_on_this_machine_alone_and_stops_with_the_daemon():
+    port = free_port()
+    with metrics.serving(port):
+        answer = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False)
+        assert answer.status_code == 200
+        assert "hogwild_guard_trips_total" in answer.text
+        listening = [
+            line.split()[1]
+            for line in Path("/proc/net/tcp").read_text().splitlines()[1:]
+            if line.split()[3] == "0A" and int(line.split()[1].split(":")[1], 16) == port
+        ]
+        assert listening == [f"0100007F:{port:04X}"], "127.0.0.1, and nothing else"
+        with metrics.serving(port):  # taken: said, and no reason not to learn
+            pass
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False)
+    with metrics.serving(0):
+        pass
+
+
+def test_the_loss_is_a_moving_mean():
+    metrics.loss.set(0)
+    metrics.observe_loss(2.0)
+    metrics.observe_loss(3.0)
+    assert 2.0 < metrics.loss._value.get() < 2.1
+
+
+def test_the_spools_age_is_that_of_its_oldest_file(tmp_path):
+    assert metrics.oldest_age(tmp_path / "missing") == (0, 0.0)
+    (tmp_path / ".hidden").touch()
+    (tmp_path / "a.jsonl").touch()
+    count, age = metrics.oldest_age(tmp_path)
+    assert count == 1
+    assert 0 <= age < 60

@@ -1,0 +1,180 @@
+"""The report page and the status screen: what they show, and what they make of hostile names."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+
+from hogwild import svg
+from hogwild.config import Config
+from hogwild.errors import HogwildError
+from hogwild.examples import parse_line
+from hogwild.ledger import GoodLine, Ledger, Pass, Trip
+from hogwild.report import page
+from hogwild.screen import screen
+from support import environment
+
+LINE = b'{"text": "a", "id": "<b>"}'
+EVIL = '<script>alert("1")</script>[red]&.jsonl'
+
+
+@pytest.fixture
+def config(tmp_path):
+    return Config(state_dir=tmp_path / "state", socket=tmp_path / "arena.sock")
+
+
+def learned(config: Config) -> None:
+    """Two files, one of them with an evil name and something in quarantine; and some measurements."""
+    with Ledger(config.state_dir / "ledger.sqlite") as ledger:
+        for name in ("facts.jsonl", EVIL):
+            lines = [
+                GoodLine(n, 0, b'{"text": "a", "id": "<b>"}', parse_line(b'{"text": "a", "id": "<b>"}'))
+                for n in (1, 2)
+            ]
+            ledger.accept_file(name, name, lines, passes=2)
+        for step in range(1, 9):
+            example = (step - 1) % 4 + 1
+            ledger.record_pass(Pass(example, 4.0 / step, 3.0 / step, 5, step, 0, "arena"))
+            ledger.record_pass(
+                Pass(example, 5.0 / step, None, 5, step, 0, "arena", replay=True)
+            ) if step > 4 else None
+            ledger.guards.note(
+                step,
+                {
+                    "probes.own": 0.5 + step / 10,
+                    "serving.token_latency_s": 0.02,
+                    "training.tokens_per_s": 9.0,
+                },
+            )
+        ledger.guards.set_aside(3, Trip("loss", 8, {"why": EVIL}), f"its loss {EVIL}", {"losses": [None]})
+
+
+def test_the_page_is_self_contained_and_escapes_what_comes_from_outside(config):
+    learned(config)
+    text = page(config)
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    assert "<b>&" not in text
+    assert set(re.findall(r"https?://[^\"' <]+", text)) == {"http://www.w3.org/2000/svg"}, (
+        "a name, not an address"
+    )
+    assert not re.search(r"<(img|link|iframe|object|embed|base|form)\b|@import|url\(", text)
+    assert "default-src 'none'" in text
+    for heading in (
+        "Loss before and after, by file",
+        "Probes",
+        "Update size by layer",
+        "Serving while training",
+    ):
+        assert heading in text
+    for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        ElementTree.fromstring(drawing)
+    assert len(re.findall("<svg", text)) >= 5
+
+
+def test_a_page_of_a_ledger_without_anything_says_so(config):
+    with pytest.raises(HogwildError, match="nothing was learned yet"):
+        page(config)
+    with Ledger(config.state_dir / "ledger.sqlite"):
+        pass
+    assert page(config).count("nothing yet") >= 5
+
+
+def test_the_losses_by_file_are_those_of_the_first_and_the_last_pass(config):
+    from hogwild.ledger_report import losses_by_file, losses_over_steps, range_of_training
+
+    learned(config)
+    with Ledger(config.state_dir / "ledger.sqlite", readonly=True) as ledger:
+        (facts, evil) = losses_by_file(ledger, 10)
+        assert facts[:2] == ("facts.jsonl", 2)
+        assert facts[2] == pytest.approx((4 / 1 + 4 / 2) / 2)
+        assert facts[3] == pytest.approx((3 / 5 + 3 / 6) / 2)
+        assert evil[0] == EVIL
+        assert [step for step, _ in losses_over_steps(ledger)["new"]] == list(range(1, 9))
+        assert range_of_training(ledger)[2:] == (8, 60)
+
+
+def test_curves_have_gaps_where_there_is_no_number():
+    drawn = svg.lines([svg.Line("a", [(0, 1), (1, 2), (2, None), (3, 4), (4, 5)])], x="x", y="y")
+    assert drawn.count("<polyline") == 2
+    assert svg.lines([svg.Line("a", [])], x="x", y="y") == '<p class="none">nothing yet</p>'
+    assert "nan" not in svg.lines([svg.Line("a", [(0, float("nan")), (1, 2)])], x="x", y="y").lower()
+    assert svg.lines([svg.Line("a", [(5, 3)])], x="x", y="y").count("<circle") == 1
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.2, 0.21), (-3, 1e6), (5, 5)])
+def test_ticks_are_round_and_inside(low, high):
+    found = svg.ticks(low, high)
+    assert 1 <= len(found) <= 11
+    assert all(low - 1e-9 <= value <= high + (high - low) * 1e-6 for value in found)
+
+
+def status(**more):
+    file = {"name": EVIL, "examples": 3, "pending": 1, "trained": 1, "durable": 1, "quarantined": 0, "undone": 0,
+            "failed": 0, "rejected": 2, "accepted_at": "2026-11-25T17:05:00.000Z"}  # fmt: skip
+    return {
+        "pid": 7, "uptime_s": 3700, "model": "/models/m", "step": 120, "epoch": 15, "training": True, "saved_step": 100,
+        "server": {"url": "http://127.0.0.1:8000"}, "pending": 1, "trained": 1, "durable": 1, "quarantined": 0,
+        "undone": 0, "failed": 0, "rejected": 2,
+        "learning": {"loss": 1.234, "tokens_per_s": 12.5, "updates_per_s": 0.5, "passes_left": 4, "eta_s": 8,
+                     "files": [file]},
+        "spool": {"files": 2, "oldest_s": 3}, "serving": {"running": 2, "waiting": 1, "token_latency_s": 0.0123},
+        "probes": {"newest": {"step": 100, "losses": {"own": 0.5}, "right": {"own": 0.9}},
+                   "good": {"generation": 3, "losses": {"own": 0.45}}, "margin": 0.25},
+        "checkpoint": {"generation": 3, "saved_at": "2026-11-25T17:00:00Z", "age_s": 65},
+        "guards": {"trips": {"probes": 1}, "newest": []}, "memory": {"private_bytes": 2**30, "resident_bytes": 2**31},
+        "warnings": ["one example is in quarantine"], **more,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [200, 100, 60])
+def test_the_screen_says_what_is_learned_how_fast_and_what_is_wrong(width):
+    console = Console(width=width, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115
+    console.print(screen(status()))
+    said = console.export_text()
+    assert len(said.splitlines()) <= 50, "one screen"
+    if width >= 100:
+        for part in (
+            "training", "12.5 trained tokens/s", "4 passes at most", "generation 3", "own 0.500", "+0.050",
+            "probes 1", "12 ms between tokens", "one example is in quarantine", "1 h 1 min", "<script>",
+        ):  # fmt: skip
+            assert part in said, part
+
+
+def test_a_probe_that_is_no_number_is_shown_as_that():
+    console = Console(width=160, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115
+    probes = {**status()["probes"], "newest": {"step": 1, "losses": {"own": None}, "right": {"own": 0.0}}}
+    console.print(screen(status(probes=probes, training=False, warnings=[])))
+    said = console.export_text()
+    assert "not a number" in said
+    assert "not training" in said
+
+
+def test_quarantine_lists_what_is_set_aside_and_lets_it_out(config):
+    """From the command line, without a daemon."""
+    learned(config)
+
+    def hogwild(*arguments: str) -> str:
+        env = environment(HOGWILD_STATE_DIR=str(config.state_dir), COLUMNS="250", NO_COLOR="1")
+        command = [sys.executable, "-m", "hogwild", *arguments]
+        ran = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    shown = hogwild("quarantine")
+    assert EVIL in shown
+    assert "loss" in shown
+    (one,) = json.loads(hogwild("quarantine", "--json"))
+    assert (one["example_id"], one["file"], one["about"]) == (3, EVIL, {"losses": [None]})
+    assert json.loads(hogwild("quarantine", "--retrain", "--file", "facts.jsonl", "--json")) == {
+        "examples": 0
+    }
+    assert json.loads(hogwild("quarantine", "3", "--retrain", "--json")) == {"examples": 1}
+    assert "nothing" in hogwild("quarantine")
+    with Ledger(config.state_dir / "ledger.sqlite", readonly=True) as ledger:
+        assert 3 in {pending.example_id for pending in ledger.pending(9)}
