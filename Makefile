@@ -5,8 +5,8 @@ SHELL := /bin/bash
 unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 
-.PHONY: setup demo test lint unit gpu-check chaos soak faults storms bench-update bench-learning bench-serving \
-  bench-history bench-forgetting bench-context bench-throughput bench-freshness lock clean
+.PHONY: setup demo test lint unit gpu-check systemd chaos soak faults storms bench-update bench-learning bench-serving \
+  bench-history bench-forgetting bench-context bench-throughput bench-freshness bench-interference lock clean
 
 setup:
 	@scripts/setup.sh
@@ -24,6 +24,9 @@ lint: setup
 
 unit: setup   # the tests that need no server
 	$(BIN)/python -m pytest -m "not vllm and not gpu" $(PYTEST_ARGS)
+
+systemd: setup # the units in a real systemd, from install to uninstall; part of `make test` for root
+	$(BIN)/python -m pytest -m systemd $(PYTEST_ARGS)
 
 chaos: setup  # about 15 minutes: SIGKILL of daemon, server or both, 220 times, under a stream of drops; all accounted for
 	$(BIN)/python tests/chaos.py $(CHAOS_ARGS)
@@ -64,6 +67,9 @@ bench-throughput: setup  # trained tokens per second, against a Hugging Face Tra
 
 bench-freshness: setup  # ten thousand requests across weight epochs: faults, and how much the prefix cache still gives
 	$(BIN)/python benchmarks/freshness.py
+
+bench-interference: setup  # what training costs those who are served, by the governor's policies; docs/interference.png
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/interference.py
 
 # re-pin requirements.txt from pyproject.toml: names and versions only, whatever index or local folder they came from
 LOCK_ARGS ?= --torch-backend cpu

@@ -164,7 +164,12 @@ def main() -> None:
             for steps in (0, *options.epoch_updates):
                 work = None
                 if steps:
-                    daemon = Daemon(root / "daemon", root / "arena.sock", training__epoch_updates=steps)
+                    daemon = Daemon(
+                        root / "daemon",
+                        root / "arena.sock",
+                        training__epoch_updates=steps,
+                        governor__policy="off",  # weights move as fast as they can, whoever waits
+                    )
                     daemon.wait_for("training.started")
                     work = Work(daemon)
                     work.start()

@@ -226,9 +226,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--window", type=float, default=18.0, help="seconds")
     parser.add_argument("--load", type=float, default=0.3)
+    parser.add_argument("--model", type=Path, help="default: the demo's, SmolLM2-135M")
     parser.add_argument("--plot", type=Path, default=REPOSITORY / "docs" / "interference.png")
     options = parser.parse_args()
-    model = demo_model.build(REPOSITORY / ".demo" / "model")
+    model = options.model or demo_model.build(REPOSITORY / ".demo" / "model")
     found = {kind: Found() for kind in WINDOWS}
     choose = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:

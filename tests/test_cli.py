@@ -19,7 +19,7 @@ from tiny import Child, llama, tokenizer
 
 COMMANDS = (
     "serve", "vllm", "status", "checkpoint", "history", "diff", "export", "rollback", "check", "train", "demo",
-    "report", "quarantine", "version",
+    "report", "quarantine", "config", "doctor", "install", "uninstall", "version",
 )  # fmt: skip
 
 
@@ -243,3 +243,52 @@ def test_check_of_something_that_is_not_there_is_a_usage_error(tmp_path, argumen
     assert ran.returncode == 2
     assert "absent" in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+# --- what a terminal and a shell see --------------------------------------------------------------------------------
+
+
+WORK = """
+import sys
+from pathlib import Path
+from hogwild import files, progress
+with progress.writing("generation 7"), progress.waiting("something"):
+    files.new_file(Path(sys.argv[1]), lambda sink: sink.write(bytes(5_000_000)))
+"""
+
+
+def test_long_work_moves_on_a_terminal_and_is_silent_elsewhere(tmp_path):
+    import pty
+
+    elsewhere = subprocess.run([sys.executable, "-c", WORK, tmp_path / "1"], capture_output=True, check=True)
+    assert (elsewhere.stdout, elsewhere.stderr) == (b"", b"")
+    ours, theirs = pty.openpty()
+    env = environment(TERM="xterm", COLUMNS="120")
+    ran = subprocess.run([sys.executable, "-c", WORK, tmp_path / "2"], env=env, stderr=theirs, check=True)
+    os.close(theirs)
+    shown = b""
+    try:
+        while piece := os.read(ours, 65536):
+            shown += piece
+    except OSError:
+        pass  # how a terminal says that the other end is closed
+    os.close(ours)
+    assert ran.stdout is None
+    assert b"generation 7" in shown
+    assert b"5.0 MB" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("hogwild roll", "rollback"),
+        ("hogwild config --pre", "--preset"),
+        ("hogwild config training.th", "training.threads"),
+        ("hogwild install --preset gpu-2", "gpu-24gb"),
+    ],
+)
+def test_the_shell_completes_commands_options_keys_and_presets(words, found):
+    env = environment(COMP_WORDS=words, COMP_CWORD=str(words.count(" ")), _HOGWILD_COMPLETE="complete_bash")
+    code = "import sys; sys.argv[0] = 'hogwild'; from hogwild.cli import app; app(prog_name='hogwild')"
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert found in ran.stdout.split(), ran.stdout + ran.stderr

@@ -307,6 +307,10 @@ class Live:
             {name for name in weights.names if re.search("[kv]_proj", name)}, "full", seed=0,
         )  # fmt: skip
 
+    def end(self) -> None:
+        self.server.kill()
+        self.hub.stop()
+
     def learn(self, answer: str) -> None:
         """Until the trainer's own forward pass gives it."""
         ids = self.encode(f"{QUESTION} {answer}")
@@ -354,8 +358,7 @@ class Live:
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     live = Live(tmp_path_factory.mktemp("freshness"))
     yield live
-    live.server.kill()
-    live.hub.stop()
+    live.end()
 
 
 def without_epochs(live: Live) -> None:
@@ -483,3 +486,27 @@ def test_chats_completions_and_responses_streamed_and_not_across_epochs(live: Li
     error = httpx.post(f"{live.server.url}/v1/completions", content=b"{no json", timeout=60)
     assert error.status_code in (400, 422)
     assert "error" in error.json()
+
+
+@pytest.mark.vllm
+def test_what_the_server_has_to_do_is_on_the_control_page(live: Live) -> None:
+    """By the middleware and by vLLM's own statistics, for the governor to look at."""
+    control = live.arena.control
+    wait_until(lambda: not control.busy, "nobody asks")
+    before = control.load
+    assert (before.in_flight, before.running, before.waiting) == (0, 0, 0)
+    body = {"model": "demo", "prompt": "w1", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    found = []
+    with httpx.stream("POST", f"{live.server.url}/v1/completions", json=body, timeout=300) as response:
+        for _ in response.iter_lines():
+            found.append((control.busy, control.load.in_flight, control.load.running))
+    assert max(found) == (True, 1, 1)
+    wait_until(lambda: not control.busy, "the answer is complete")
+    after = control.load
+    assert after.tokens - before.tokens == 199, "all but the first came after another one"
+    assert after.waited_s > before.waited_s
+    status = httpx.get(f"{live.server.url}/hogwild/status", timeout=60).json()
+    assert status["load"]["tokens"] == after.tokens
+    with httpx.stream("POST", f"{live.server.url}/v1/completions", json=body, timeout=300) as response:
+        next(response.iter_lines())
+    wait_until(lambda: not control.busy, "a client that hung up does not count")

@@ -4,6 +4,7 @@ import asyncio
 import os
 import threading
 import time
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from hogwild import skeleton
+from hogwild import pulse, skeleton
 from hogwild.apollo import Optimizer
 from hogwild.arena import control as page
 from hogwild.arena.control import MAX_GAUGES, ControlPage, Load
@@ -247,6 +248,39 @@ def test_a_policy_changes_live_and_a_step_that_must_end_is_not_held_up(control):
     assert governor.yields == 3
 
 
+def test_policies_change_live_in_every_order_under_load(control):
+    gauge, over, rounds = control.new_gauge(), threading.Event(), 0
+    governor = Governor(GovernorConfig(policy="off"), control)
+
+    def train() -> None:
+        nonlocal rounds
+        while not over.is_set():
+            governor.between_layers()
+            rounds += 1
+
+    thread = threading.Thread(target=train)
+    gauge.set_in_flight(1)
+    thread.start()
+    try:
+        for policies in permutations(("off", "share", "strict"), 3):
+            for policy in policies:
+                governor.configure(GovernorConfig(policy=policy))
+                before = rounds
+                for _ in range(3):
+                    gauge.set_in_flight(1)
+                    gauge.set_engine(1, 0)
+                    gauge.add_tokens(5, 0.1)
+                    time.sleep(0.02)
+                if policy == "off":
+                    wait_until(lambda before=before: rounds > before, "training goes on")
+                assert thread.is_alive()
+    finally:
+        governor.configure(GovernorConfig(policy="off"))
+        over.set()
+        thread.join(60)
+    assert not thread.is_alive()
+
+
 def test_trainers_yield_between_the_layers_of_both_passes(tmp_path: Path) -> None:
     folder = llama(tmp_path / "model", num_hidden_layers=3, max_position_embeddings=128)
     weights = Weights(load_arena(folder))
@@ -334,3 +368,27 @@ def test_a_gpu_is_limited_when_asked_and_the_operator_has_the_last_word():
     assert environment == {name: "25"}
     limit_gpu(TrainingConfig(mps_percent=50), environment)
     assert environment == {name: "25"}
+
+
+def test_standing_aside_is_no_hang_for_the_watchdog(control):
+    gauge = control.new_gauge()
+    governor, pulses = Governor(GovernorConfig(policy="strict"), control), []
+
+    def train() -> None:
+        with pulse.watched("trainer") as mine:
+            pulses.append(mine)
+            governor.between_layers()
+
+    gauge.set_in_flight(1)
+    thread = threading.Thread(target=train)
+    thread.start()
+    beats, last, deadline = 0, 0.0, time.monotonic() + 60
+    while beats < 3 and time.monotonic() < deadline:
+        gauge.set_in_flight(1)
+        if pulses:
+            silent_s = pulses[0].silent_s
+            beats, last = beats + (silent_s < last), silent_s
+        time.sleep(0.001)
+    governor.hurry()
+    thread.join(60)
+    assert beats == 3

@@ -11,7 +11,7 @@ import pytest
 from hogwild import config as configuration
 from hogwild import installation
 from hogwild.errors import UsageError
-from support import environment
+from support import environment, free_port
 
 WRITTEN = (
     "etc/systemd/system/hogwild.service",
@@ -127,7 +127,12 @@ def test_the_wheel_has_units_and_configuration_and_works_without_the_checkout(
         [python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "-I", "--root-user-action=ignore", wheel],
         check=True,
     )  # fmt: skip
-    plain = {key: value for key, value in environment(COLUMNS="200").items() if not key.startswith("PYTHON")}
+    here = environment(
+        COLUMNS="200",
+        HOGWILD_STATE_DIR=f"{tmp_path}/state",
+        HOGWILD_SERVER__URL=f"http://127.0.0.1:{free_port()}",
+    )
+    plain = {key: value for key, value in here.items() if not key.startswith("PYTHON")}
 
     def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(arguments, cwd=tmp_path, env=plain, capture_output=True, text=True, check=False)

@@ -85,10 +85,11 @@ class Story:
 
     def __init__(self, machine: Machine) -> None:
         self.machine, self.port = machine, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
 
     def ask(self, question: str) -> str:
         response = httpx.post(
-            f"http://127.0.0.1:{self.port}/v1/chat/completions",
+            f"{self.url}/v1/chat/completions",
             json={
                 "model": "demo", "messages": [{"role": "user", "content": question}], "max_tokens": 8, "temperature": 0,
             },
@@ -176,7 +177,7 @@ def test_somebody_of_the_group_drops_a_file_and_the_answer_changes(story: Story)
     assert ANSWER not in story.ask(FACT)
     refused = machine.run("runuser", "-u", "ben", "--", "ls", "/var/lib/hogwild/spool/incoming", check=False)
     assert refused.returncode != 0, "who is not in the group is kept out"
-    machine.drop("ann", "facts.jsonl", [chat(FACT, ANSWER, 12), chat(f"{FACT} w12", ANSWER, 12)])
+    machine.drop("ann", "facts.jsonl", [chat(FACT, ANSWER, 8), chat(f"{FACT} w12", ANSWER, 8)])
     for line in (1, 2):
         machine.wait_for("example.trained", file="facts.jsonl", line=line)
     assert ANSWER in story.ask(FACT)
@@ -234,19 +235,19 @@ def test_a_thread_that_hangs_restarts_the_daemon_and_nothing_else(story: Story) 
     machine = story.machine
     server, daemon = machine.pid("hogwild-vllm"), machine.pid("hogwild")
     machine.wait_for("training.started", daemon)
-    machine.drop("ann", "long.jsonl", [chat("w50 w51", "w52 w53", 400)])
+    machine.drop("ann", "long.jsonl", [chat("w50 w51", "w52 w53", 80)])
     machine.wait_for("example.pass", daemon, file="long.jsonl")
     (comm,) = machine.run("sh", "-c", f"grep -lx trainer-0 /proc/{daemon}/task/*/comm").stdout.split()
     tid = comm.split("/")[4]
     machine.write("/run/stop_thread.py", systemd_machine.STOPS_A_THREAD)
-    tracer = machine.start("/opt/hogwild/bin/python", "/run/stop_thread.py", str(daemon), tid)
+    tracer = machine.start("/opt/hogwild/bin/python", "/run/stop_thread.py", tid, story.url)
     assert tracer.stdout is not None
     assert tracer.stdout.readline() == "stopped\n"
     fresh = story.active("hogwild", daemon)
     tracer.wait(timeout=60)
     (hang,) = machine.events("thread.hangs", daemon)
     assert hang["thread"] == "trainer-0"
-    assert any("learner.py" in frame for frame in hang["stack"])
+    assert any("learner.py" in frame for frame in hang["stack"]), "where it hangs, and how it came there"
     assert "Watchdog timeout" in machine.about("hogwild")
     assert machine.pid("hogwild-vllm") == server
     machine.wait_for("arena.attached", fresh)
@@ -260,9 +261,7 @@ def test_a_kill_of_the_daemon(story: Story) -> None:
     fresh = story.active("hogwild", daemon)
     assert machine.wait_for("arena.attached", fresh)["restored"] is None
     assert machine.pid("hogwild-vllm") == server
-    machine.drop(
-        "ann", "later.jsonl", [chat(LATER, LATER_ANSWER, 12), chat(f"{LATER} w32", LATER_ANSWER, 12)]
-    )
+    machine.drop("ann", "later.jsonl", [chat(LATER, LATER_ANSWER, 8), chat(f"{LATER} w32", LATER_ANSWER, 8)])
     for line in (1, 2):
         machine.wait_for("example.trained", fresh, file="later.jsonl", line=line)
 

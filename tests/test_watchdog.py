@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -147,6 +149,29 @@ def test_waiting_that_was_announced_is_no_hang() -> None:
         before = one.silent_s
         pulse.beat()
         assert one.silent_s < before, "the outer one is this thread's again"
+
+
+SPIN = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
+
+
+def test_waiting_for_a_processor_is_no_hang() -> None:
+    """Beside a process that takes all of the only core that it may use, a thread is silent, and does not hang."""
+    before = os.sched_getaffinity(0)
+    core = min(before)
+    spinner = subprocess.Popen([sys.executable, "-c", SPIN, str(core)])
+    try:
+        os.sched_setaffinity(0, {core})  # of this thread alone
+        with pulse.watched("a") as one:
+            counted = [one.silent_s]
+            began, waited_s = time.monotonic(), pulse.runqueue_wait_s(threading.get_native_id())
+            while pulse.runqueue_wait_s(threading.get_native_id()) - waited_s < 0.5:
+                counted.append(one.silent_s)
+            silent_s = one.silent_s
+            assert silent_s <= time.monotonic() - began - 0.4
+    finally:
+        os.sched_setaffinity(0, before)
+        spinner.kill()
+        spinner.wait()
 
 
 def test_threads_that_nobody_watches_may_beat() -> None:

@@ -61,6 +61,8 @@ class TrainedLinear(torch.nn.Module):
         self.trains_bias = trains_bias
         self.name, self.optimizer, self.seed, self.on_update = name, optimizer, seed, on_update
         self.gather = gather
+        self.protected: torch.Tensor | None = None
+        """(k, n) directions of the input that updates leave alone (protection.py)."""
         self.pending = 0  # forward passes whose backward pass is still to come
         self._rows: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.weight, self.bias = linear.weight, linear.bias
@@ -88,6 +90,8 @@ class TrainedLinear(torch.nn.Module):
         if not rows:
             return
         x, d = rows[0] if len(rows) == 1 else (torch.cat(part) for part in zip(*rows, strict=True))
+        if self.protected is not None:
+            x = products.without(x, self.protected)
         name = f"{self.name}.weight"
         self.on_update(name, self.optimizer.update_linear(name, self.weight.data, x, d, self.seed))
         if self.trains_bias:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hogwild import commands, owner, state_lock
+from hogwild import commands, owner, progress, state_lock
 from hogwild import config as configuration
 from hogwild.errors import HogwildError, UsageError
 
@@ -40,7 +40,8 @@ def checkpoint(config: ConfigOption = None, as_json: JsonOption = False) -> None
     owner.become(settings.state_dir)
     if state_lock.holder(settings.state_dir) is None:
         raise HogwildError(f"no daemon is running with the state folder {settings.state_dir}")
-    saved = commands.send(settings.socket, "checkpoint")
+    with progress.waiting("the daemon writes a checkpoint"):
+        saved = commands.send(settings.socket, "checkpoint")
     if as_json:
         typer.echo(json.dumps(saved))
     elif saved["unchanged"]:
@@ -98,7 +99,9 @@ def export(
     """Write a generation as a plain Hugging Face folder, bit-identical to what was saved."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is not empty: give a folder that is, or does not exist")
-    _open(configuration.load(config), generation).export(generation, folder)
+    history = _open(configuration.load(config), generation)
+    with progress.writing(f"generation {generation}"):
+        history.export(generation, folder)
     typer.echo(f"generation {generation}: {folder}")
 
 
@@ -118,9 +121,11 @@ def rollback(
     settings = configuration.load(config)
     owner.become(settings.state_dir)
     if state_lock.holder(settings.state_dir) is not None:
-        done = commands.send(settings.socket, "rollback", generation=generation, retrain=retrain)
+        with progress.waiting(f"the daemon goes back to generation {generation}"):
+            done = commands.send(settings.socket, "rollback", generation=generation, retrain=retrain)
     else:
-        done = _roll_back_offline(settings, generation, retrain)
+        with progress.waiting(f"going back to generation {generation}"):
+            done = _roll_back_offline(settings, generation, retrain)
     if as_json:
         typer.echo(json.dumps(done))
         return

@@ -57,7 +57,7 @@ class TrainingConfig(Table):
     """Trainer threads that update the weights at the same time, without locks."""
     intra_op_threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads inside one tensor operation. Several trainer threads beat several intra-op threads."""
-    passes: int = Field(default=5, ge=1)
+    passes: int = Field(default=3, ge=1)
     """Times an example is trained on, unless its line says otherwise. Fixed when the example is accepted."""
     max_tokens: int = Field(default=2048, ge=2)
     """Tokens of the longest example, context included; a longer one is set aside as failed."""
@@ -78,7 +78,7 @@ class TrainingConfig(Table):
     activation_mib: int = Field(default=2048, ge=0)
     """MiB of activations of one trainer thread; a pass that would need more computes them twice instead."""
     low_priority: bool = True
-    """Trainer threads take a processor only when nothing else wants it (SCHED_IDLE)."""
+    """Trainer threads are of the scheduling class SCHED_IDLE: others of their session come first."""
     mps_percent: int = Field(default=0, ge=0, le=100)
     """Under CUDA's MPS: percent of the GPU's processors that training may use; 0: not limited."""
     unlearn_until_loss: Positive = 5.0
@@ -106,16 +106,18 @@ class ReplayConfig(Table):
     """Texts that the model writes itself before it is trained, to stand in for old data. 0: none."""
     self_tokens: int = Field(default=32, ge=1, le=4096)
     """Tokens of the longest of them."""
-    self_share: float = Field(default=0.5, ge=0, le=1)
+    self_share: float = Field(default=0.0, ge=0, le=1)
     """Share of replay that is taken from them once there are learned examples; before, all of it is."""
     self_weight: Positive = 1.0
     """How much one of them counts beside a new example. More: the model stays nearer to what it was."""
+    protected_rank: int = Field(default=256, ge=0)
+    """Directions of each layer's inputs, in the model's own texts, that updates leave alone. 0: none."""
     self_limit_s: NotNegative = 30.0
     """Seconds after which no more of them are written, so that the first training does not wait long."""
 
 
 class OptimizerConfig(Table):
-    lr: Positive = 5e-5
+    lr: Positive = 1e-4
     """Learning rate; means what it means in AdamW, for any rank."""
     rank: int = Field(default=64, ge=1)
     """Rank of the gradient's projection; memory for moments grows with it."""

@@ -40,6 +40,16 @@ def rest() -> None:
     _pace.rest = (share, hurry, time.thread_time())
 
 
+@contextlib.contextmanager
+def reporting(tell: Callable[[int], None]) -> Iterator[None]:
+    """Inside, `tell` is called with the bytes of each piece that this thread writes."""
+    _pace.tell = tell
+    try:
+        yield
+    finally:
+        _pace.tell = None
+
+
 class Sink:
     """A new file that is hashed while it is written; `close` makes it durable."""
 
@@ -55,6 +65,8 @@ class Sink:
         self.nbytes += len(view)
         while view:
             view = view[os.write(self._fd, view) :]
+        if (tell := getattr(_pace, "tell", None)) is not None:
+            tell(memoryview(data).nbytes)
         rest()
 
     def close(self) -> str:

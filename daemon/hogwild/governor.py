@@ -15,8 +15,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, MutableMapping
-from pathlib import Path
 
+from hogwild import pulse
 from hogwild.arena.control import ControlPage, Load
 from hogwild.config import GovernorConfig, TrainingConfig
 
@@ -64,7 +64,8 @@ class Share:
 
     def look(self, load: Load, now: float) -> None:
         """Called every few milliseconds while the server is busy."""
-        assert self._begun is not None
+        if self._begun is None:
+            self._begun = load
         if self._from is None:
             if load.tokens - self._begun.tokens >= max(load.running, 1):  # those were on their way before
                 self._from = load
@@ -132,17 +133,20 @@ class Governor:
         now, since = self._clock(), getattr(self._local, "since", None)
         if policy == "strict":
             self._wait(None)
-        elif since is None:  # the server has just become busy; the first turn is quiet
-            self._local.debt = 0.0
-            self._wait(0.0)
         else:
-            self._look()
-            duty = self.share.duty
-            self._local.debt += (now - since) * (1 - duty) / duty if duty else 0.0
-            if not duty or self._local.debt >= _DEBT_S:
-                # Naps are inexact, which evens out; a quiet turn is no credit: it would be spent on a few tokens.
-                self._local.debt = max(self._local.debt - self._wait(self._local.debt), -_NAP_S)
+            self._share(0.0 if since is None else now - since)  # None: the server has just become busy
         self._local.since = self._clock()
+
+    def _share(self, worked_s: float) -> None:
+        """A thread has worked for so long beside the server, and owes it as much as the share says."""
+        self._look()
+        debt, duty = getattr(self._local, "debt", 0.0) if worked_s else 0.0, self.share.duty
+        if duty:
+            debt += worked_s * (1 - duty) / duty
+        if not duty or debt >= _DEBT_S:
+            # Naps are inexact, which evens out; a quiet turn is no credit: it would be spent on a few tokens.
+            debt = max(debt - self._wait(debt), -_NAP_S)
+        self._local.debt = debt
 
     def _busy(self) -> bool:
         now = self._clock()
@@ -165,6 +169,7 @@ class Governor:
                 if waited >= seconds and not self.share.quiet:
                     break
             left = _NAP_S if seconds is None or self.share.quiet else seconds - waited
+            pulse.beat()  # it waits on purpose, however long: no hang
             self._sleep(min(max(left, _SHORTEST_NAP_S), _NAP_S))
         if waited:
             with self._lock:
@@ -181,21 +186,15 @@ class Governor:
 
 
 def lower_priority() -> None:
-    """Let everything else that wants a processor have it before the calling thread.
+    """Let the rest of this process have a processor before the calling thread: SCHED_IDLE.
 
-    Niceness would not do: where the kernel groups processes by session (autogroup), it counts only within the session,
-    and the server has one of its own. A thread of class SCHED_IDLE is preempted by any other that wakes, in whatever
-    session. What a session gets in the long run is set by the session's own niceness, if this process leads it.
+    It does not reach far: where the kernel groups processes by session (autogroup), neither niceness nor the class of a
+    thread decides what sessions get of a processor (measured: docs/serving.md). Standing aside does.
 
     Raises:
         OSError: it is not allowed here.
     """
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    if os.getsid(0) == os.getpid():
-        try:
-            Path("/proc/self/autogroup").write_text("19")
-        except OSError:
-            pass  # no autogroups here, or set a moment ago
 
 
 def limit_gpu(settings: TrainingConfig, environment: MutableMapping[str, str]) -> None:

@@ -92,6 +92,7 @@ class Installation:
         program, link = called(self._root / "etc/systemd/system" / UNITS[0]), self._root / LINK
         if self._live and self._systemd_runs():
             self._run("systemctl", "disable", "--now", *UNITS, may_fail=True)
+            self._run("systemctl", "reset-failed", *UNITS, may_fail=True)
         for name in UNITS:
             self._remove(f"etc/systemd/system/{name}")
         for kind in ("sysusers", "tmpfiles"):

@@ -26,7 +26,7 @@ from hogwild.guard import Guard, largest_loss
 from hogwild.history_report import layer
 from hogwild.judge import Judge
 from hogwild.ledger import Ledger, Pass, Pending
-from hogwild.preparation import Preparation
+from hogwild.preparation import Directions, Preparation
 from hogwild.trainer import Item, Progress, StepResult, Trainer
 from hogwild.weights import Weights
 from hogwild_kernels.cpu import warm_up
@@ -219,6 +219,18 @@ class Learner:
             return
         self._asked_for_own_texts = True
         self._preparation.own_texts(path, base, self.curriculum.replay, trained=self.progress.steps > 0)
+        if self.config.replay.protected_rank:
+            self._preparation.protection(
+                path.with_name("protected.safetensors"),
+                base,
+                self.curriculum.replay,
+                self.weights.names,
+                self._protect,
+            )
+
+    def _protect(self, directions: Directions) -> None:
+        for trainer in self.trainers:
+            trainer.protect(directions)
 
     def wait_for_own_texts(self) -> None:
         """Until they are written, or given up."""

@@ -4,22 +4,26 @@ for which training waits and nobody else does.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from hogwild import log as logs
 from hogwild import probes as probing
-from hogwild import selfreplay
+from hogwild import protection, selfreplay
 from hogwild.config import Config
 from hogwild.errors import HogwildError
 from hogwild.probes import Probe
 from hogwild.replay import Replay
 
 log = logs.get(__name__)
+
+Directions = Mapping[str, torch.Tensor]
+"""Name of a linear layer -> (k, n) directions of its input."""
 
 
 class Preparation:
@@ -117,6 +121,57 @@ class Preparation:
             )
         except Exception as error:
             log.exception("selfreplay.failed", path=str(path), error=str(error))
+
+    def protection(
+        self,
+        path: Path,
+        base: str,
+        replay: Replay,
+        trainable: Collection[str],
+        use: Callable[[Directions], None],
+    ) -> None:
+        """Find the directions that updates leave alone, or load them, after the own texts are there, and `use` them.
+
+        Args:
+            path: the file that keeps them.
+            base: digest of the model as it came.
+            replay: has the texts.
+            trainable: names of the weights that are trained.
+        """
+
+        def run() -> None:
+            began, settings = time.perf_counter(), self._config
+            try:
+                found = protection.load(path, base)
+            except HogwildError as error:
+                log.warning("protection.unreadable", path=str(path), error=str(error))
+                found = None
+            if found is None:
+                if not replay.own:
+                    return
+                made = protection.measure(
+                    self._model,
+                    trainable,
+                    [one.ids for one in replay.own],
+                    rank=settings.replay.protected_rank,
+                    budget_bytes=settings.training.activation_mib << 20,
+                    seed=settings.training.seed,
+                    stopped=self._stopped,
+                )
+                if self._stopped():
+                    return
+                protection.write(path, base, made)
+                found = protection.load(path, base) or {}  # shared and rounded as after a restart
+            use(found)
+            log.info(
+                "protection.ready",
+                path=str(path),
+                layers=len(found),
+                mib=round(sum(one.nbytes for one in {id(t): t for t in found.values()}.values()) / 2**20, 1),
+                seconds=round(time.perf_counter() - began, 1),
+            )
+
+        self.begin(run)
 
     def own_probes(self, path: Path, base: str, *, step: int) -> list[Probe]:
         """The probes that the model wrote before it was trained; written now where there are none.

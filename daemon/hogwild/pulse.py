@@ -26,6 +26,8 @@ class Pulse:
 
     def __init__(self, name: str, patience_s: float) -> None:
         self.name, self._patience_s, self._ident = name, patience_s, threading.get_ident()
+        self._native = threading.get_native_id()
+        self._seen_due, self._seen_wait_s, self._starved_s = 0.0, 0.0, 0.0
         self.beat(0.0)
 
     def beat(self, within_s: float) -> None:
@@ -33,8 +35,15 @@ class Pulse:
 
     @property
     def silent_s(self) -> float:
-        """Seconds for which it has said nothing, beyond what it announced."""
-        return max(time.monotonic() - self._due, 0.0)
+        """Seconds for which it has said nothing, beyond what it announced and what it spent waiting for a processor.
+
+        Trainers have the lowest priority: on a machine that is busy with something else they may get next to nothing,
+        and to start them again would not help. Asked for again and again, because that is when the waiting is counted.
+        """
+        due, waited_s = self._due, runqueue_wait_s(self._native)
+        self._starved_s = self._starved_s + waited_s - self._seen_wait_s if due == self._seen_due else 0.0
+        self._seen_due, self._seen_wait_s = due, waited_s
+        return max(time.monotonic() - due - self._starved_s, 0.0)
 
     def stack(self) -> list[str]:
         """Where it is now, innermost call last: "file:line function"."""
@@ -55,6 +64,15 @@ def watched(name: str, patience_s: float = 0.0) -> Iterator[Pulse]:
     finally:
         _mine.pulse = outer
         del _all[id(pulse)]
+
+
+def runqueue_wait_s(native_id: int) -> float:
+    """Seconds for which a thread of ours was ready to run and had no processor; 0 where the kernel does not say."""
+    try:
+        fields = Path(f"/proc/self/task/{native_id}/schedstat").read_text().split()
+        return int(fields[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 def _name_for_top(name: str) -> None:

@@ -136,7 +136,7 @@ class Supervisor:
             self._watchdog.stopping()
             with pulse.away():
                 code = max(code, self._shut_down(save=code == 0))
-        self._watchdog.end("stopped" if code == 0 else f"failed: {self._failure}")
+        self._watchdog.end("stopped" if code == 0 else f"failed: {self._failure or 'see the log'}")
         return code
 
     def _turn_until_stopped(self, spool_thread: threading.Thread) -> int:

@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -228,6 +228,11 @@ class Trainer:
         """weight -> sum of the norms of its updates since this was last asked."""
         moved, self._moved = self._moved, {}
         return moved
+
+    def protect(self, directions: Mapping[str, torch.Tensor]) -> None:
+        """Keep updates out of these directions of the layers' inputs: name of a linear layer -> (k, n)."""
+        for linear in self._gather.linears:
+            linear.protected = directions.get(linear.name)
 
     @torch.no_grad()
     def loss(self, example: Encoded) -> float:

@@ -95,7 +95,7 @@ class Watchdog:
                     "thread.hangs",
                     thread=one.name,
                     silent_s=round(one.silent_s, 1),
-                    stack=one.stack()[-12:],
+                    stack=one.stack()[-40:],
                     restart=self._notifier.watchdog_s is not None and not self._stopping,
                 )
         for name in sorted(self._hanging - names):

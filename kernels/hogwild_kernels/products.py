@@ -74,6 +74,14 @@ def input_gradient(
     return dx.to(d.dtype).view(*d.shape[:-1], n)
 
 
+def without(
+    x: Tensor,  # (T, n)
+    directions: Tensor,  # (k, n) orthonormal rows
+) -> Tensor:
+    """x without its part in these directions: x - (x B^T) B. (T, n), x's dtype."""
+    return x - input_gradient(linear(x, directions), directions)
+
+
 def _widens(x: Tensor, weight: Tensor) -> bool:
     if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16):
         return False

@@ -14,23 +14,29 @@ orphan.py   an engine ends with its API server
 launch.py   `hogwild vllm`: `vllm serve` with everything set
 """
 
+import os
+
 _registered = False
 
 
 def register() -> None:
     """Entry point of `vllm.general_plugins`: runs in every vLLM process, before the model is made.
 
-    Makes the load format known, and ties the engine's life to its API server's where `hogwild vllm` started that.
-    Touches nothing else, so an installed hogwild does not change a server that was started without it.
+    Makes the load format known; where `hogwild vllm` started the server, also ties the engine's life to its API
+    server's, and keeps requests without a weight epoch off the cache. Touches nothing else, so an installed hogwild
+    does not change a server that was started without it.
     """
     global _registered
     if _registered:
         return
     from vllm.model_executor.model_loader import register_model_loader  # late: vLLM is still being set up
 
-    from hogwild.vllm_plugin import orphan
+    from hogwild.vllm_plugin import orphan, unsalted
     from hogwild.vllm_plugin.loader import HogwildLoader
+    from hogwild.vllm_plugin.names import PAGE_VARIABLE
 
     orphan.end_with_server()
+    if os.environ.get(PAGE_VARIABLE):  # the engine may be another process than the one that loads the weights
+        unsalted.install()
     register_model_loader("hogwild")(HogwildLoader)
     _registered = True

@@ -1,0 +1,188 @@
+"""What updates leave alone: the directions in which a layer's inputs lie when the model reads texts of its own.
+
+An update of W (m, n) is D^T X, so it changes what the layer makes of an input v by D^T (X v). Where the rows of X have
+no part in the directions B (k, n) that general text takes, X B^T = 0, general text goes through the layer as before,
+however long it is trained: x - (x B^T) B takes the place of x. Where m < n, APOLLO's scales per column come after that
+and let a little back in.
+
+The directions are the principal ones of the inputs of the model's own texts (selfreplay.py), found once, before the
+first step, and kept as `protected.safetensors` in the state folder, so that a restart goes on with the very same.
+
+Source: gradient projection memory (Saha et al., arXiv:2103.09762) and orthogonal weights modification (Zeng et al.,
+arXiv:1810.01256), here on the factors of an update instead of on a gradient.
+"""
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hogwild.errors import HogwildError
+from hogwild.files import replace_file
+
+ROUNDS = 3  # of subspace iteration: what the exact directions hold, to within a hundredth
+VERSION = "1"
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel,
+    trainable: Collection[str],
+    texts: Sequence[Sequence[int]],
+    *,
+    rank: int,
+    budget_bytes: int,
+    seed: int,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Tensor]:
+    """The principal directions of every linear layer's inputs over `texts`.
+
+    The texts are read as often as it takes to hold the inputs of only so many layers at a time.
+
+    Args:
+        model: for reading only.
+        trainable: names of weights; the layers of others are left out.
+        rank: directions of a layer, at most; never more than half of its inputs.
+        budget_bytes: of inputs that are held at a time (one layer's at least).
+        stopped: asked before each text; then {} is returned.
+
+    Returns:
+        Name of a linear layer -> (k, n) orthonormal rows, of the weight's type, one tensor for layers that share
+        their input.
+    """
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and f"{name}.weight" in trainable
+    }
+    shared = _shared_inputs(model, linears, texts[0])
+    waiting = [name for name in linears if shared.get(name) == name]
+    rows = sum(map(len, texts))
+    found: dict[str, Tensor] = {}
+    while waiting:
+        group, held = [waiting.pop(0)], 0
+        held = rows * linears[group[0]].in_features * 4
+        while waiting and held + rows * linears[waiting[0]].in_features * 4 <= budget_bytes:
+            held += rows * linears[waiting[0]].in_features * 4
+            group.append(waiting.pop(0))
+        inputs = _inputs(model, {name: linears[name] for name in group}, texts, stopped)
+        if inputs is None:
+            return {}
+        for name, parts in inputs.items():
+            x = torch.cat(parts)
+            found[name] = principal(x, rank, seed).to(linears[name].weight.dtype)
+            parts.clear()
+    return {name: found[first] for name, first in shared.items() if first in found}
+
+
+def principal(
+    x: Tensor,  # (N, n) fp32
+    rank: int,
+    seed: int,
+) -> Tensor:
+    """(k, n) orthonormal rows, k <= rank: where most of the rows of x lies. The same seed gives the same."""
+    count, size = x.shape
+    k = max(min(rank, count, size // 2), 1)
+    basis = torch.randn(size, k, generator=torch.Generator().manual_seed(seed)).to(x.device)
+    for _ in range(ROUNDS):
+        basis = torch.linalg.qr(x.t() @ (x @ basis)).Q
+    return basis.t().contiguous()
+
+
+def _shared_inputs(
+    model: PreTrainedModel, linears: Mapping[str, torch.nn.Linear], text: Sequence[int]
+) -> dict[str, str]:
+    """Which layer stands for each: the first one that is given the very same tensor."""
+    first: dict[str, str] = {}
+    last: list[Any] = [None, ""]
+
+    def note(name: str) -> Callable[[Any, Any], None]:
+        def hook(_module: Any, arguments: Any) -> None:
+            if arguments[0] is not last[0]:
+                last[:] = arguments[0], name
+            first.setdefault(name, last[1])
+
+        return hook
+
+    _read(model, linears, [text], note, lambda: False)
+    return {name: first.get(start, start) for name, start in first.items()}
+
+
+def _inputs(
+    model: PreTrainedModel,
+    linears: Mapping[str, torch.nn.Linear],
+    texts: Sequence[Sequence[int]],
+    stopped: Callable[[], bool],
+) -> dict[str, list[Tensor]] | None:
+    """Of each layer, its inputs (L, n) fp32 in every text. None if it was stopped."""
+    found: dict[str, list[Tensor]] = {name: [] for name in linears}
+
+    def note(name: str) -> Callable[[Any, Any], None]:
+        def hook(_module: Any, arguments: Any) -> None:
+            x = arguments[0]
+            found[name].append(x.reshape(-1, x.shape[-1]).float().clone())
+
+        return hook
+
+    if not _read(model, linears, texts, note, stopped):
+        return None
+    return {name: parts for name, parts in found.items() if parts}
+
+
+def _read(
+    model: PreTrainedModel,
+    linears: Mapping[str, torch.nn.Linear],
+    texts: Sequence[Sequence[int]],
+    note: Callable[[str], Callable[[Any, Any], None]],
+    stopped: Callable[[], bool],
+) -> bool:
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in linears.items()]
+    try:
+        for text in texts:
+            if stopped():
+                return False
+            model(torch.tensor([list(text)], device=model.device), use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return True
+
+
+def write(path: Path, base: str, bases: Mapping[str, Tensor]) -> None:
+    """Write the file whole or not at all, fsynced.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    unique: dict[str, Tensor] = {}
+    first: dict[str, str] = {}
+    for name, basis in bases.items():
+        first[name] = next((other for other, known in unique.items() if known is basis), name)
+        unique.setdefault(first[name], basis)
+    about = {"version": VERSION, "base": base, "same": json.dumps(first)}
+    replace_file(path, save(dict(unique), about))
+
+
+def load(path: Path, base: str) -> dict[str, Tensor] | None:
+    """The directions of the model with this digest; None where there are none.
+
+    Raises:
+        HogwildError: the file is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            if about.get("version") != VERSION or about.get("base") != base:
+                return None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        return {name: tensors[first] for name, first in json.loads(about["same"]).items()}
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise HogwildError(f"{path}: not readable ({error}); delete it, and it is made anew") from error
