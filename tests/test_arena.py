@@ -216,8 +216,11 @@ def test_words_of_the_control_page_survive_a_kill_and_are_seen_by_the_other_side
     assert (page.steps, page.epoch, page.generation, page.trained) == (2**40, 7, 5, True)
     assert page.daemon_age_s is not None
     assert page.daemon_age_s >= 0
-    page.publish_load(3, 4)
-    assert page.load == (3, 4)
+    gauge = page.new_gauge()
+    gauge.set_engine(3, 4)
+    gauge.set_in_flight(7)
+    assert (page.load.running, page.load.waiting, page.load.in_flight) == (3, 4, 7)
+    assert page.busy
     assert page.steps == 2**40, "the server's words are not the daemon's"
     assert page.fingerprint == b"f" * 32
 
