@@ -35,8 +35,16 @@ class Recorder(Optimizer):
         return UpdateResult(0.0, skipped=False)
 
     def update_linear(
-        self, name: str, _weight: Any, x: torch.Tensor, d: torch.Tensor, _seed: int
+        self,
+        name: str,
+        _weight: Any,
+        x: torch.Tensor,
+        d: torch.Tensor,
+        _seed: int,
+        *,
+        one_scale: bool = False,
     ) -> UpdateResult:
+        assert not one_scale
         self.rows.add(len(x))
         return self._note(name, d.t() @ x)
 

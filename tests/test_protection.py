@@ -86,8 +86,10 @@ def test_training_leaves_alone_what_a_layer_does_in_these_directions(tmp_path):
         for name, basis in bases.items():
             change = weights.view(f"{name}.weight") - before[f"{name}.weight"]
             assert change.norm() > 1e-3, name
-            if change.shape[0] >= change.shape[1]:  # no scales per column
-                moved[name, protects] = float((change @ basis.T).norm() / change.norm())
+            moved[name, protects] = float((change @ basis.T).norm() / change.norm())
+        vectors = [name for name in weights.names if weights.view(name).ndim == 1]
+        assert vectors
+        assert all(torch.equal(weights.view(name), before[name]) is protects for name in vectors)
     for (name, protects), share in moved.items():
         assert share < 1e-4 if protects else share > 0.05, (name, protects, share)
 

@@ -248,9 +248,9 @@ def test_frozen_context_gets_no_gradient(tmp_path):
         rows: set[int] = set()
         update = setting.optimizer.update_linear
 
-        def noted(name, weight, x, d, seed, rows=rows, update=update):
+        def noted(name, weight, x, d, seed, rows=rows, update=update, **options):
             rows.update((len(x), len(d)))
-            return update(name, weight, x, d, seed)
+            return update(name, weight, x, d, seed, **options)
 
         setting.optimizer.update_linear = noted
         setting.trainer.step([Item(EXAMPLE)])

@@ -1,6 +1,7 @@
 """The optimizer state of the whole model: one state a weight, shared by all trainer threads without locks."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -37,6 +38,7 @@ class Optimizer:
             rounding=config.rounding,
             seed=seed,
         )
+        self.tensor_config = replace(self.apollo_config, scaling="tensor")
         self.adam_config = AdamConfig(
             lr=config.lr, betas=config.betas, eps=config.eps, rounding=config.rounding, seed=seed
         )
@@ -53,15 +55,23 @@ class Optimizer:
         x: torch.Tensor,  # (T, n) layer input
         d: torch.Tensor,  # (T, m) gradient of the layer's output
         seed: int,
+        *,
+        one_scale: bool = False,
     ) -> UpdateResult:
-        """One APOLLO step; `seed` varies the rounding between threads."""
+        """One APOLLO step; `seed` varies the rounding between threads.
+
+        Args:
+            one_scale: for the whole weight, in place of one a column: what is orthogonal to a direction of x stays so.
+                (Scales per row, where m >= n, do no harm.)
+        """
         state = self._states.get(name)
         if state is None:
             state = self._states.setdefault(
                 name, ApolloState(name, (weight.shape[0], weight.shape[1]), self.apollo_config)
             )
         assert isinstance(state, ApolloState)
-        return apollo_update(weight, x, d, state, seed=seed)
+        by_tensor = one_scale and weight.shape[0] < weight.shape[1]
+        return apollo_update(weight, x, d, state, self.tensor_config if by_tensor else None, seed=seed)
 
     def update_small(
         self, name: str, weight: torch.Tensor, gradient: torch.Tensor, seed: int

@@ -90,10 +90,11 @@ class TrainedLinear(torch.nn.Module):
         if not rows:
             return
         x, d = rows[0] if len(rows) == 1 else (torch.cat(part) for part in zip(*rows, strict=True))
+        protects = self.protected is not None
         if self.protected is not None:
             x = products.without(x, self.protected)
-        name = f"{self.name}.weight"
-        self.on_update(name, self.optimizer.update_linear(name, self.weight.data, x, d, self.seed))
+        name, w = f"{self.name}.weight", self.weight.data
+        self.on_update(name, self.optimizer.update_linear(name, w, x, d, self.seed, one_scale=protects))
         if self.trains_bias:
             name = f"{self.name}.bias"
             self.on_update(name, self.optimizer.update_small(name, self.bias.data, d.sum(0), self.seed))

@@ -2,8 +2,8 @@
 
 An update of W (m, n) is D^T X, so it changes what the layer makes of an input v by D^T (X v). Where the rows of X have
 no part in the directions B (k, n) that general text takes, X B^T = 0, general text goes through the layer as before,
-however long it is trained: x - (x B^T) B takes the place of x. Where m < n, APOLLO's scales per column come after that
-and let a little back in.
+however long it is trained: x - (x B^T) B takes the place of x. APOLLO's scales per column (m < n) would mix the columns
+again, so such a weight gets one scale for all of it; and what acts on every text alike (norms, biases) is not trained.
 
 The directions are the principal ones of the inputs of the model's own texts (selfreplay.py), found once, before the
 first step, and kept as `protected.safetensors` in the state folder, so that a restart goes on with the very same.

@@ -230,9 +230,16 @@ class Trainer:
         return moved
 
     def protect(self, directions: Mapping[str, torch.Tensor]) -> None:
-        """Keep updates out of these directions of the layers' inputs: name of a linear layer -> (k, n)."""
+        """Keep updates out of these directions of the layers' inputs: name of a linear layer -> (k, n).
+
+        What is no linear layer (norms, biases, convolutions) acts on every text alike, and is left as it is.
+        """
         for linear in self._gather.linears:
             linear.protected = directions.get(linear.name)
+            linear.trains_bias = False
+        for name in self._gather.small:
+            self.model.get_parameter(name).requires_grad_(False)
+            self._gather.frozen[name] = "protected: it acts on every text alike"
 
     @torch.no_grad()
     def loss(self, example: Encoded) -> float:
