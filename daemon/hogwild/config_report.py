@@ -55,6 +55,8 @@ def effective(path: Path | None) -> list[Setting]:
         raw: Any = given
         for key in keys_:
             value, raw = value[key], raw.get(key) if isinstance(raw, dict) else None
+        if value == ".":  # how an empty path is dumped
+            value = ""
         where = origin.get(keys_, DEFAULT)
         if raw == "" and value != "":  # an empty path stands for a place that the environment gives
             where = DEFAULT
