@@ -263,7 +263,9 @@ def test_durable_is_what_was_trained_before_the_snapshot_began(ledger, path):
     assert ledger.complete_checkpoint(marker, step=2, path="ckpt-2") == 1
     assert states(path) == [(1, "durable", 1), (2, "trained", 1), (3, "accepted", 1)]
     assert ledger.durable_marker() == marker
+    assert ledger.has_passes_to_save(), "although no step was made since"
     assert ledger.complete_checkpoint(ledger.begin_checkpoint(), step=3, path="ckpt-3") == 1
+    assert not ledger.has_passes_to_save()
 
 
 def test_losing_the_arena_undoes_exactly_what_no_checkpoint_holds(ledger, path):
@@ -275,7 +277,9 @@ def test_losing_the_arena_undoes_exactly_what_no_checkpoint_holds(ledger, path):
     one_pass(ledger, 3)
     ledger.set_failed(4, "too long")
     assert ledger.is_idle()
+    assert ledger.has_passes_to_save()
     assert ledger.reset_to_durable() == Reset(passes_undone=2, examples_reopened=2)
+    assert not ledger.has_passes_to_save(), "what is undone is in no weights"
     assert states(path) == [(1, "durable", 1), (2, "accepted", 0), (3, "accepted", 1), (4, "failed", 0)]
     assert [p.example_id for p in ledger.pending(10)] == [2, 3]
     with sqlite3.connect(path) as shell:

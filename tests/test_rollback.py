@@ -65,8 +65,8 @@ def test_the_ledger_says_what_the_weights_hold(root):
     assert studio.states() == {"pending": 0, "trained": 2, "durable": 12, "failed": 0, "undone": 0}
     done = studio.roll_back(1)
     assert studio.states() == {"pending": 0, "trained": 0, "durable": 4, "failed": 0, "undone": 10}
-    assert (done["passes_undone"], done["examples_undone"], done["examples_reopened"]) == (30, 10, 0), (
-        "20 of their own, and one replayed beside every second of them"
+    assert (done["passes_undone"], done["examples_undone"], done["examples_reopened"]) == (40, 10, 0), (
+        "20 of their own, and one replayed beside each of them"
     )
     assert studio.ledger.is_idle(), "what was undone stays out"
     studio.drop("later", 1)

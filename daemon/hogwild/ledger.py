@@ -233,6 +233,17 @@ class Ledger(Files):
             query = "SELECT coalesce(max(marker), 0) FROM checkpoints WHERE NOT undone"
             return int(db.execute(query).fetchone()[0])
 
+    def has_passes_to_save(self) -> bool:
+        """Does a pass count that no complete checkpoint is sure to hold?
+
+        A step is counted when the weights are written and its passes are recorded a moment later, so a checkpoint that
+        begins in between has the step, and does not vouch for them.
+        """
+        with self._db.read() as db:
+            row = db.execute("SELECT max(pass_id) FROM passes WHERE NOT undone AND pass_id > "
+                             "(SELECT coalesce(max(marker), 0) FROM checkpoints WHERE NOT undone)").fetchone()  # fmt: skip
+        return row[0] is not None
+
     def reset_to_durable(self, marker: int | None = None) -> Reset:
         """Undoes every pass after the newest checkpoint, because the weights that had them are gone. Fsynced.
 

@@ -354,17 +354,19 @@ class Supervisor:
         settings, steps = self.config.checkpoint, learner.progress.steps
         if self._save_now or self._asked:
             return True
-        if steps == self._saved_step:
-            return False
         by_time = settings.interval_s and time.monotonic() - self._tried_at >= settings.interval_s
         by_updates = settings.interval_updates and steps - self._tried_step >= settings.interval_updates
-        return bool(by_time or by_updates)
+        return bool(by_time or by_updates) and self._unsaved(learner)
+
+    def _unsaved(self, learner: Learner) -> bool:
+        """Is there anything in the weights that no checkpoint is sure to hold?"""
+        return learner.progress.steps != self._saved_step or self.ledger.has_passes_to_save()
 
     def _begin_save(self, learner: Learner) -> None:
         urgent, self._save_now = self._save_now or bool(self._asked), False
         self._saving, self._asked = self._asked, []
         current = self.keeper.checkpoints.current()
-        if learner.progress.steps == self._saved_step and current is not None:
+        if not self._unsaved(learner) and current is not None:
             self._answer(current, learner.progress.steps, unchanged=True)
             log.info("checkpoint.unchanged", path=str(current), step=self._saved_step)
             return
@@ -413,7 +415,7 @@ class Supervisor:
                 code = 1
             if (saved := self.keeper.saved(wait=True)) is not None:
                 self._after_save(saved)
-            if save and learner.failure is None and learner.progress.steps != self._saved_step:
+            if save and learner.failure is None and self._unsaved(learner):
                 saved = self.keeper.save(learner, self._about(learner))
                 kept = self._after_save(saved)
                 if learner.judge.tripped is not None and not self._stuck:
