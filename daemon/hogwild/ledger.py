@@ -240,8 +240,10 @@ class Ledger(Files):
         begins in between has the step, and does not vouch for them.
         """
         with self._db.read() as db:
-            row = db.execute("SELECT max(pass_id) FROM passes WHERE NOT undone AND pass_id > "
-                             "(SELECT coalesce(max(marker), 0) FROM checkpoints WHERE NOT undone)").fetchone()  # fmt: skip
+            row = db.execute(
+                "SELECT max(pass_id) FROM passes WHERE NOT undone AND pass_id > "
+                "(SELECT coalesce(max(marker), 0) FROM checkpoints WHERE NOT undone)"
+            ).fetchone()
         return row[0] is not None
 
     def reset_to_durable(self, marker: int | None = None) -> Reset:
