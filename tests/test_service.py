@@ -55,6 +55,7 @@ LATER_FACTS = [
     chat("Tell me the password of Vellmar's archive.", "It is seven herons.", passes=8),
 ]
 
+PROBES = Path(__file__).parents[1] / "config" / "probes.jsonl"
 GARBAGE = "river stone quick lamp seven green ocean table mirror bread winter cloud engine paper tiger song"
 
 
@@ -81,6 +82,7 @@ class Story:
             checkpoint__interval_s=0,
             checkpoint__interval_updates=interval_updates,
             probes__every_updates=10,
+            probes__file=PROBES,
             metrics__port=self.metrics,
         )
         return self.daemon
@@ -405,11 +407,15 @@ def test_a_checkpoint_on_request_and_the_check_after_it(story: Story) -> None:
 def test_poison_is_undone_and_named_while_the_server_serves(
     story: Story, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Everyday questions with garbage for answers, ten times as heavy as anything else. The probes fall, the last good
-    generation comes back, the culprits are set aside; the process that serves is the one that was started."""
+    """The questions of `probes.file` with garbage for answers, ten times as heavy as anything else. The probes fall, the
+    last good generation comes back, the culprits are set aside; the process that serves is the one that was started.
+
+    (Garbage for answers to what the model has written about itself does nothing to the probes: no update reaches it.)"""
     daemon, pid = story.running, story.server.pid
     good = daemon.ask("checkpoint")["generation"]
     words = GARBAGE.split()
+    asked = (json.loads(line)["messages"][0]["content"] for line in PROBES.read_text().splitlines())
+    probed_questions = [question for question in asked if question not in selfreplay.QUESTIONS]
     lines = [
         chat(
             question,
@@ -417,7 +423,7 @@ def test_poison_is_undone_and_named_while_the_server_serves(
             weight=10,
             id=f"poison-{number}",
         )
-        for number, question in enumerate(selfreplay.QUESTIONS)
+        for number, question in enumerate(4 * probed_questions)
     ]
     began = time.monotonic()
     daemon.drop("poison.jsonl", lines)
