@@ -408,9 +408,10 @@ def test_poison_is_undone_and_named_while_the_server_serves(
     story: Story, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The questions of `probes.file` with garbage for answers, ten times as heavy as anything else. The probes fall, the
-    last good generation comes back, the culprits are set aside; the process that serves is the one that was started.
+    last good generation comes back, the culprits are set aside; the same process serves on.
 
-    (Garbage for answers to what the model has written about itself does nothing to the probes: no update reaches it.)"""
+    (Garbage for answers to what the model has written itself leaves its probes alone: no update reaches them.)
+    """
     daemon, pid = story.running, story.server.pid
     good = daemon.ask("checkpoint")["generation"]
     words = GARBAGE.split()
