@@ -407,7 +407,7 @@ def test_a_checkpoint_on_request_and_the_check_after_it(story: Story) -> None:
 def test_poison_is_undone_and_named_while_the_server_serves(
     story: Story, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The questions of `probes.file` with garbage for answers, ten times as heavy as anything else. The probes fall, the
+    """The questions of `probes.file` with garbage for answers, ten times as heavy as any other. The probes fall, the
     last good generation comes back, the culprits are set aside; the same process serves on.
 
     (Garbage for answers to what the model has written itself leaves its probes alone: no update reaches them.)
