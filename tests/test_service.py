@@ -415,7 +415,8 @@ def test_poison_is_undone_and_named_while_the_server_serves(
     daemon, pid = story.running, story.server.pid
     good = daemon.ask("checkpoint")["generation"]
     words = GARBAGE.split()
-    asked = (json.loads(line)["messages"][0]["content"] for line in PROBES.read_text().splitlines())
+    probes = [json.loads(line).get("messages") for line in PROBES.read_text().splitlines()]
+    asked = [messages[0]["content"] for messages in probes if messages]
     probed_questions = [question for question in asked if question not in selfreplay.QUESTIONS]
     lines = [
         chat(
