@@ -138,8 +138,9 @@ def test_a_restart_goes_on_with_the_very_same_and_a_damaged_file_is_made_anew(tm
         assert path.read_bytes() == kept
         path.write_bytes(kept[:100])
         with pytest.raises(HogwildError, match="delete it"):
-            protection.load(path, base)
+            protection.load(path, base, 4)
         assert [one.shape for one in directions(ledger)] == [one.shape for one in made]
-        assert protection.load(path, base) is not None
-    assert protection.load(path, "another model") is None
-    assert protection.load(tmp_path / "missing", base) is None
+        assert protection.load(path, base, 4) is not None
+    assert protection.load(path, "another model", 4) is None
+    assert protection.load(tmp_path / "missing", base, 4) is None
+    assert protection.load(path, base, 5) is None, "another rank was asked for"

@@ -90,8 +90,7 @@ class TrainedLinear(torch.nn.Module):
         if not rows:
             return
         x, d = rows[0] if len(rows) == 1 else (torch.cat(part) for part in zip(*rows, strict=True))
-        protects = self.protected is not None
-        if self.protected is not None:
+        if protects := self.protected is not None:
             x = products.without(x, self.protected)
         name, w = f"{self.name}.weight", self.weight.data
         self.on_update(name, self.optimizer.update_linear(name, w, x, d, self.seed, one_scale=protects))

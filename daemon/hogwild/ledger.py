@@ -7,7 +7,6 @@
 Thread-safe. `ledger_db` says what a commit promises, `ledger_schema` documents the tables.
 """
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from sqlite3 import Connection
@@ -31,6 +30,7 @@ from hogwild.ledger_records import (
     State,
     Suspect,
     Trip,
+    selection,
 )
 from hogwild.ledger_replay import Pool
 from hogwild.ledger_staging import recover
@@ -294,16 +294,9 @@ class Ledger(Files):
             file: only those of files that were dropped under this name.
         """
         with self._db.write(fsync=True) as db:
-            chosen, arguments = ["state = 'undone'"], []
-            if example_ids is not None:
-                chosen.append("example_id IN (SELECT value FROM json_each(?))")
-                arguments.append(json.dumps(list(example_ids)))
-            if file is not None:
-                chosen.append("file_id IN (SELECT file_id FROM files WHERE name = ?)")
-                arguments.append(file)
+            where, arguments = selection("undone", example_ids, file)
             return db.execute(
-                "UPDATE examples SET state = 'accepted', reason = 'asked to be trained again'"
-                f" WHERE {' AND '.join(chosen)}",
+                f"UPDATE examples SET state = 'accepted', reason = 'asked to be trained again' WHERE {where}",
                 arguments,
             ).rowcount
 

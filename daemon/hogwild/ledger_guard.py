@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from sqlite3 import Connection
 
 from hogwild.ledger_db import NOW, Database
-from hogwild.ledger_records import Suspect, Trip
+from hogwild.ledger_records import Suspect, Trip, selection
 from hogwild.ledger_schema import OWN
 
 KEPT_DAYS = 90  # of measurements
@@ -69,15 +69,8 @@ class Guards:
             example_ids: only these.
             file: only those of files that were dropped under this name.
         """
-        chosen, arguments = ["state = 'quarantined'"], []
-        if example_ids is not None:
-            chosen.append("example_id IN (SELECT value FROM json_each(?))")
-            arguments.append(json.dumps(list(example_ids)))
-        if file is not None:
-            chosen.append("file_id IN (SELECT file_id FROM files WHERE name = ?)")
-            arguments.append(file)
+        where, arguments = selection("quarantined", example_ids, file)
         with self._db.write(fsync=True) as db:
-            where = " AND ".join(chosen)
             db.execute(
                 "UPDATE files SET errors_due = errors_due + 1"
                 f" WHERE file_id IN (SELECT file_id FROM examples WHERE {where})",

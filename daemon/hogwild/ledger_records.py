@@ -1,5 +1,6 @@
 """What goes into the ledger and what comes out of it."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -182,3 +183,20 @@ class Suspect:
     reason: str
     about: dict[str, Any]
     """The evidence: losses, update norms, steps."""
+
+
+def selection(state: str, example_ids: Sequence[int] | None, file: str | None) -> tuple[str, list[str]]:
+    """SQL that chooses examples in a state, and its arguments.
+
+    Args:
+        example_ids: only these.
+        file: only those of files that were dropped under this name.
+    """
+    chosen, arguments = ["state = ?"], [state]
+    if example_ids is not None:
+        chosen.append("example_id IN (SELECT value FROM json_each(?))")
+        arguments.append(json.dumps(list(example_ids)))
+    if file is not None:
+        chosen.append("file_id IN (SELECT file_id FROM files WHERE name = ?)")
+        arguments.append(file)
+    return " AND ".join(chosen), arguments

@@ -141,8 +141,9 @@ class Preparation:
 
         def run() -> None:
             began, settings = time.perf_counter(), self._config
+            rank = settings.replay.protected_rank
             try:
-                found = protection.load(path, base)
+                found = protection.load(path, base, rank)
             except HogwildError as error:
                 log.warning("protection.unreadable", path=str(path), error=str(error))
                 found = None
@@ -153,15 +154,15 @@ class Preparation:
                     self._model,
                     trainable,
                     [one.ids for one in replay.own],
-                    rank=settings.replay.protected_rank,
+                    rank=rank,
                     budget_bytes=settings.training.activation_mib << 20,
                     seed=settings.training.seed,
                     stopped=self._stopped,
                 )
                 if self._stopped():
                     return
-                protection.write(path, base, made)
-                found = protection.load(path, base) or {}  # shared and rounded as after a restart
+                protection.write(path, base, rank, made)
+                found = protection.load(path, base, rank) or {}  # shared and rounded as after a restart
             use(found)
             log.info(
                 "protection.ready",

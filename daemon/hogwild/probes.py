@@ -25,11 +25,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hogwild import metrics, pulse, selfreplay
+from hogwild import metrics, model_file, pulse, selfreplay
 from hogwild.config import ProbesConfig
-from hogwild.errors import ConfigError, ExampleError, HogwildError
+from hogwild.errors import ConfigError, ExampleError
 from hogwild.examples import Encoded, Example, parse_line
-from hogwild.files import replace_file
 
 VERSION = 1
 DRIFT = 0.2
@@ -246,32 +245,20 @@ def make(
 
 
 def save(path: Path, base: str, probes: Sequence[Probe]) -> None:
-    """Write the file whole or not at all, fsynced.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written.
-    """
-    body = {
-        "version": VERSION,
-        "base": base,
-        "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "probes": [{"name": p.name, "ids": p.ids, "start": p.start} for p in probes],
-    }
-    replace_file(path, json.dumps(body).encode())
+    """See `model_file.save`."""
+    made_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    written = [{"name": p.name, "ids": p.ids, "start": p.start} for p in probes]
+    model_file.save(path, VERSION, base, {"made_at": made_at, "probes": written})
 
 
 def load(path: Path, base: str) -> list[Probe] | None:
-    """The probes of the model with this digest; None where there are none.
-
-    Raises:
-        HogwildError: the file is damaged.
-    """
-    try:
-        body = json.loads(path.read_bytes())
-        if body["version"] != VERSION or body["base"] != base:
-            return None
-        return [Probe(str(p["name"]), tuple(map(int, p["ids"])), int(p["start"])) for p in body["probes"]]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HogwildError(f"{path} cannot be read ({error!r}); delete it to have it made again") from error
+    """The probes of the model with this digest; None where there are none. See `model_file.load`."""
+    return model_file.load(
+        path,
+        VERSION,
+        base,
+        lambda body: [
+            Probe(str(p["name"]), tuple(map(int, p["ids"])), int(p["start"])) for p in body["probes"]
+        ],
+        without="to have it made again",
+    )

@@ -66,7 +66,7 @@ def measure(
     rows = sum(map(len, texts))
     found: dict[str, Tensor] = {}
     while waiting:
-        group, held = [waiting.pop(0)], 0
+        group = [waiting.pop(0)]
         held = rows * linears[group[0]].in_features * 4
         while waiting and held + rows * linears[waiting[0]].in_features * 4 <= budget_bytes:
             held += rows * linears[waiting[0]].in_features * 4
@@ -154,8 +154,12 @@ def _read(
     return True
 
 
-def write(path: Path, base: str, bases: Mapping[str, Tensor]) -> None:
+def write(path: Path, base: str, rank: int, bases: Mapping[str, Tensor]) -> None:
     """Write the file whole or not at all, fsynced.
+
+    Args:
+        base: digest of the model as it came.
+        rank: that `measure` was asked for.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
@@ -165,12 +169,12 @@ def write(path: Path, base: str, bases: Mapping[str, Tensor]) -> None:
     for name, basis in bases.items():
         first[name] = next((other for other, known in unique.items() if known is basis), name)
         unique.setdefault(first[name], basis)
-    about = {"version": VERSION, "base": base, "same": json.dumps(first)}
+    about = {"version": VERSION, "base": base, "rank": str(rank), "same": json.dumps(first)}
     replace_file(path, save(dict(unique), about))
 
 
-def load(path: Path, base: str) -> dict[str, Tensor] | None:
-    """The directions of the model with this digest; None where there are none.
+def load(path: Path, base: str, rank: int) -> dict[str, Tensor] | None:
+    """The directions of the model with this digest; None where there are none, or were found with another rank.
 
     Raises:
         HogwildError: the file is damaged.
@@ -178,7 +182,7 @@ def load(path: Path, base: str) -> dict[str, Tensor] | None:
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
-            if about.get("version") != VERSION or about.get("base") != base:
+            if (about.get("version"), about.get("base"), about.get("rank")) != (VERSION, base, str(rank)):
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         return {name: tensors[first] for name, first in json.loads(about["same"]).items()}

@@ -6,7 +6,6 @@ that, and a model that has not moved has nothing to learn. Made once for a model
 state folder; the same seed gives the same texts.
 """
 
-import json
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from hogwild.errors import HogwildError
-from hogwild.files import replace_file
+from hogwild import model_file
 from hogwild.likeliest import Likeliest
 
 VERSION = 1
@@ -95,43 +93,28 @@ def make(
 
 
 def save(path: Path, base: str, seed: int, samples: Sequence[Sample]) -> None:
-    """Write the file whole or not at all, fsynced.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written.
-    """
-    body = {
-        "version": VERSION,
-        "base": base,
-        "seed": seed,
-        "samples": [
-            {
-                "ids": one.ids,
-                "start": one.start,
-                "likeliest": one.likeliest.ids.tolist(),
-                "logs": [[round(log, 4) for log in logs] for logs in one.likeliest.logs.tolist()],
-            }
-            for one in samples
-        ],
-    }
-    replace_file(path, json.dumps(body).encode())
+    """See `model_file.save`."""
+    written = [
+        {
+            "ids": one.ids,
+            "start": one.start,
+            "likeliest": one.likeliest.ids.tolist(),
+            "logs": [[round(log, 4) for log in logs] for logs in one.likeliest.logs.tolist()],
+        }
+        for one in samples
+    ]
+    model_file.save(path, VERSION, base, {"seed": seed, "samples": written})
 
 
 def load(path: Path, base: str) -> list[Sample] | None:
-    """The samples of the model with this digest; None where there are none.
-
-    Raises:
-        HogwildError: the file is damaged.
-    """
-    try:
-        body = json.loads(path.read_bytes())
-        if body["version"] != VERSION or body["base"] != base:
-            return None
-        return [_read(one) for one in body["samples"]]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HogwildError(f"{path} cannot be read ({error!r}); delete it to go on without it") from error
+    """The samples of the model with this digest; None where there are none. See `model_file.load`."""
+    return model_file.load(
+        path,
+        VERSION,
+        base,
+        lambda body: [_read(one) for one in body["samples"]],
+        without="to go on without it",
+    )
 
 
 def _read(one: dict[str, Any]) -> Sample:
