@@ -38,9 +38,9 @@ from hogwild.weights import digest, load_arena
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "forgetting.json"
 VARIANTS: dict[str, dict[str, Any]] = {
-    "default": {},  # replay, and the model's own texts: replayed at first, and updates are kept out of their directions
-    "replay": {"replay.self_texts": 0},  # neither
-    "none": {"replay.ratio": 0.0},
+    "default": {},  # replay and the model's own texts: replayed at first, and updates are kept out of their directions
+    "replay": {"replay.self_texts": 0},  # replay alone
+    "none": {"replay.self_texts": 0, "replay.ratio": 0.0},
 }
 
 

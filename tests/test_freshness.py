@@ -496,14 +496,16 @@ def test_what_the_server_has_to_do_is_on_the_control_page(live: Live) -> None:
     before = control.load
     assert (before.in_flight, before.running, before.waiting) == (0, 0, 0)
     body = {"model": "demo", "prompt": "w1", "max_tokens": 200, "ignore_eos": True, "stream": True}
-    found = []
-    with httpx.stream("POST", f"{live.server.url}/v1/completions", json=body, timeout=300) as response:
-        for _ in response.iter_lines():
-            found.append((control.busy, control.load.in_flight, control.load.running))
+    asked, found = 0, [(False, 0, 0)]
+    while max(found) < (True, 1, 1) and asked < 20:  # a whole answer may come before this process runs again
+        asked += 1
+        with httpx.stream("POST", f"{live.server.url}/v1/completions", json=body, timeout=300) as response:
+            for _ in response.iter_lines():
+                found.append((control.busy, control.load.in_flight, control.load.running))
     assert max(found) == (True, 1, 1)
     wait_until(lambda: not control.busy, "the answer is complete")
     after = control.load
-    assert after.tokens - before.tokens == 199, "all but the first came after another one"
+    assert after.tokens - before.tokens == 199 * asked, "all but the first came after another one"
     assert after.waited_s > before.waited_s
     status = httpx.get(f"{live.server.url}/hogwild/status", timeout=60).json()
     assert status["load"]["tokens"] == after.tokens
