@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hogwild import heap, protection, selfreplay
 from hogwild import log as logs
 from hogwild import probes as probing
-from hogwild import protection, selfreplay
 from hogwild.config import Config
 from hogwild.errors import HogwildError
 from hogwild.probes import Probe
@@ -58,6 +58,7 @@ class Preparation:
                 work()
             except Exception as error:
                 log.exception("preparation.failed", error=str(error))
+            heap.trim()  # the inputs of all layers were held
 
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "preparation", self._stand_back)

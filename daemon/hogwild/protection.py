@@ -67,15 +67,15 @@ def measure(
     found: dict[str, Tensor] = {}
     while waiting:
         group = [waiting.pop(0)]
-        held = rows * linears[group[0]].in_features * 4
-        while waiting and held + rows * linears[waiting[0]].in_features * 4 <= budget_bytes:
-            held += rows * linears[waiting[0]].in_features * 4
+        held = rows * _row_nbytes(linears[group[0]])
+        while waiting and held + rows * _row_nbytes(linears[waiting[0]]) <= budget_bytes:
+            held += rows * _row_nbytes(linears[waiting[0]])
             group.append(waiting.pop(0))
         inputs = _inputs(model, {name: linears[name] for name in group}, texts, stopped)
         if inputs is None:
             return {}
         for name, parts in inputs.items():
-            x = torch.cat(parts)
+            x = torch.cat(parts).float()
             found[name] = principal(x, rank, seed).to(linears[name].weight.dtype)
             parts.clear()
     return {name: found[first] for name, first in shared.items() if first in found}
@@ -120,19 +120,23 @@ def _inputs(
     texts: Sequence[Sequence[int]],
     stopped: Callable[[], bool],
 ) -> dict[str, list[Tensor]] | None:
-    """Of each layer, its inputs (L, n) fp32 in every text. None if it was stopped."""
+    """Of each layer, its inputs (L, n) in every text, of its weight's type. None if it was stopped."""
     found: dict[str, list[Tensor]] = {name: [] for name in linears}
 
     def note(name: str) -> Callable[[Any, Any], None]:
-        def hook(_module: Any, arguments: Any) -> None:
+        def hook(module: Any, arguments: Any) -> None:
             x = arguments[0]
-            found[name].append(x.reshape(-1, x.shape[-1]).float().clone())
+            found[name].append(x.reshape(-1, x.shape[-1]).to(module.weight.dtype, copy=True))
 
         return hook
 
     if not _read(model, linears, texts, note, stopped):
         return None
     return {name: parts for name, parts in found.items() if parts}
+
+
+def _row_nbytes(linear: torch.nn.Linear) -> int:
+    return linear.in_features * linear.weight.element_size()
 
 
 def _read(
