@@ -93,6 +93,7 @@ class Bench:
             config=self.config,
             checkpoint__interval_s=0,
             replay__self_texts=0,
+            probes__margin=50.0,  # what two thousand lines of one kind do to the model is not the question
         )
         self.numbers = iter(range(10**6))
 
