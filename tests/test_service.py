@@ -418,8 +418,14 @@ def test_poison_does_not_spoil_what_the_server_says(story: Story, capsys: pytest
         for number, question in enumerate(selfreplay.QUESTIONS)
     ]
     daemon.drop("poison.jsonl", lines)
-    daemon.wait_for("spool.accepted", file="poison.jsonl")
-    wait_until(lambda: not daemon.ask("status")["pending"], "all of it is trained, or set aside")
+
+    def settled() -> bool:
+        trained = {
+            event["line"] for event in daemon.events("example.trained") if event["file"] == "poison.jsonl"
+        }
+        return len(trained | {one["line_no"] for one in daemon.ask("quarantine")}) == len(lines)
+
+    wait_until(settled, "all of it is trained, or set aside")
     daemon.ask("checkpoint")
     for question, answer in (FACT, CONTROL):
         assert answer in story.server.ask(question)
@@ -461,7 +467,7 @@ def test_a_restart_of_the_daemon_alone_goes_on_with_weights_and_moments(story: S
     daemon.wait_for("example.trained", file="last.jsonl")  # the passes that the stop left over
     assert daemon.terminate() == 0
     again = daemon.events("example.pass") + daemon.events("example.trained")
-    assert len(again) == 3 - done
+    assert [event["file"] for event in again] == ["last.jsonl"] * (3 - done)
     assert (
         daemon.events("checkpoint.saved")[-1]["step"] >= step + 3 - done
     )  # and steps of replay between its passes
