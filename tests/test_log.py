@@ -134,6 +134,33 @@ import os; os._exit(0)
     child.stderr.close()
 
 
+STUCK = """
+import io, os, threading
+from hogwild import log
+
+inside = threading.Event()
+
+class Stuck(io.RawIOBase):
+    def writable(self): return True
+    def fileno(self): return 1
+    def write(self, data):
+        inside.set()
+        threading.Event().wait()
+
+log.configure("info", "json", io.TextIOWrapper(io.BufferedWriter(Stuck())))
+threading.Thread(target=log.get("trainer").info, args=("example.pass",), daemon=True).start()
+inside.wait()
+log.get("watchdog").error("thread.hangs", thread="trainer-0")
+os._exit(0)
+"""
+
+
+def test_a_thread_that_hangs_while_it_writes_does_not_silence_the_others():
+    ran = subprocess.run([sys.executable, "-c", STUCK], check=True, capture_output=True, timeout=60)
+    (line,) = ran.stdout.splitlines()
+    assert json.loads(line)["event"] == "thread.hangs"
+
+
 def test_numbers_of_every_kind_survive():
     import numpy as np
 

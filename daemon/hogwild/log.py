@@ -9,6 +9,7 @@ line never exceeds what journald takes in one piece.
 
 import contextlib
 import logging
+import os
 import sys
 import threading
 import warnings
@@ -103,8 +104,12 @@ def _drop_logger(_logger: Any, _method: str, event_dict: EventDict) -> EventDict
     return event_dict
 
 
+_PATIENCE_S = 2.0
+
+
 class _Sink:
-    """Writes a line at once and swallows what goes wrong: a closed pipe must not stop a trainer."""
+    """Writes a line at once and swallows what goes wrong: a closed pipe must not stop a trainer, and a thread that
+    hangs while it writes must not silence the one that says so."""
 
     def __init__(self, stream: TextIO, *, binary: bool) -> None:
         self._stream = stream
@@ -112,15 +117,28 @@ class _Sink:
         self._lock = threading.Lock()
 
     def write(self, line: bytes | str) -> None:
-        with self._lock, contextlib.suppress(OSError, ValueError):
-            if isinstance(line, bytes) and self._binary is not None:
-                self._binary.write(line + b"\n")
-                self._binary.flush()
-            else:
-                text = (line.decode() if isinstance(line, bytes) else line) + "\n"
-                encoding = getattr(self._stream, "encoding", None) or "utf-8"
-                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-                self._stream.flush()
+        mine = self._lock.acquire(timeout=_PATIENCE_S)
+        try:
+            with contextlib.suppress(OSError, ValueError):
+                self._write(line) if mine else self._write_past(line)
+        finally:
+            if mine:
+                self._lock.release()
+
+    def _write(self, line: bytes | str) -> None:
+        if isinstance(line, bytes) and self._binary is not None:
+            self._binary.write(line + b"\n")
+            self._binary.flush()
+        else:
+            text = (line.decode() if isinstance(line, bytes) else line) + "\n"
+            encoding = getattr(self._stream, "encoding", None) or "utf-8"
+            self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self._stream.flush()
+
+    def _write_past(self, line: bytes | str) -> None:
+        """Without the stream, whose own lock may be held, too."""
+        data = line if isinstance(line, bytes) else line.encode(errors="backslashreplace")
+        os.write(self._stream.fileno(), data + b"\n")
 
 
 class _Writer:
