@@ -38,7 +38,8 @@ def _draw(done: dict[str, Any], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
     for name, title in NAMES.items():
-        drops = done.get(name, {}).get("drops", [])
+        if not (drops := done.get(name, {}).get("drops")):
+            continue
         x = [drop["facts"] for drop in drops]
         left.plot(x, [100 * drop["paraphrases"] for drop in drops], marker="o", label=title)
         right.plot(x, [100 * drop["perplexity_change"] for drop in drops], marker="o", label=title)
