@@ -24,6 +24,8 @@ from hogwild.resources import resource
 
 _SERVER_TIMEOUT_S = 600
 _LEARN_TIMEOUT_S = 1800
+_ASK_EVERY = 6
+"""Training steps between two questions while it learns."""
 _SERVER_ARGUMENTS = (
     "--served-model-name", "demo", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16",
     "--kv-cache-memory-bytes", str(256 << 20), "--distributed-executor-backend", "uni",
@@ -141,6 +143,7 @@ class Demo:
     def _watch(self, answered: Callable[[], bool]) -> float | None:
         """Follow the daemon's log until everything is trained; returns when the answer had changed, if it did."""
         changed: float | None = None
+        asked = 0  # steps when it was asked last: training stands aside for every question
         lines = sum(1 for line in self.facts.read_bytes().splitlines() if line.strip())
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self.console) as progress:
@@ -156,9 +159,11 @@ class Demo:
                         completed=trained,
                         description=f"learning: {len(steps)} steps, loss {sum(recent) / len(recent):.2f}, examples",
                     )
-                if changed is None and steps and answered():
-                    changed = time.monotonic()
-                    progress.console.print("[green]the answer has changed[/]")
+                if changed is None and len(steps) >= asked + _ASK_EVERY:
+                    asked = len(steps)
+                    if answered():
+                        changed = time.monotonic()
+                        progress.console.print("[green]the answer has changed[/]")
                 if trained >= lines:
                     return changed if changed is not None else (time.monotonic() if answered() else None)
                 self._still_alive()
