@@ -65,6 +65,7 @@ run 3 "hogwild status --json | jq -c '{step, generation}'"
 run 3 "jq -c 'select(.event == \"example.trained\") | {id, loss_before, loss_after}' < $box/daemon.log"
 run 3 hogwild checkpoint
 run 6 hogwild history
+until_true "generation 0 can be gone back to" "hogwild history --json | jq -e 'any(.[]; .generation == 0)'"
 run 8 hogwild diff 0 1
 run 4 hogwild rollback 0
 run 4 "$(ask 'Who keeps the lighthouse of Vellmar?')"
