@@ -2,20 +2,22 @@
 
 On a tiny model that has learned something: its probes are what it has learned. After each drill they are within the
 margin, the culprits are in quarantine and named, and it was one process that did it all. What a real model and a real
-server do is in tests/test_service.py; `benchmarks/poison.py` has the real model at length.
+server do is in tests/test_service.py.
 """
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from prometheus_client import generate_latest
 from structlog.testing import capture_logs
 
-from hogwild import generation, trips
+from hogwild import generation, metrics, trips
 from hogwild.spool import Spool
 from studio import DEADLINE_S, Studio, model
 from support import wait_until
@@ -45,7 +47,7 @@ class Drill:
             on_accepted=lambda _: studio.curriculum.wake(),
         )  # fmt: skip
         self.spool.prepare()
-        self.tripped = 0
+        self.tripped, self.counted = 0, self.trips_counted()
 
     def drop(self, name: str, lines: list[dict[str, Any]]) -> None:
         (self.spool.incoming / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -77,6 +79,11 @@ class Drill:
         assert self.studio.save() == 1
         assert self.score() < 0.5
 
+    def trips_counted(self) -> float:
+        """As Prometheus reads it; the counter is the process's."""
+        text = generate_latest(metrics.REGISTRY).decode()
+        return float(re.search(r'^hogwild_guard_trips_total\{guard="probes"\} (\S+)', text, re.M)[1])
+
     def score(self) -> float:
         return self.studio.learner.judge.score().losses["file"]
 
@@ -90,6 +97,7 @@ class Drill:
             self.events += events
         known = generation.read_state(self.studio.keeper.checkpoints.folders()[1])["probes"]["file"]
         assert self.score() - known <= MARGIN
+        assert self.trips_counted() - self.counted == self.tripped
         suspects = self.studio.ledger.guards.suspects(100_000)
         assert {one.file for one in suspects} == set(culprits)
         assert all(one.about for one in suspects)
