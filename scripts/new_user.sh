@@ -48,11 +48,11 @@ cp config/demo/facts.jsonl "$box/facts.jsonl"
 model=$PWD/.demo/model
 run 8 hogwild check config/demo/facts.jsonl --model .demo/model
 
-echo '`hogwild serve &` and `hogwild vllm .demo/model --port 8000 --served-model-name demo --kv-cache-memory-bytes 1G --enforce-eager &`'
+echo '`hogwild serve &` and `hogwild vllm .demo/model --port 8000 --served-model-name demo --enforce-eager &`'
 echo
 hogwild serve > "$box/daemon.log" 2>&1 &
 daemon=$!
-hogwild vllm "$model" --port 8000 --served-model-name demo --kv-cache-memory-bytes 1G --enforce-eager > "$box/server.log" 2>&1 &
+hogwild vllm "$model" --port 8000 --served-model-name demo --enforce-eager > "$box/server.log" 2>&1 &
 server=$!
 until_true "the server answers" "curl -sf localhost:8000/health"
 until_true "the daemon has the weights" "grep -q server.verified $box/daemon.log"

@@ -1,7 +1,10 @@
-"""What was held for a moment goes back to the system."""
+"""What memory there is, and that what was held for a moment goes back to the system."""
 
+import os
 import subprocess
 import sys
+
+from hogwild import heap
 
 SCRIPT = """
 from pathlib import Path
@@ -27,3 +30,13 @@ print(before - private_mib())
 def test_trim() -> None:
     ran = subprocess.run([sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True)
     assert float(ran.stdout) > 150, "of 200 MiB"
+
+
+def test_available(tmp_path, monkeypatch):
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    monkeypatch.setattr(heap, "_LIMIT", tmp_path / "memory.max")
+    assert 2**26 < heap.available() < whole
+    (tmp_path / "memory.max").write_text("max\n")
+    assert 2**26 < heap.available() < whole
+    (tmp_path / "memory.max").write_text("1048576\n")
+    assert heap.available() == 2**20, "a container's limit counts where it is less"

@@ -215,3 +215,14 @@ def test_the_launcher_names_the_middleware_and_the_state_folder():
     assert (first["HOGWILD_STATE_DIR"], first["HOGWILD_BASE_WEIGHTS"]) == ("/state", "0")
     assert second["HOGWILD_BASE_WEIGHTS"] == "1"
     assert first[PAGE_VARIABLE] != second[PAGE_VARIABLE]
+
+
+def test_the_launcher_leaves_memory_to_the_daemon():
+    def cache(*arguments: str, available: int = 8 << 30) -> str:
+        found = launch.command("model", arguments, available=available)
+        places = [i for i, one in enumerate(found) if one.startswith("--kv-cache-memory-bytes")]
+        return " ".join(found[places[0] : places[0] + 2]) if places else ""
+
+    assert cache() == cache("--port", "1") == f"--kv-cache-memory-bytes {2 << 30}"
+    assert cache(available=0) == cache("--gpu-memory-utilization=0.5") == cache("--config", "x.yaml") == ""
+    assert cache("--kv-cache-memory-bytes", "1G") == "--kv-cache-memory-bytes 1G"

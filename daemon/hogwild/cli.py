@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hogwild import __version__, cli_history, cli_service, cli_watch, journal
+from hogwild import __version__, cli_history, cli_service, cli_watch, heap, journal
 from hogwild import config as configuration
 from hogwild.cli_history import ConfigOption, JsonOption
 from hogwild.errors import ConfigError, HogwildError, UsageError
@@ -78,7 +78,8 @@ def vllm(
     model = model or settings.server.model or settings.model
     if not model:
         raise ConfigError("no model: name its folder, or set `model` in the configuration")
-    command = launch.command(model, arguments)
+    said = "VLLM_CPU_KVCACHE_SPACE" in os.environ  # vLLM's own variable
+    command = launch.command(model, arguments, available=0 if said else heap.available())
     environment = launch.environment(
         settings.socket, settings.state_dir, arguments, os.environ, base_weights=base_weights
     )

