@@ -176,10 +176,7 @@ def _open(settings: "Config", *wanted: int) -> "History":
     history = History.reading(settings)
     for generation in wanted:
         if not history.known(generation):
-            known = ", ".join(map(str, history.nodes())) or "none"
-            raise HogwildError(
-                f"there is no generation {generation} in {settings.state_dir}; there are: {known}"
-            )
+            raise HogwildError(history.unknown(generation, history.nodes()))
     return history
 
 

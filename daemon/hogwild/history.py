@@ -7,7 +7,7 @@ crash costs at most the entry, which is written at the next chance from the chec
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -296,10 +296,15 @@ class History:
         self.broken[part] = str(error)
         log.error("history.damaged", part=part[0], generation=part[1], error=str(error))
 
+    def unknown(self, number: int, nodes: Iterable[int]) -> str:
+        """What to tell somebody who names a generation that is not among `nodes`."""
+        known = ", ".join(map(str, nodes)) or "none"
+        soon = " (the model as it came is recorded some seconds after the first checkpoint)" * (number == 0)
+        return f"there is no generation {number} in {self.root}; there are: {known}{soon}"
+
     def _lost(self, number: int, nodes: Mapping[int, Node], problems: Mapping[int, str]) -> str:
         if number not in {*nodes, *problems, *(which for _, which in self.broken)}:
-            known = ", ".join(map(str, nodes)) or "none"
-            return f"there is no generation {number} in {self.root}; there are: {known}"
+            return self.unknown(number, nodes)
         reasons = [*problems.values(), *self.broken.values()]
         good = self.last_good(number)
         advice = "no older one can" if good is None else f"the last good one before it is generation {good}"
