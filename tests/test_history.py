@@ -332,7 +332,7 @@ def test_history_can_be_switched_off(tmp_path):
 def test_who_asks_for_the_model_as_it_came_too_early_is_told_to_wait(tmp_path):
     world = World(tmp_path)
     world.save(record=False)
-    with pytest.raises(CheckpointError, match="no generation 0 .* some seconds after the first checkpoint"):
+    with pytest.raises(CheckpointError, match=r"no generation 0 .* some seconds after the first checkpoint"):
         world.history.export(0, tmp_path / "early")
     world.history.record()
     world.history.export(0, tmp_path / "later")

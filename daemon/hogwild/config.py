@@ -112,6 +112,8 @@ class ReplayConfig(Table):
     """How much one of them counts beside a new example. More: the model stays nearer to what it was."""
     protected_rank: int = Field(default=256, ge=0)
     """Directions of each layer's inputs, in the model's own texts, that updates leave alone. 0: none."""
+    protected_every: int = Field(default=50, ge=0)
+    """Steps in which each layer once has taken back what rounding added in these directions. 0: never."""
     self_limit_s: NotNegative = 30.0
     """Seconds after which no more of them are written, so that the first training does not wait long."""
 

@@ -18,6 +18,7 @@ from hogwild.backward import TrainedLinear
 from hogwild.cautions import Warned, cautions
 from hogwild.config import Config
 from hogwild.curriculum import Batch, Curriculum
+from hogwild.drift import Drift
 from hogwild.errors import CheckpointError, ExampleError, LossError, VerificationError
 from hogwild.examples import Example
 from hogwild.governor import Governor, lower_priority
@@ -93,6 +94,14 @@ class Learner:
         if config.training.context == "frozen" and not self.trainers[0].can_freeze:
             log.warning("context.not_frozen", model_type=self.reader.config.model_type)
         warm_up(self.reader.dtype)  # compiles the update now, not in the middle of the first example
+        self.drift = Drift(
+            self.weights,
+            folder,
+            config.replay.protected_every,
+            seed=config.training.seed,
+            stochastic=config.optimizer.rounding == "stochastic",
+            between=self.governor.between_layers,
+        )
         self.failure: BaseException | None = None
         self._tokenizing = threading.Lock()  # a fast tokenizer is not safe to share while its settings change
         self.context_length = encoding.context_length(folder)
@@ -231,6 +240,7 @@ class Learner:
     def _protect(self, directions: Directions) -> None:
         for trainer in self.trainers:
             trainer.protect(directions)
+        self.drift.protect(directions)
 
     def wait_for_own_texts(self) -> None:
         """Until they are written, or given up."""
@@ -369,6 +379,7 @@ class Learner:
             self.curriculum.done(batch)
             self.curriculum.wake()
             return
+        self.drift.after(result.step)
         self._note(result, new, old)
         measured = regroup(groups, result)
         passes = []
