@@ -177,7 +177,7 @@ class OneShot:
             if isinstance(line, GoodLine):
                 if number % stride == 0:
                     with contextlib.suppress(ExampleError):  # which its first pass will say
-                        found.append(learner.encode(line.example))
+                        found.append(learner.encoder.group(line.example))
                 number += 1
         return found
 

@@ -87,7 +87,7 @@ def take(
     base = ledger.get_meta("base_digest") or ""
     learner.write_own_texts(config.state_dir / "selfreplay.json", base)
     saved = generation.read_state(current) if current is not None else None
-    learner.judge.prepare(config.state_dir / "probes.json", base, saved, learner.sequences)
+    learner.judge.prepare(config.state_dir / "probes.json", base, saved, learner.encoder.sequences)
     return Taken(learner, str(current) if current is not None and not keep else None, repeated)
 
 
