@@ -8,9 +8,9 @@ import torch
 from families import build
 from hogwild import drift, log, protection, skeleton
 from hogwild.apollo import Optimizer
-from hogwild.config import OptimizerConfig
 from hogwild.drift import Drift
 from hogwild.encoding import Encoded
+from hogwild.settings import OptimizerConfig
 from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights, load_arena
 

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hogwild import examples, selfreplay, served, skeleton
 from hogwild.apollo import Optimizer
-from hogwild.config import OptimizerConfig
 from hogwild.errors import VerificationError
+from hogwild.settings import OptimizerConfig
 from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights, load_arena, read_tensors
 from support import Client, Daemon, Server, copy_model, digest, free_port, shared_mappings, wait_until

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from hogwild import config as configuration
-from hogwild.config import Config
 from hogwild.errors import ConfigError
+from hogwild.settings import Config
 
 UNIT = Path("/etc/systemd/system/hogwild.service")
 

@@ -9,11 +9,11 @@ from transformers import AutoTokenizer
 from hogwild import encoding, examples
 from hogwild import log as logs
 from hogwild.cautions import Warned, cautions
-from hogwild.config import TrainingConfig
 from hogwild.errors import ExampleError
 from hogwild.examples import Example
 from hogwild.groups import Group
 from hogwild.ledger import Ledger, Pending
+from hogwild.settings import TrainingConfig
 
 log = logs.get(__name__)
 

@@ -15,7 +15,6 @@ from hogwild import log as logs
 from hogwild.apollo import Optimizer
 from hogwild.arena.client import Arena
 from hogwild.backward import TrainedLinear
-from hogwild.config import Config
 from hogwild.curriculum import Batch, Curriculum
 from hogwild.drift import Drift
 from hogwild.encoder import Encoder
@@ -27,6 +26,7 @@ from hogwild.history_report import layer
 from hogwild.judge import Judge
 from hogwild.ledger import Ledger, Pass, Pending
 from hogwild.preparation import Directions, Preparation
+from hogwild.settings import Config
 from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights
 from hogwild_kernels.cpu import warm_up

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from hogwild import heap, protection, selfreplay
 from hogwild import log as logs
 from hogwild import probes as probing
-from hogwild.config import Config
 from hogwild.encoder import Encoder
 from hogwild.errors import HogwildError
 from hogwild.probes import Probe
 from hogwild.replay import Replay
+from hogwild.settings import Config
 
 log = logs.get(__name__)
 

@@ -24,12 +24,12 @@ from hogwild import checkpoint, generation, rollback
 from hogwild import log as logs
 from hogwild.arena.client import Arena
 from hogwild.checkpoint import Checkpoints
-from hogwild.config import Config
 from hogwild.curriculum import Curriculum
 from hogwild.errors import ArenaError, CheckpointError, VerificationError
 from hogwild.learner import Learner
 from hogwild.ledger import Ledger
 from hogwild.resume import newest_checkpoint
+from hogwild.settings import Config
 from hogwild.weights import Weights, digest, verify_bits
 
 log = logs.get(__name__)

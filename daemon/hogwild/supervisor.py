@@ -33,13 +33,13 @@ from hogwild import log as logs
 from hogwild.arena.client import Arena
 from hogwild.arena.hub import Hub
 from hogwild.commands import Command, Commands
-from hogwild.config import Config
 from hogwild.curriculum import Curriculum
 from hogwild.errors import CheckpointError, ConfigError, HogwildError, VerificationError
 from hogwild.keeper import Keeper
 from hogwild.learner import Learner, Saved
 from hogwild.ledger import Ledger
 from hogwild.notify import Notifier
+from hogwild.settings import Config
 from hogwild.spool import Spool
 from hogwild.status import Status
 from hogwild.watchdog import Watchdog
