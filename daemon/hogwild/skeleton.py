@@ -23,7 +23,7 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-    layout = weights.arena.layout
+    layout, in_arena = weights.arena.layout, []
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     wanted = {name for name, _ in model.named_parameters()}
     private = {name for name in wanted if name in layout.frozen}
@@ -32,6 +32,7 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
     for name, parameter in list(model.named_parameters()):
         if name in layout.tensors:
             tensor = weights.view(name)
+            in_arena.append(name)
         elif name in copies:
             tensor = copies[name]
         else:
@@ -45,6 +46,7 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
     if problems:
         raise VerificationError(f"the served weights do not make up a {type(model).__name__}", problems)
     model.tie_weights()
+    model.arena_names = in_arena
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise VerificationError(
@@ -78,6 +80,12 @@ class FrozenLinear(torch.nn.Linear):
         """x (..., n) -> (..., m)"""
         result: torch.Tensor = _Product.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return result
+
+
+def bound(model: PreTrainedModel) -> list[str]:
+    """Names of the parameters of a skeleton that lie in the arena."""
+    names: list[str] = model.arena_names
+    return names
 
 
 def _assign(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
