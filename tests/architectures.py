@@ -20,7 +20,7 @@ SIZES = {
 }  # fmt: skip
 DELTA_NET = {
     "num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2, "head_dim": 32,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+    "linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
     "linear_conv_kernel_dim": 4,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
@@ -96,7 +96,7 @@ ARCHITECTURES = [
     _dense("Phi-3", "phi3", short=True),
     _dense("OLMo 2", "olmo2"),
     _dense("GPT-2", "gpt2", n_embd=64, n_layer=3, n_head=2, n_positions=256, short=True),
-    _dense("GPT-NeoX", "gpt_neox", short=True, tie_word_embeddings=False, rotary_pct=0.5),
+    _dense("GPT-NeoX", "gpt_neox", short=True, tie_word_embeddings=False),
     _dense("GPT-J", "gptj", n_embd=64, n_layer=3, n_head=2, n_positions=256, rotary_dim=16),
     _dense("StableLM", "stablelm"),
     _dense("Cohere", "cohere"),
@@ -113,7 +113,7 @@ ARCHITECTURES = [
     ),
     Architecture("Qwen3-MoE", "qwen3_moe", "experts", EXPERTS, short=True),
     Architecture("Mixtral", "mixtral", "experts", {"num_local_experts": 4}),
-    Architecture("OLMoE", "olmoe", "experts", {**EXPERTS, "intermediate_size": 32}),
+    Architecture("OLMoE", "olmoe", "experts", {**EXPERTS, "intermediate_size": 32, "norm_topk_prob": False}),
     Architecture("Qwen2-MoE", "qwen2_moe", "experts", {**EXPERTS, "shared_expert_intermediate_size": 32}),
     Architecture("Granite-MoE", "granitemoe", "experts", {"num_local_experts": 4}),
     Architecture("GLM4-MoE", "glm4_moe", "experts", {

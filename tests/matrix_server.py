@@ -5,7 +5,6 @@
 Orders: {"load": folder, "socket": path, "settings": {...}}, {"ask": [[token ids], ...], "decode": n}, {"end": true}.
 """
 
-import contextlib
 import gc
 import json
 import os
@@ -25,9 +24,12 @@ class Engine:
 
     def load(self, folder: str, socket: str, settings: dict[str, Any]) -> dict[str, Any]:
         from vllm import LLM
+        from vllm.model_executor.models import registry
         from vllm.platforms.cpu import CpuPlatform
 
         self.unload()
+        # vLLM asks a new process about each class, lest CUDA be touched in this one: 20 s each time, and there is none.
+        registry._run_in_subprocess = lambda ask: ask()
         os.environ["HOGWILD_SOCKET"] = socket
         os.environ.pop("HOGWILD_STATE_DIR", None)
         wanted = {
@@ -60,11 +62,9 @@ class Engine:
         return {"tokens": tokens, "logprobs": logprobs}
 
     def unload(self) -> None:
-        if self.llm is None:
-            return
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-        with contextlib.suppress(AttributeError):
+        if self.llm is not None:
             self.llm.llm_engine.engine_core.shutdown()
         self.llm = None
         cleanup_dist_env_and_memory()
@@ -89,8 +89,8 @@ def main() -> None:
                 import traceback
 
                 traceback.print_exc()
-            engine.llm, error = None, None  # type: ignore[assignment]
-            gc.collect()
+            error = None  # type: ignore[assignment]  # it holds on to the model
+            engine.unload()
         ANSWERS.write(json.dumps(answer) + "\n")
         ANSWERS.flush()
 

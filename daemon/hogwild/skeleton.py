@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
+from hogwild import naming
 from hogwild.errors import VerificationError
+from hogwild.layout import Region
 from hogwild.weights import Weights, read_tensors
 from hogwild_kernels import products
 
@@ -15,26 +17,25 @@ from hogwild_kernels import products
 def build(folder: Path, weights: Weights) -> PreTrainedModel:
     """Build the model of `folder` around the live weights; nothing requires a gradient.
 
-    Tensors that the server keeps no plain copy of (`layout.frozen`) are read from the checkpoint: they never change.
+    Parameters whose tensors the server keeps no plain copy of (`layout.frozen`) are read from the checkpoint: they never
+    change. What serves pictures and sound is left out.
 
     Raises:
         VerificationError: naming every parameter that has no view, or one of another shape.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-    layout, in_arena = weights.arena.layout, []
+    model = empty(folder)
+    layout = weights.arena.layout
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    wanted = {name for name, _ in model.named_parameters()}
-    private = {name for name in wanted if name in layout.frozen}
-    copies = dict(_only(folder, private)) if private else {}
+    found = naming.recipes(model, [*layout.tensors, *layout.frozen])
+    regions, private = place(model, found, layout.tensors)
+    copies = _read(folder, {name for recipe in private for name in recipe.names})
     problems = []
     for name, parameter in list(model.named_parameters()):
-        if name in layout.tensors:
-            tensor = weights.view(name)
-            in_arena.append(name)
-        elif name in copies:
-            tensor = copies[name]
+        if name in regions:
+            region = regions[name]
+            tensor = weights.arena.weights.tensor(region.offset, region.shape, region.stride, region.torch_dtype)
+        elif name in found:
+            tensor = found[name].make(copies.__getitem__, model)
         else:
             if name not in tied:
                 problems.append(f"{name}: needed by {type(model).__name__}, not served")
@@ -46,7 +47,9 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
     if problems:
         raise VerificationError(f"the served weights do not make up a {type(model).__name__}", problems)
     model.tie_weights()
-    model.arena_names = in_arena
+    for name in tied & regions.keys():  # tied by the configuration, and another tensor in the checkpoint: vLLM serves that
+        region = regions[name]
+        _assign(model, name, weights.arena.weights.tensor(region.offset, region.shape, region.stride, region.torch_dtype))
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise VerificationError(
@@ -56,7 +59,48 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
     for module in model.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = FrozenLinear
+    names = {name for name, _ in model.named_parameters()}
+    model.arena_regions = {name: region for name, region in regions.items() if name in names}
     return model.eval()
+
+
+def bound(model: PreTrainedModel) -> dict[str, Region]:
+    """The parameters of a skeleton that lie in the arena: name in the model -> where."""
+    regions: dict[str, Region] = model.arena_regions
+    return regions
+
+
+def empty(folder: Path) -> PreTrainedModel:
+    """The model of `folder` on the meta device: its language model and head alone."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    kind = AutoModelForCausalLM
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        kind = AutoModelForImageTextToText
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = kind.from_config(config, dtype=config.dtype)
+    decoder = model.get_decoder()
+    kept = {id(module) for module in decoder.modules()}
+    if (base := model.base_model) is not decoder:
+        for name, child in list(base.named_children()):
+            if not kept & {id(module) for module in child.modules()}:
+                setattr(base, name, torch.nn.Module())  # a tower: never called for text
+    return model
+
+
+def place(
+    model: PreTrainedModel, recipes: dict[str, naming.Recipe], tensors: Any
+) -> tuple[dict[str, Region], list[naming.Recipe]]:
+    """(parameter -> its place in the arena, recipes of those that have none)."""
+    regions, private = {}, []
+    for name, recipe in recipes.items():
+        if all(part in tensors for part in recipe.names):
+            try:
+                regions[name] = recipe.make(lambda part: naming.Place(tensors[part]), model).region
+                continue
+            except naming.UnplacedError:
+                pass  # live, and not as one view: the trainer cannot look at it
+        private.append(recipe)
+    return regions, private
 
 
 class _Product(torch.autograd.Function):
@@ -82,17 +126,11 @@ class FrozenLinear(torch.nn.Linear):
         return result
 
 
-def bound(model: PreTrainedModel) -> list[str]:
-    """Names of the parameters of a skeleton that lie in the arena."""
-    names: list[str] = model.arena_names
-    return names
-
-
 def _assign(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
     module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
 
 
-def _only(folder: Path, names: set[str]) -> list[tuple[str, torch.Tensor]]:
-    return [(name, tensor.clone()) for name, tensor in read_tensors(folder) if name in names]
+def _read(folder: Path, names: set[str]) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in read_tensors(folder) if name in names} if names else {}

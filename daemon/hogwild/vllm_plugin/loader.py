@@ -1,5 +1,6 @@
 """`--load-format hogwild`: vLLM's weights live in the arena."""
 
+import contextlib
 import copy
 import logging
 import os
@@ -60,9 +61,10 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
         # Late, because it brings in llvmlite, which must not be there yet while vLLM sets up its CPU worker: vLLM then
         # calls vars() on every object of every module, and llvmlite's library handle answers with a function
         # (vllm/triton_utils/dispatcher.py: _rebind_kernels, vLLM 0.32).
-        from hogwild.vllm_plugin.plain import plain_linears
+        from hogwild.vllm_plugin import patches
 
-        with plain_linears():
+        with contextlib.ExitStack() as self._loading:
+            self._loading.enter_context(patches.installed())
             model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
         self._share(model)
         return model
@@ -97,13 +99,14 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
         if start is not None:
             model_config = copy.copy(model_config)
             model_config.model, model_config.revision = str(start.folder), None
+        _make_head_bias(model, source)
         parameters, nbytes = place.plan(model)
         segment = Segment.allocate(nbytes)
         place.move(model, parameters, segment)
         self._trace = CopyTrace(segment)
+        self._loading.enter_context(self._trace)  # also while vLLM post-processes what it has loaded
         try:
-            with self._trace:
-                super().load_weights(model, model_config)
+            super().load_weights(model, model_config)
         except (OSError, SafetensorError) as error:
             if start is None:
                 raise
@@ -205,6 +208,22 @@ def _cannot_begin(why: str) -> str:
         f"{why}\nThe server does not start with untrained weights in place of the newest checkpoint. Mend it, or "
         "start with `hogwild vllm --base-weights` to serve the model as it came."
     )
+
+
+def _make_head_bias(model: torch.nn.Module, source: Source) -> None:
+    """Where the head has a bias that vLLM makes only when it comes upon it while loading, outside of the arena
+    (vllm/model_executor/models/transformers/causal.py: load_weights, vLLM 0.32), make it now.
+
+    Can go when the Transformers backend gives the head its bias from the start.
+    """
+    head = getattr(model, "lm_head", None)
+    if getattr(head, "has_bias", None) is False and hasattr(head, "_register_bias"):
+        folder = Path(source.path)
+        if any("lm_head.bias" in tensor_names(folder / file[0]) for file in source.files):
+            with torch.device(head.weight.device):
+                head._register_bias()
+            register, head._register_bias = head._register_bias, lambda: None  # vLLM's own call would make another
+            del register
 
 
 def _only_live(
