@@ -96,7 +96,7 @@ ARCHITECTURES = [
     _dense("Phi-3", "phi3", short=True),
     _dense("OLMo 2", "olmo2"),
     _dense("GPT-2", "gpt2", n_embd=64, n_layer=3, n_head=2, n_positions=256, short=True),
-    _dense("GPT-NeoX", "gpt_neox", short=True, tie_word_embeddings=False),
+    _dense("GPT-NeoX", "gpt_neox", short=True, tie_word_embeddings=False, num_key_value_heads=OMIT, head_dim=OMIT),
     _dense("GPT-J", "gptj", n_embd=64, n_layer=3, n_head=2, n_positions=256, rotary_dim=16),
     _dense("StableLM", "stablelm"),
     _dense("Cohere", "cohere"),
@@ -130,6 +130,7 @@ ARCHITECTURES = [
     }, frozen=("A_log",), short=True),
     Architecture("Mamba 2", "mamba2", "hybrid", {
         "num_heads": 4, "head_dim": 32, "state_size": 32, "n_groups": 1, "expand": 2, "chunk_size": 16,
+        "intermediate_size": OMIT,
     }, frozen=("A_log",)),
     Architecture("Nemotron-H", "nemotron_h", "hybrid", {
         "layers_block_type": ["mamba", "mlp", "attention", "mlp"], "num_hidden_layers": 4, "mamba_num_heads": 4,
@@ -146,10 +147,10 @@ ARCHITECTURES = [
         "text_config": DELTA_NET, "vision_config": VISION, **VISION_TOKENS,
     }, frozen=("visual",), vllm={"language_model_only": True}, short=True),
     Architecture("DeepSeek-V2 (MLA)", "deepseek_v2", "mla", {
-        "kv_lora_rank": 32, "q_lora_rank": None, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32,
+        "kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
         "num_key_value_heads": 2, "first_k_dense_replace": 3, "n_routed_experts": 4, "moe_intermediate_size": 32,
-        "n_shared_experts": 1, "num_experts_per_tok": 2, "topk_group": 1, "n_group": 1, "head_dim": 32,
-    }, refused="MLA"),
+        "n_shared_experts": 1, "num_experts_per_tok": 2, "topk_group": 1, "n_group": 1, "head_dim": 64,
+    }, refused=""),
     Architecture("BLOOM", "bloom", "copied", {"n_layer": 3, "n_head": 2}),
     Architecture("Falcon (older)", "falcon", "copied", {
         "head_dim": OMIT, "new_decoder_architecture": False, "multi_query": False, "parallel_attn": True, "bias": True, "alibi": False,

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from hogwild import __version__, resume
@@ -22,6 +23,7 @@ from hogwild.arena.control import ControlPage
 from hogwild.arena.memory import Segment
 from hogwild.errors import CheckpointError, VerificationError
 from hogwild.layout import Layout, Region, Source
+from hogwild.tensor_file import read_header
 from hogwild.vllm_plugin import page, place, unsalted
 from hogwild.vllm_plugin.names import BASE_VARIABLE, SOCKET_VARIABLE, STATE_VARIABLE, URL_VARIABLE
 from hogwild.vllm_plugin.trace import CopyTrace
@@ -217,13 +219,13 @@ def _make_head_bias(model: torch.nn.Module, source: Source) -> None:
     Can go when the Transformers backend gives the head its bias from the start.
     """
     head = getattr(model, "lm_head", None)
-    if getattr(head, "has_bias", None) is False and hasattr(head, "_register_bias"):
-        folder = Path(source.path)
-        if any("lm_head.bias" in tensor_names(folder / file[0]) for file in source.files):
-            with torch.device(head.weight.device):
-                head._register_bias()
-            register, head._register_bias = head._register_bias, lambda: None  # vLLM's own call would make another
-            del register
+    if not isinstance(head, ParallelLMHead) or head.has_bias:
+        return
+    files = [Path(source.path) / name for name, *_ in source.files if name.endswith(".safetensors")]
+    if any(entry.name.endswith("lm_head.bias") for file in files for entry in read_header(file).entries):
+        with torch.device(head.weight.device):
+            head._register_bias()
+        head._register_bias = lambda: None  # vLLM's own call would make another one
 
 
 def _only_live(
