@@ -68,13 +68,14 @@ class Learner:
         self.governor = Governor(config.governor, arena.control)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.reader: PreTrainedModel = skeleton.build(folder, self.weights)
+        self.trainable = skeleton.bound(self.reader)
         vocabulary = self.reader.config.get_text_config().vocab_size
         self.trainers = [
             Trainer(
                 skeleton.build(folder, self.weights),
                 self.optimizer,
                 self.progress,
-                set(self.weights.names),
+                set(self.trainable),
                 config.training.context,
                 seed=index,
                 between_layers=self.governor.between_layers,
@@ -179,7 +180,7 @@ class Learner:
         if changed:
             log.warning("optimizer.reset", changed=changed, checkpoint=str(folder))
             tensors = {}
-        shapes = {name: tuple(region.shape) for name, region in self.arena.layout.tensors.items()}
+        shapes = {name: tuple(region.shape) for name, region in self.trainable.items()}
         self.optimizer.load(tensors, shapes)
 
     def check_served(self, server: served.Server) -> served.Agreement:
@@ -224,7 +225,7 @@ class Learner:
                 path.with_name("protected.safetensors"),
                 base,
                 self.curriculum.replay,
-                self.weights.names,
+                list(self.trainable),
                 self._protect,
             )
 

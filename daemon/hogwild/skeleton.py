@@ -1,11 +1,13 @@
 """A Hugging Face model whose parameters are views of the arena: built on the meta device, it owns no weights."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hogwild import naming
 from hogwild.errors import VerificationError
@@ -32,8 +34,7 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
     problems = []
     for name, parameter in list(model.named_parameters()):
         if name in regions:
-            region = regions[name]
-            tensor = weights.arena.weights.tensor(region.offset, region.shape, region.stride, region.torch_dtype)
+            tensor = weights.at(regions[name])
         elif name in found:
             tensor = found[name].make(copies.__getitem__, model)
         else:
@@ -48,17 +49,22 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
         raise VerificationError(f"the served weights do not make up a {type(model).__name__}", problems)
     model.tie_weights()
     for name in tied & regions.keys():  # tied by the configuration, and another tensor in the checkpoint: vLLM serves that
-        region = regions[name]
-        _assign(model, name, weights.arena.weights.tensor(region.offset, region.shape, region.stride, region.torch_dtype))
+        _assign(model, name, weights.at(regions[name]))
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise VerificationError(
             f"parts of {type(model).__name__} are tied to nothing that is served",
             [f"{name}: no tensor" for name in left],
         )
-    for module in model.modules():
+    for name, module in list(model.named_modules()):
         if type(module) is torch.nn.Linear:
             module.__class__ = FrozenLinear
+        elif type(module) is Conv1D:
+            _set(model, name, _linear(module))
+            if (weight := f"{name}.weight") in regions:
+                regions[weight] = replace(
+                    regions[weight], shape=regions[weight].shape[::-1], stride=regions[weight].stride[::-1]
+                )
     names = {name for name, _ in model.named_parameters()}
     model.arena_regions = {name: region for name, region in regions.items() if name in names}
     return model.eval()
@@ -124,6 +130,19 @@ class FrozenLinear(torch.nn.Linear):
         """x (..., n) -> (..., m)"""
         result: torch.Tensor = _Product.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return result
+
+
+def _linear(module: Conv1D) -> FrozenLinear:
+    """The linear layer that GPT-2 calls a convolution: the same weight, looked at the other way round (out, in)."""
+    weight, bias = module.weight.data.t(), module.bias
+    linear = FrozenLinear(weight.shape[1], weight.shape[0], bias=True, device="meta")
+    linear.weight, linear.bias = torch.nn.Parameter(weight, requires_grad=False), bias
+    return linear
+
+
+def _set(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _assign(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:

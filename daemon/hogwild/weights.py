@@ -41,7 +41,10 @@ class Weights:
 
     def view(self, name: str) -> torch.Tensor:
         """The live tensor `name`, in the checkpoint's shape. Every call gives a version counter of its own."""
-        region = self.arena.layout.tensors[name]
+        return self.at(self.arena.layout.tensors[name])
+
+    def at(self, region: Region) -> torch.Tensor:
+        """What lies there, live, as one tensor."""
         return self.arena.weights.tensor(region.offset, region.shape, region.stride, region.torch_dtype)
 
     @property
