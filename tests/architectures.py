@@ -3,12 +3,14 @@
 To add one, add a line to ARCHITECTURES: see docs/models.md.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tiny import save
@@ -26,6 +28,11 @@ DELTA_NET = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
 OMIT = object()
 """In place of a value: a setting of SIZES that this configuration does not take."""
+MLA = {
+    "kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "num_key_value_heads": 2, "first_k_dense_replace": 3, "n_routed_experts": 4, "moe_intermediate_size": 32,
+    "n_shared_experts": 1, "num_experts_per_tok": 2, "topk_group": 1, "n_group": 1, "head_dim": 64,
+}  # fmt: skip
 VISION = {
     "depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "patch_size": 4, "out_hidden_size": 64,
     "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3, "in_chans": 3, "num_position_embeddings": 16,
@@ -48,6 +55,7 @@ class Architecture:
         frozen: parts of the names of checkpoint tensors that are expected to be frozen; every other one must be live.
         refused: part of the message with which the server refuses it; "": it serves.
         vllm: arguments of the server.
+        head: for a model with tied embeddings, what the checkpoint stores as its head all the same: "same", "other", "".
         short: also part of the short selection that every change runs.
     """
 
@@ -58,11 +66,13 @@ class Architecture:
     frozen: tuple[str, ...] = ()
     refused: str = ""
     vllm: Mapping[str, Any] = field(default_factory=dict)
+    head: str = ""
     short: bool = False
 
     def build(self, folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 1) -> Path:
         """Save a checkpoint with random weights."""
         settings = dict(self.settings)
+        quantization = settings.pop("quantization_config", None)
         if "text_config" in settings:
             settings["text_config"] = {**SIZES, **settings["text_config"]}
             config = AutoConfig.for_model(self.model_type, **settings)
@@ -71,7 +81,16 @@ class Architecture:
             given = {name: value for name, value in {**SIZES, **settings}.items() if value is not OMIT}
             config = AutoConfig.for_model(self.model_type, **given)
             kind = AutoModelForCausalLM
-        return save(type(kind.from_config(config)), config, folder, dtype, seed)
+        save(type(kind.from_config(config)), config, folder, dtype, seed)
+        if quantization is not None:  # what is refused for its configuration needs no weights of that kind
+            path = folder / "config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantization}))
+        if self.head:
+            tensors = load_file(file := folder / "model.safetensors")
+            embedding = tensors["model.embed_tokens.weight"]
+            tensors["lm_head.weight"] = embedding.clone() if self.head == "same" else embedding.flip(0).contiguous()
+            save_file(tensors, file, {"format": "pt"})
+        return folder
 
 
 def _dense(name: str, model_type: str, *, short: bool = False, **settings: Any) -> Architecture:
@@ -83,6 +102,10 @@ _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6,
 ARCHITECTURES = [
     _dense("Llama", "llama", tie_word_embeddings=False, short=True),
     _dense("Llama, tied", "llama", tie_word_embeddings=True),
+    Architecture("Llama, tied, head stored twice", "llama", "dense", {"tie_word_embeddings": True}, head="same",
+                 frozen=("lm_head",), short=True),
+    Architecture("Llama, tied, another head stored", "llama", "dense", {"tie_word_embeddings": True}, head="other",
+                 short=True),
     _dense("Qwen2", "qwen2", tie_word_embeddings=True),
     _dense("Qwen3", "qwen3", tie_word_embeddings=False),
     _dense("Mistral", "mistral", sliding_window=9),
@@ -146,17 +169,23 @@ ARCHITECTURES = [
     Architecture("Qwen3.5-VL text", "qwen3_5", "vision", {
         "text_config": DELTA_NET, "vision_config": VISION, **VISION_TOKENS,
     }, frozen=("visual",), vllm={"language_model_only": True}, short=True),
-    Architecture("DeepSeek-V2 (MLA)", "deepseek_v2", "mla", {
-        "kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-        "num_key_value_heads": 2, "first_k_dense_replace": 3, "n_routed_experts": 4, "moe_intermediate_size": 32,
-        "n_shared_experts": 1, "num_experts_per_tok": 2, "topk_group": 1, "n_group": 1, "head_dim": 64,
-    }, refused=""),
-    Architecture("BLOOM", "bloom", "copied", {"n_layer": 3, "n_head": 2}),
+    Architecture("DeepSeek-V2, CPU_MLA", "deepseek_v2", "mla", MLA, vllm={"compilation_config": {"custom_ops": ["-rotary_embedding"]}}),
+    Architecture("DeepSeek-V2, wrong backend", "deepseek_v2", "mla", MLA, refused="--compilation-config", short=True),
+    Architecture("BLOOM", "bloom", "copied", {"n_layer": 3, "n_head": 2}, frozen=("query_key_value",), short=True),
     Architecture("Falcon (older)", "falcon", "copied", {
-        "head_dim": OMIT, "new_decoder_architecture": False, "multi_query": False, "parallel_attn": True, "bias": True, "alibi": False,
-    }),
+        "head_dim": OMIT, "new_decoder_architecture": False, "multi_query": False, "parallel_attn": True, "bias": True,
+        "alibi": False,
+    }, frozen=("query_key_value",)),
     Architecture("gpt-oss", "gpt_oss", "copied", {
         "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
         "num_hidden_layers": 4, "sliding_window": 16,
-    }),
+    }, refused="serve a model whose experts are gated by SiLU"),
+    Architecture("Llama, fp8", "llama", "refused", {"quantization_config": {
+        "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32],
+    }}, refused="in bf16 or fp16, without --quantization", short=True),
+    Architecture("Llama, AWQ", "llama", "refused", {"quantization_config": {
+        "quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm",
+    }}, refused="in bf16 or fp16, without --quantization"),
+    Architecture("Llama, with LoRA", "llama", "refused", vllm={"enable_lora": True},
+                 refused="serve without --enable-lora", short=True),
 ]  # fmt: skip

@@ -195,14 +195,18 @@ def examine(server: ServerProcess, architecture: Architecture, folder: Path, *, 
 
 @torch.no_grad()
 def compare(model: Any, answers: Answers) -> tuple[float, float]:
-    """Mean difference between vLLM and the model in nats, and what rounding every layer's output once more makes."""
-    differences, noises = [], []
+    """Mean difference between vLLM and the model in nats, of prefill or of decode, whichever is larger; and what rounding
+    every layer's output once more makes."""
+    prefill, decode, noises = [], [], []
     for text, served in zip(answers.texts, answers.logprobs, strict=True):
         own = log_probabilities(model, text)
         with rounded(model):
             noises.append((log_probabilities(model, text) - own).abs())
-        differences.append((served - own).abs())
-    return float(torch.cat(differences).mean()), float(torch.cat(noises).mean())
+        difference, read = (served - own).abs(), len(text) - DECODE
+        prefill.append(difference[:read])  # the last of them is of the first token that was generated
+        decode.append(difference[read:])
+    worst = max(torch.cat(prefill).mean(), torch.cat(decode).mean())
+    return float(worst), float(torch.cat(noises).mean())
 
 
 def log_probabilities(model: Any, text: Sequence[int]) -> torch.Tensor:

@@ -11,6 +11,8 @@ import os
 import sys
 from typing import Any
 
+import torch
+
 ANSWERS = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # what vLLM prints is no answer
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -21,6 +23,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.llm: Any = None
+        self._bf16 = torch.cpu._is_avx512_bf16_supported
 
     def load(self, folder: str, socket: str, settings: dict[str, Any]) -> dict[str, Any]:
         from vllm import LLM
@@ -28,6 +31,8 @@ class Engine:
         from vllm.platforms.cpu import CpuPlatform
 
         self.unload()
+        bf16 = settings.pop("pretend_avx512_bf16", False)  # what vLLM asks of the CPU before it packs a convolution
+        torch.cpu._is_avx512_bf16_supported = (lambda: True) if bf16 else self._bf16
         # vLLM asks a new process about each class, lest CUDA be touched in this one: 20 s each time, and there is none.
         registry._run_in_subprocess = lambda ask: ask()
         os.environ["HOGWILD_SOCKET"] = socket

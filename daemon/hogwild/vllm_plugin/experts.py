@@ -6,6 +6,7 @@ import torch
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply_moe_activation
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
+from hogwild.errors import VerificationError
 from hogwild.vllm_plugin.patch import Patch, looks_like
 from hogwild.vllm_plugin.plain import library
 from hogwild_kernels.linear import plain_linear
@@ -57,8 +58,20 @@ def _(x: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-def _keep(self: Any, layer: Any) -> None:  # noqa: ARG001 - as the original
-    """Neither pad nor pack."""
+def _keep(self: Any, layer: Any) -> None:
+    """Neither pad nor pack.
+
+    Raises:
+        VerificationError: experts of a kind that is not computed here.
+    """
+    if (kind := layer.activation) not in (MoEActivation.SILU, MoEActivation.GELU, MoEActivation.GELU_TANH):
+        raise VerificationError(
+            "this server cannot be trained",
+            [
+                f"its experts' activation is {kind.value} (gpt-oss), and their weights are kept interleaved: serve a model "
+                "whose experts are gated by SiLU or GELU, or one without experts"
+            ],
+        )
     self._use_zentorch = False
 
 

@@ -24,7 +24,7 @@ from hogwild.arena.memory import Segment
 from hogwild.errors import CheckpointError, VerificationError
 from hogwild.layout import Layout, Region, Source
 from hogwild.tensor_file import read_header
-from hogwild.vllm_plugin import page, place, unsalted
+from hogwild.vllm_plugin import page, place, refuse, unsalted
 from hogwild.vllm_plugin.names import BASE_VARIABLE, SOCKET_VARIABLE, STATE_VARIABLE, URL_VARIABLE
 from hogwild.vllm_plugin.trace import CopyTrace
 
@@ -58,7 +58,7 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
                 vllm_config, model_config, prefix
             )
             return draft
-        _refuse_unsupported(vllm_config, self._socket)
+        refuse.unsupported(vllm_config, self._socket)
         unsalted.install()
         # Late, because it brings in llvmlite, which must not be there yet while vLLM sets up its CPU worker: vLLM then
         # calls vars() on every object of every module, and llvmlite's library handle answers with a function
@@ -239,30 +239,6 @@ def _only_live(
         else:
             dead[name] = "vLLM replaced it by another tensor after loading"
     return live, dead
-
-
-def _refuse_unsupported(vllm_config: VllmConfig, daemon: Path | None) -> None:
-    """Raise one error for everything about this server that cannot be trained."""
-    parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    problems = []
-    if daemon is None:
-        problems.append(
-            f"{SOCKET_VARIABLE} is not set: start the server with `hogwild vllm`, or set it yourself"
-        )
-    if parallel.world_size > 1:
-        problems.append(f"tensor or pipeline parallelism over {parallel.world_size} processes: use one")
-    if model.quantization is not None:
-        problems.append(
-            f"{model.quantization} weights are not the weights that are trained: serve bf16 or fp16"
-        )
-    if vllm_config.lora_config is not None:
-        problems.append(
-            "LoRA adapters change what is served behind the trainer's back: serve without --enable-lora"
-        )
-    if model.enable_sleep_mode:
-        problems.append("sleep mode moves the weights: serve without --enable-sleep-mode")
-    if problems:
-        raise VerificationError("this server cannot be trained", problems)
 
 
 def _server() -> dict[str, str]:
