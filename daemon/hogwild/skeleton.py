@@ -44,27 +44,19 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
         if tensor.shape != parameter.shape:
             problems.append(f"{name}: {tuple(parameter.shape)} in the model, {tuple(tensor.shape)} served")
             continue
-        _assign(model, name, tensor)
+        assign(model, name, tensor)
     if problems:
         raise VerificationError(f"the served weights do not make up a {type(model).__name__}", problems)
     model.tie_weights()
     for name in tied & regions.keys():  # tied by the configuration, and another tensor in the checkpoint: vLLM serves that
-        _assign(model, name, weights.at(regions[name]))
+        assign(model, name, weights.at(regions[name]))
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise VerificationError(
             f"parts of {type(model).__name__} are tied to nothing that is served",
             [f"{name}: no tensor" for name in left],
         )
-    for name, module in list(model.named_modules()):
-        if type(module) is torch.nn.Linear:
-            module.__class__ = FrozenLinear
-        elif type(module) is Conv1D:
-            _set(model, name, _linear(module))
-            if (weight := f"{name}.weight") in regions:
-                regions[weight] = replace(
-                    regions[weight], shape=regions[weight].shape[::-1], stride=regions[weight].stride[::-1]
-                )
+    linearise(model, regions)
     names = {name for name, _ in model.named_parameters()}
     model.arena_regions = {name: region for name, region in regions.items() if name in names}
     return model.eval()
@@ -132,6 +124,19 @@ class FrozenLinear(torch.nn.Linear):
         return result
 
 
+def linearise(model: PreTrainedModel, regions: dict[str, Region]) -> None:
+    """Make every linear layer one that has no gradient of its own, and of those that lie transposed linear layers."""
+    for name, module in list(model.named_modules()):
+        if type(module) is torch.nn.Linear:
+            module.__class__ = FrozenLinear
+        elif type(module) is Conv1D:
+            _set(model, name, _linear(module))
+            if (weight := f"{name}.weight") in regions:
+                regions[weight] = replace(
+                    regions[weight], shape=regions[weight].shape[::-1], stride=regions[weight].stride[::-1]
+                )
+
+
 def _linear(module: Conv1D) -> FrozenLinear:
     """The linear layer that GPT-2 calls a convolution: the same weight, looked at the other way round (out, in)."""
     weight, bias = module.weight.data.t(), module.bias
@@ -145,7 +150,8 @@ def _set(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def _assign(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+def assign(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor in the place of a parameter."""
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
     module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
