@@ -88,7 +88,9 @@ class Architecture:
         if self.head:
             tensors = load_file(file := folder / "model.safetensors")
             embedding = tensors["model.embed_tokens.weight"]
-            tensors["lm_head.weight"] = embedding.clone() if self.head == "same" else embedding.flip(0).contiguous()
+            tensors["lm_head.weight"] = (
+                embedding.clone() if self.head == "same" else embedding.flip(0).contiguous()
+            )
             save_file(tensors, file, {"format": "pt"})
         return folder
 

@@ -27,6 +27,7 @@ from architectures import ARCHITECTURES, Architecture
 from hogwild import skeleton
 from hogwild.arena.client import Arena
 from hogwild.arena.hub import Hub
+from hogwild.disagreement import rounded
 from hogwild.weights import Weights, verify_bits
 from support import environment
 
@@ -155,7 +156,9 @@ class Outcome:
         if not self.after <= limit:
             found.append(f"differs by {self.after:.3f} nats once every weight has moved (limit {limit:.3f})")
         if not self.moved > 2 * limit:
-            found.append(f"moving every weight changed the answers by {self.moved:.3f} nats: nothing is proved")
+            found.append(
+                f"moving every weight changed the answers by {self.moved:.3f} nats: nothing is proved"
+            )
         for name, why in self.frozen.items():
             if not any(part in name for part in expected.frozen):
                 found.append(f"{name} is frozen: {why}")
@@ -217,29 +220,6 @@ def log_probabilities(model: Any, text: Sequence[int]) -> torch.Tensor:
 
 
 @contextmanager
-def rounded(model: Any) -> Iterator[None]:
-    """While this is open, what linear layers and norms give is off by up to a rounding of bf16, at random."""
-    generator = torch.Generator().manual_seed(0)
-
-    def disturb(_module: Any, _arguments: Any, output: Any) -> Any:
-        if not isinstance(output, torch.Tensor) or not output.is_floating_point():
-            return output
-        factor = 1 + (torch.rand(output.shape, generator=generator) - 0.5) * 2**-7
-        return (output.float() * factor).to(output.dtype)
-
-    hooks = [
-        module.register_forward_hook(disturb)
-        for module in model.modules()
-        if not list(module.children()) and any(True for _ in module.parameters(recurse=False))
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
 def moved(model: Any, names: Sequence[str], scale: float = 1.0) -> Iterator[None]:
     """While this is open, these weights of the arena are others, written in place."""
     generator, before = torch.Generator().manual_seed(0), []
@@ -267,7 +247,9 @@ def table(rows: Sequence[tuple[Architecture, Outcome]]) -> Iterator[str]:
             result = f"refused: {said}" if not problems else f"**{problems[0]}**"
             yield f"| {architecture.name} | | | | {result} |"
             continue
-        parts = sorted({name.rpartition(".")[2] if "A_log" in name else name.split(".")[0] for name in outcome.frozen})
+        parts = sorted(
+            {name.rpartition(".")[2] if "A_log" in name else name.split(".")[0] for name in outcome.frozen}
+        )
         frozen = f"{len(outcome.frozen)}: {', '.join(parts)}" if parts else "none"
         result = "live, agrees" if not problems else f"**{'; '.join(problems)}**"
         yield (
@@ -291,13 +273,18 @@ def main(wanted: Sequence[str]) -> int:
                     outcome = Outcome(refused=f"{type(error).__name__}: {error}")
                 rows.append((architecture, outcome))
                 problems = outcome.problems(architecture)
-                print(f"{architecture.name}: {outcome.seconds:.0f} s {problems or 'as expected'}", file=sys.stderr)
+                print(
+                    f"{architecture.name}: {outcome.seconds:.0f} s {problems or 'as expected'}",
+                    file=sys.stderr,
+                )
         finally:
             server.end()
     print("\n".join(table(rows)))
     served = sum(not outcome.refused for _, outcome in rows)
     bad = sum(bool(outcome.problems(architecture)) for architecture, outcome in rows)
-    print(f"\n{len(rows)} architectures: {served} served, {len(rows) - served} refused, {bad} not as expected")
+    print(
+        f"\n{len(rows)} architectures: {served} served, {len(rows) - served} refused, {bad} not as expected"
+    )
     return 1 if bad else 0
 
 

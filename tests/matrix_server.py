@@ -34,7 +34,9 @@ class Engine:
 
         self.unload()
         no_torchvision.PATCH.install()  # what stock vLLM needs too where there is no torchvision
-        bf16 = settings.pop("pretend_avx512_bf16", False)  # what vLLM asks of the CPU before it packs a convolution
+        bf16 = settings.pop(
+            "pretend_avx512_bf16", False
+        )  # what vLLM asks of the CPU before it packs a convolution
         torch.cpu._is_avx512_bf16_supported = (lambda: True) if bf16 else self._bf16
         # vLLM asks a new process about each class, lest CUDA be touched in this one: 20 s each time, and there is none.
         registry._run_in_subprocess = lambda ask: ask()

@@ -43,7 +43,9 @@ def test_what_is_served_is_what_is_trained(server, tmp_path, architecture):
 def test_the_matrix_is_as_large_as_it_is_said_to_be():
     assert len(ARCHITECTURES) >= 28
     assert len({architecture.name for architecture in ARCHITECTURES}) == len(ARCHITECTURES)
-    assert {architecture.row for architecture in SHORT} == {architecture.row for architecture in ARCHITECTURES}
+    assert {architecture.row for architecture in SHORT} == {
+        architecture.row for architecture in ARCHITECTURES
+    }
 
 
 def test_a_convolution_stays_plain_on_a_cpu_that_would_pack_it(server, tmp_path):
@@ -69,7 +71,9 @@ def test_a_cast_to_fp32_is_trained_as_fp32(server, tmp_path):
     decays = {n: r for n, r in skeleton.bound(skeleton.build(folder, weights)).items() if n.endswith("A_log")}
     assert len(decays) == 2
     assert {region.dtype for region in decays.values()} == {"float32"}
-    assert {region.dtype for name, region in weights.arena.layout.tensors.items() if "A_log" not in name} == {"bfloat16"}
+    assert {region.dtype for name, region in weights.arena.layout.tensors.items() if "A_log" not in name} == {
+        "bfloat16"
+    }
 
 
 def test_compiled_serving_sees_what_is_written_in_place(server, tmp_path):

@@ -53,7 +53,9 @@ def service(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
 def test_it_learns_a_dropped_file_and_stock_vllm_reads_the_checkpoint(service, model, tmp_path):
     server, daemon = service
     attached = daemon.wait_for("arena.attached")
-    assert not [name for name in attached["frozen"] if "embed_tokens" not in name], "all but the embeddings is trained"
+    assert not [name for name in attached["frozen"] if "embed_tokens" not in name], (
+        "all but the embeddings is trained"
+    )
     assert daemon.wait_for("server.verified", after="attach")["tokens"] > 20
     before = server.ask(QUESTION)
     assert not before.startswith(ANSWER)

@@ -1,6 +1,6 @@
 """Of a model and a layout: what a trainer would train, and what stays as it is, and why.
 
-    python -m hogwild.coverage MODEL LAYOUT.json     prints {"model": class, "trained": {name: elements}, "frozen": ...}
+python -m hogwild.coverage MODEL LAYOUT.json     prints {"model": class, "trained": {name: elements}, "frozen": ...}
 """
 
 import json
@@ -46,20 +46,28 @@ def examine(folder: Path, layout: Layout) -> Coverage:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     if missing := sorted(sizes.keys() - found.keys() - tied):
-        raise HogwildError(f"{type(model).__name__} needs {', '.join(missing)}, which the checkpoint does not have")
+        raise HogwildError(
+            f"{type(model).__name__} needs {', '.join(missing)}, which the checkpoint does not have"
+        )
     model.tie_weights()
     for name in tied & regions.keys():
         skeleton.assign(model, name, torch.empty(regions[name].shape, device="meta"))
     skeleton.linearise(model, {})
     reasons = {
-        recipe.parameter: next((layout.frozen[n] for n in recipe.names if n in layout.frozen), "no one strided view")
+        recipe.parameter: next(
+            (layout.frozen[n] for n in recipe.names if n in layout.frozen), "no one strided view"
+        )
         for recipe in private
     }
     unused = cast(Optimizer, None)  # nothing is updated: no backward pass runs
     asked = train_in_backward(model, unused, set(regions), 0, lambda *_: None, {}).frozen
     frozen = {name: (sizes[name], reasons.get(name, why)) for name, why in asked.items() if name in sizes}
     used = {name for recipe in found.values() for name in recipe.names}
-    beside = {name: (0, f"not of the language model: {why}") for name, why in layout.frozen.items() if name not in used}
+    beside = {
+        name: (0, f"not of the language model: {why}")
+        for name, why in layout.frozen.items()
+        if name not in used
+    }
     return Coverage(
         type(model).__name__,
         {name: size for name, size in sizes.items() if name not in frozen},

@@ -28,7 +28,9 @@ def model(folder: Path, subject: Subject) -> Iterator[Finding]:
         arguments = _without_place(subject.config.server.arguments)
         ran = _python("hogwild.vllm_plugin.try_model", out, folder.absolute(), *arguments)
         if not out.is_file():
-            yield fail("model", f"vLLM ended with {ran.returncode}: {ran.stderr[-500:].strip()}", _WHAT_VLLM_SAYS)
+            yield fail(
+                "model", f"vLLM ended with {ran.returncode}: {ran.stderr[-500:].strip()}", _WHAT_VLLM_SAYS
+            )
             return
         found = json.loads(out.read_text())
         if "refused" in found:
@@ -37,7 +39,9 @@ def model(folder: Path, subject: Subject) -> Iterator[Finding]:
             return
         asked = _python("hogwild.coverage", folder.absolute(), out)
         if asked.returncode:
-            yield fail("refused", asked.stderr.strip().splitlines()[-1], "report it, with the model's config.json")
+            yield fail(
+                "refused", asked.stderr.strip().splitlines()[-1], "report it, with the model's config.json"
+            )
             return
         yield from _covered(json.loads(asked.stdout))
 
@@ -45,14 +49,20 @@ def model(folder: Path, subject: Subject) -> Iterator[Finding]:
 def _covered(about: dict[str, Any]) -> Iterator[Finding]:
     share = 100 * about["trained_elements"] / max(about["elements"], 1)
     trained = f"{about['trained']} tensors of {about['model']}, {share:.1f}% of {about['elements']:,} weights"
-    yield ok("trained", trained) if about["trained"] else fail(
-        "trained", trained, "nothing could be learned: see what is frozen, and why"
+    yield (
+        ok("trained", trained)
+        if about["trained"]
+        else fail("trained", trained, "nothing could be learned: see what is frozen, and why")
     )
     for why, names in about["frozen"]:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         said = f"{', '.join(names[:_SHOWN])}{more}: {why}"
         expected = "embeddings" in why or why.startswith("not of the language model")
-        yield ok("frozen", said) if expected else warn("frozen", said, "it stays as it is; the rest learns without it")
+        yield (
+            ok("frozen", said)
+            if expected
+            else warn("frozen", said, "it stays as it is; the rest learns without it")
+        )
 
 
 _WHAT_VLLM_SAYS = "start `vllm serve` on it, which says more"

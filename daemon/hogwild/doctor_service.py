@@ -109,7 +109,9 @@ def plugin(subject: Subject) -> Iterator[Finding]:
         for patch in json.loads(doctor_machine.last_line(ran.stdout)):
             said = f"{patch['name']}, in place of {patch['replaces']}, until {patch['until']}"
             if patch["differs"]:
-                yield fail("patch", f"{said}: {patch['differs']}", "use the vLLM that hogwild was installed with")
+                yield fail(
+                    "patch", f"{said}: {patch['differs']}", "use the vLLM that hogwild was installed with"
+                )
             else:
                 yield ok("patch", said)
 

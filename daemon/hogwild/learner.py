@@ -193,7 +193,8 @@ class Learner:
         with self._tokenizing:
             prompts = [list(self.tokenizer(text)["input_ids"]) for text in served.PROBE_TEXTS]
         prompts += [ids for ids in self._recent if 2 <= len(ids) <= served.MAX_PROBE_TOKENS]
-        return served.check(server, self.reader, prompts, self.config.server.probe_tolerance)
+        loaded = Path(self.arena.layout.checkpoint or self.arena.layout.source.path)
+        return served.check(server, self.reader, prompts, self.config.server.probe_tolerance, loaded)
 
     def start(self) -> None:
         """Let the trainer threads take examples, starting them if need be."""

@@ -58,7 +58,9 @@ class Recipe:
         """
         if self.converter is None:
             return get(self.names[0])
-        given: dict[str, Any] = {pattern: [get(name) for name in names] for pattern, names in self.parts.items()}
+        given: dict[str, Any] = {
+            pattern: [get(name) for name in names] for pattern, names in self.parts.items()
+        }
         for operation in self.converter.operations:
             given = operation.convert(
                 given, source_patterns=self.converter.source_patterns,

@@ -1,5 +1,7 @@
 """A Hugging Face model whose parameters are views of the arena: built on the meta device, it owns no weights."""
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,9 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
     if problems:
         raise VerificationError(f"the served weights do not make up a {type(model).__name__}", problems)
     model.tie_weights()
-    for name in tied & regions.keys():  # tied by the configuration, and another tensor in the checkpoint: vLLM serves that
+    for name in (
+        tied & regions.keys()
+    ):  # tied by the configuration, and another tensor in the checkpoint: vLLM serves that
         assign(model, name, weights.at(regions[name]))
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
@@ -59,6 +63,7 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
     linearise(model, regions)
     names = {name for name, _ in model.named_parameters()}
     model.arena_regions = {name: region for name, region in regions.items() if name in names}
+    model.arena_recipes = found
     return model.eval()
 
 
@@ -66,6 +71,24 @@ def bound(model: PreTrainedModel) -> dict[str, Region]:
     """The parameters of a skeleton that lie in the arena: name in the model -> where."""
     regions: dict[str, Region] = model.arena_regions
     return regions
+
+
+@contextlib.contextmanager
+def older(model: PreTrainedModel, folder: Path, names: Iterable[str]) -> Iterator[None]:
+    """While this is open, these parameters are as in the checkpoint in `folder`, and not the live ones. Nothing is
+    written to the arena."""
+    recipes: dict[str, naming.Recipe] = model.arena_recipes
+    wanted = [name for name in names if name in recipes]
+    tensors = _read(folder, {part for name in wanted for part in recipes[name].names})
+    before = {name: model.get_parameter(name) for name in wanted}
+    try:
+        for name, live in before.items():
+            tensor = recipes[name].make(tensors.__getitem__, model).to(live.dtype)
+            assign(model, name, tensor if tensor.shape == live.shape else tensor.t())
+        yield
+    finally:
+        for name, live in before.items():
+            assign(model, name, live.data)
 
 
 def empty(folder: Path) -> PreTrainedModel:
@@ -158,4 +181,4 @@ def assign(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def _read(folder: Path, names: set[str]) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in read_tensors(folder) if name in names} if names else {}
+    return {name: tensor.clone() for name, tensor in read_tensors(folder, names)} if names else {}

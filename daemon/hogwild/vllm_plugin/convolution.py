@@ -44,7 +44,9 @@ def _update_plain(
     num_accepted_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Decode."""
-    if num_accepted_tokens is not None:  # speculative decoding: only the kernel knows how, and it packs for itself
+    if (
+        num_accepted_tokens is not None
+    ):  # speculative decoding: only the kernel knows how, and it packs for itself
         speculated: torch.Tensor = _update(
             x=x, conv_states=conv_states, weight=_plain(weight), bias=bias, silu_activation=silu_activation,
             conv_state_indices=conv_state_indices, is_weight_packed=False, num_accepted_tokens=num_accepted_tokens,

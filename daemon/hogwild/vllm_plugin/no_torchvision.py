@@ -27,7 +27,9 @@ class _Nothing(types.ModuleType):
         place = f"{self.__name__}.{name}"
 
         def fail(*_: Any, **__: Any) -> Any:
-            raise ImportError(f"{place} is needed for pictures, and torchvision is not installed: only text is served")
+            raise ImportError(
+                f"{place} is needed for pictures, and torchvision is not installed: only text is served"
+            )
 
         return type(name, (), {"__new__": fail})
 

@@ -30,7 +30,8 @@ def check() -> None:
     problems = [f"{patch.replaces}: {why}" for patch in wanted() if (why := patch.differs())]
     if problems:
         raise VerificationError(
-            f"vLLM {vllm.__version__} has changed where hogwild replaces parts of it: use vLLM {KNOWN}", problems
+            f"vLLM {vllm.__version__} has changed where hogwild replaces parts of it: use vLLM {KNOWN}",
+            problems,
         )
 
 

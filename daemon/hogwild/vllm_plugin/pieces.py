@@ -59,7 +59,9 @@ def _strides(
             apart = [axis for axis in range(len(shape)) if piece.start[axis] != first.start[axis]]
             unknown = [axis for axis in apart if found[axis] is None]
             if len(unknown) == 1:
-                rest = sum((found[a] or 0) * (piece.start[a] - first.start[a]) for a in apart if a != unknown[0])
+                rest = sum(
+                    (found[a] or 0) * (piece.start[a] - first.start[a]) for a in apart if a != unknown[0]
+                )
                 gap, odd = divmod(piece.offset - first.offset, itemsize)
                 step, left = divmod(gap - rest, piece.start[unknown[0]] - first.start[unknown[0]])
                 if odd or left or step < 0:

@@ -60,5 +60,5 @@ def _mla(vllm_config: VllmConfig) -> Iterator[str]:
         # RotaryEmbedding.forward_native there (vllm/model_executor/layers/rotary_embedding/, vLLM 0.32).
         yield (
             "vLLM's CPU rotary embedding is wrong for MLA: serve with "
-            f"--compilation-config '{{\"custom_ops\": [\"{_ROTARY}\"]}}'"
+            f'--compilation-config \'{{"custom_ops": ["{_ROTARY}"]}}\''
         )

@@ -79,7 +79,9 @@ class CopyTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
             elif isinstance(found := merge(list(pieces), shape), str):
                 unmapped[name] = found
             elif by := self._rewriter(found, max(pieces.values())):
-                unmapped[name] = f"vLLM computes with it after loading ({by}): what it keeps are other numbers"
+                unmapped[name] = (
+                    f"vLLM computes with it after loading ({by}): what it keeps are other numbers"
+                )
             else:
                 mapped[name] = found
         return mapped, unmapped
@@ -185,7 +187,11 @@ _COPIES = 256
 
 
 def _source(
-    name: str, shape: tuple[int, ...], start: tuple[int, ...], tensor: torch.Tensor, axes: tuple[int | None, ...]
+    name: str,
+    shape: tuple[int, ...],
+    start: tuple[int, ...],
+    tensor: torch.Tensor,
+    axes: tuple[int | None, ...],
 ) -> _Source:
     """`tensor` holds the box that begins at `start`; `axes`: which of its axes is which of the checkpoint tensor's."""
     size = tuple(1 if axis is None else tensor.shape[axis] for axis in axes)
