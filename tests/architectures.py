@@ -50,13 +50,13 @@ class Architecture:
     Attributes:
         name: as the table prints it.
         model_type: of transformers' configuration.
-        settings: of it, beyond SIZES.
-        row: of shared/MODELS.md, shortly: "dense", "delta-net", "experts", "hybrid", "vision", "mla", "copied", "refused".
+        row: what it stands for: "dense", "delta-net", "experts", "hybrid", "vision", "mla", "copied" or "refused".
+        settings: of the configuration, beyond SIZES.
         frozen: parts of the names of checkpoint tensors that are expected to be frozen; every other one must be live.
         refused: part of the message with which the server refuses it; "": it serves.
         vllm: arguments of the server.
-        head: for a model with tied embeddings, what the checkpoint stores as its head all the same: "same", "other", "".
-        short: also part of the short selection that every change runs.
+        head: for a model with tied embeddings, what the checkpoint stores as its head all the same: "same", "other",
+        "". short: also part of the short selection that every change runs.
     """
 
     name: str
@@ -142,7 +142,8 @@ ARCHITECTURES = [
     Architecture("Qwen2-MoE", "qwen2_moe", "experts", {**EXPERTS, "shared_expert_intermediate_size": 32}),
     Architecture("Granite-MoE", "granitemoe", "experts", {"num_local_experts": 4}),
     Architecture("GLM4-MoE", "glm4_moe", "experts", {
-        **EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+        **EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1,
+        "topk_group": 1,
     }),
     Architecture("Granite hybrid", "granitemoehybrid", "hybrid", {
         "layer_types": ["mamba", "attention", "mamba"], "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 32,
@@ -171,10 +172,10 @@ ARCHITECTURES = [
     Architecture("Qwen3.5-VL text", "qwen3_5", "vision", {
         "text_config": DELTA_NET, "vision_config": VISION, **VISION_TOKENS,
     }, frozen=("visual",), vllm={"language_model_only": True}, short=True),
-    Architecture("DeepSeek-V2, CPU_MLA", "deepseek_v2", "mla", MLA, vllm={"compilation_config": {"custom_ops": ["-rotary_embedding"]}}),
-    Architecture("DeepSeek-V2, wrong backend", "deepseek_v2", "mla", MLA, refused="--compilation-config", short=True),
-    Architecture("BLOOM", "bloom", "copied", {"n_layer": 3, "n_head": 2}, frozen=("query_key_value",), short=True),
-    Architecture("Falcon (older)", "falcon", "copied", {
+    Architecture("DeepSeek-V2, CPU_MLA", "deepseek_v2", "mla", MLA, vllm={"compilation_config": {"custom_ops":
+    ["-rotary_embedding"]}}), Architecture("DeepSeek-V2, wrong backend", "deepseek_v2", "mla", MLA,
+    refused="--compilation-config", short=True), Architecture("BLOOM", "bloom", "copied", {"n_layer": 3, "n_head":
+    2}, frozen=("query_key_value",), short=True), Architecture("Falcon (older)", "falcon", "copied", {
         "head_dim": OMIT, "new_decoder_architecture": False, "multi_query": False, "parallel_attn": True, "bias": True,
         "alibi": False,
     }, frozen=("query_key_value",)),

@@ -2,10 +2,10 @@
 
     python tests/matrix.py [name ...]      print the table; all of them, or those whose name contains one of these
 
-Each architecture: a tiny random checkpoint; vLLM loads it through hogwild's loader and offers its arena; this process takes
-the arena as the daemon does, builds the Hugging Face skeleton on it and compares log-probabilities of prefill and decode,
-before and after it has moved every bound weight in place. Then each weight alone: an answer that does not change by a
-bit is a weight that vLLM does not read.
+Each architecture: a tiny random checkpoint; vLLM loads it through hogwild's loader and offers its arena; this
+process takes the arena as the daemon does, builds the Hugging Face skeleton on it and compares log-probabilities of
+prefill and decode, before and after it has moved every bound weight in place. Then each weight alone: an answer that
+does not change by a bit is a weight that vLLM does not read.
 """
 
 import json
@@ -37,7 +37,8 @@ PROMPTS = [
 ]
 DECODE = 6
 NOISE = 3.0
-"""Served and trained may differ by this many times what rounding every activation once more does to the trainer's own."""
+"""Served and trained may differ by this many times what rounding every activation once more does to the trainer's
+own."""
 FLOOR = 0.01  # nats: below it nothing is concluded
 
 
@@ -108,7 +109,8 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Answers:
-    """Whole texts, and the log-probability of each of their tokens but the first as vLLM gave it, prefill and decode."""
+    """Whole texts, and the log-probability of each of their tokens but the first as vLLM gave it, prefill and
+    decode."""
 
     texts: list[list[int]]
     logprobs: list[torch.Tensor]
@@ -198,8 +200,8 @@ def examine(server: ServerProcess, architecture: Architecture, folder: Path, *, 
 
 @torch.no_grad()
 def compare(model: Any, answers: Answers) -> tuple[float, float]:
-    """Mean difference between vLLM and the model in nats, of prefill or of decode, whichever is larger; and what rounding
-    every layer's output once more makes."""
+    """Mean difference between vLLM and the model in nats, of prefill or of decode, whichever is larger; and what
+    rounding every layer's output once more makes."""
     prefill, decode, noises = [], [], []
     for text, served in zip(answers.texts, answers.logprobs, strict=True):
         own = log_probabilities(model, text)

@@ -55,7 +55,8 @@ class Engine:
         return {}
 
     def ask(self, prompts: list[list[int]], decode: int) -> dict[str, Any]:
-        """Of each prompt: the tokens that follow at temperature 0, and the log-probability of every token but the first."""
+        """Of each prompt: the tokens that follow at temperature 0, and the log-probability of every token but the
+        first."""
         from vllm import SamplingParams
 
         parameters = SamplingParams(

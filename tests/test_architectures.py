@@ -6,7 +6,6 @@ Numbers in names and comments are those of the special cases in docs/models.md.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -49,7 +48,8 @@ def test_the_matrix_is_as_large_as_it_is_said_to_be():
 
 
 def test_a_convolution_stays_plain_on_a_cpu_that_would_pack_it(server, tmp_path):
-    """(2) With AVX512-BF16, vLLM packs the convolution of Gated DeltaNet, and its kernel takes any weight for a packed one."""
+    """(2) With AVX512-BF16, vLLM packs the convolution of Gated DeltaNet, and its kernel takes any weight for a
+    packed one."""
     architecture = replace(named("Qwen3.5 dense text"), vllm={"pretend_avx512_bf16": True})
     outcome = matrix.examine(server, architecture, tmp_path / "model", each=False)
     assert outcome.problems(architecture) == []

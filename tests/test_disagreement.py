@@ -21,7 +21,9 @@ def moved(folder: Path, *dead: str) -> tuple[skeleton.PreTrainedModel, torch.Ten
     generator = torch.Generator().manual_seed(0)
     for name in skeleton.bound(model):
         live = model.get_parameter(name).data
-        live.add_(torch.randn(live.shape, generator=generator).to(live.dtype) * live.float().std().to(live.dtype))
+        live.add_(
+            torch.randn(live.shape, generator=generator).to(live.dtype) * live.float().std().to(live.dtype)
+        )
     stale = [name for name in skeleton.bound(model) if any(part in name for part in dead)]
     assert bool(stale) == bool(dead)
     with torch.no_grad(), skeleton.older(model, folder, stale):
@@ -35,9 +37,9 @@ def test_the_module_that_the_server_does_not_read_is_named(family, tmp_path):
     (architecture,) = (one for one in ARCHITECTURES if one.name == family)
     folder = architecture.build(tmp_path / "model")
     names = skeleton.bound(skeleton.build(folder, Weights(load_arena(folder))))
-    dead = next(name for name in names if ".1.mlp." in name and name.endswith(("up_proj.weight", "gate_up_proj", "c_fc.weight")))
-    module = dead.rpartition(".")[0]
-    model, answer = moved(folder, dead)
+    ends = ("up_proj.weight", "gate_up_proj", "c_fc.weight")
+    module = next(name for name in names if ".1.mlp." in name and name.endswith(ends)).rpartition(".")[0]
+    model, answer = moved(folder, f"{module}.")
     found = disagreement.suspects(model, folder, PROMPT, answer, trained_log_probabilities)
     assert found[0] == module
 

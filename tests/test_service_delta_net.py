@@ -1,4 +1,5 @@
-"""A model of Qwen3.5's shape (Gated DeltaNet and attention in turn) through the whole service, nothing replaced but its size."""
+"""A model of Qwen3.5's shape (Gated DeltaNet and attention in turn) through the whole service, nothing replaced but
+its size."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -50,7 +51,7 @@ def service(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
         process.kill()
 
 
-def test_it_learns_a_dropped_file_and_stock_vllm_reads_the_checkpoint(service, model, tmp_path):
+def test_it_learns_a_dropped_file_and_stock_vllm_reads_the_checkpoint(service, tmp_path):
     server, daemon = service
     attached = daemon.wait_for("arena.attached")
     assert not [name for name in attached["frozen"] if "embed_tokens" not in name], (

@@ -72,8 +72,8 @@ def doctor(
     model: Annotated[
         Path | None,
         typer.Option(
-            help="Only say what would be trained of the model in this folder, frozen and refused, and why. vLLM loads it "
-            "for that, once, and serves nothing."
+            help="Only say what would be trained of the model in this folder, frozen and refused, and why. vLLM loads "
+            "it for that, once, and serves nothing."
         ),
     ] = None,
     as_json: JsonOption = False,

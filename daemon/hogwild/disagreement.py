@@ -1,9 +1,9 @@
 """How far two ways of computing one model may lie apart, and which module is to blame when they lie farther.
 
-Server and trainer never agree to the last bit: they multiply in another order and round at other places. What that makes
-differs by a factor of ten between models, so it is measured on the model, at the moment of the comparison. A module that
-the server no longer reads still has the weights that it was loaded with: the trainer computes with those of one module
-after the other, and the one that explains the difference is named.
+Server and trainer never agree to the last bit: they multiply in another order and round at other places. What that
+makes differs by a factor of ten between models, so it is measured on the model, at the moment of the comparison. A
+module that the server no longer reads still has the weights that it was loaded with: the trainer computes with those
+of one module after the other, and the one that explains the difference is named.
 """
 
 from collections.abc import Callable, Iterator, Sequence

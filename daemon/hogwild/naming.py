@@ -1,8 +1,9 @@
-"""Which tensors of a checkpoint make up which parameter of a Hugging Face model, and where it lies if they are in an arena.
+"""Which tensors of a checkpoint make up which parameter of a Hugging Face model, and where it lies if they are in an
+arena.
 
-Names differ where transformers has renamed modules since the checkpoint was written, and parameters where it stacks what
-the checkpoint keeps apart (the experts of a mixture). Transformers knows both for its own loading; here the same rules run
-on places in memory instead of on tensors.
+Names differ where transformers has renamed modules since the checkpoint was written, and parameters where it stacks
+what the checkpoint keeps apart (the experts of a mixture). Transformers knows both for its own loading; here the same
+rules run on places in memory instead of on tensors.
 """
 
 # mypy: disable-error-code="misc"
@@ -75,13 +76,13 @@ class Recipe:
 
 
 def recipes(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Recipe]:
-    """parameter -> how it is made of the checkpoint tensors called `names`. Those that the model has no use for are left
-    out, and so are parameters that nothing makes (tied ones)."""
+    """parameter -> how it is made of the checkpoint tensors called `names`. Those that the model has no use for are
+    left out, and so are parameters that nothing makes (tied ones)."""
     transforms = get_model_conversion_mapping(model)
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
     by_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
-    wanted = {name: parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    wanted = dict(model.named_parameters(remove_duplicate=False))
     parts: dict[str, dict[str, list[str]]] = {}
     for name in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
@@ -134,7 +135,12 @@ class Place:
     def __torch_function__(
         cls, function: Any, _types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        known = {torch.stack: _stack, torch.cat: _cat, torch.transpose: _transpose, torch.chunk: _chunk}
+        known: dict[Any, Callable[..., Any]] = {
+            torch.stack: _stack,
+            torch.cat: _cat,
+            torch.transpose: _transpose,
+            torch.chunk: _chunk,
+        }
         if function not in known:
             raise UnplacedError(f"{getattr(function, '__name__', function)} of places")
         return known[function](*args, **(kwargs or {}))

@@ -105,7 +105,8 @@ def check(
         loaded: folder of the checkpoint that the server was filled from: what a module has that it no longer reads.
 
     Raises:
-        VerificationError: a prompt's mean difference exceeds the tolerance; all such prompts are listed, and the modules
+        VerificationError: a prompt's mean difference exceeds the tolerance; all such prompts are listed, and the
+        modules
             that explain it.
         ServerError: the server cannot be asked.
     """
@@ -139,12 +140,14 @@ def _blame(model: PreTrainedModel, loaded: Path, prompt: Sequence[int], answer: 
     try:
         found = disagreement.suspects(model, loaded, prompt, answer, trained_log_probabilities)
     except (HogwildError, OSError) as error:
-        return f"which module it is cannot be told without the weights that the server was loaded with: {error}"
+        return (
+            f"which module it is cannot be told without the weights that the server was loaded with: {error}"
+        )
     if found:
         return f"the server seems to read older weights of {', '.join(found[:3])}: those in {loaded} explain its answer"
     return (
-        "no single module's older weights explain its answer: the server computes something else than transformers does "
-        "(`make matrix` compares them family by family)"
+        "no single module's older weights explain its answer: the server computes something else than transformers "
+        "does (`make matrix` compares them family by family)"
     )
 
 

@@ -21,8 +21,8 @@ from hogwild_kernels import products
 def build(folder: Path, weights: Weights) -> PreTrainedModel:
     """Build the model of `folder` around the live weights; nothing requires a gradient.
 
-    Parameters whose tensors the server keeps no plain copy of (`layout.frozen`) are read from the checkpoint: they never
-    change. What serves pictures and sound is left out.
+    Parameters whose tensors the server keeps no plain copy of (`layout.frozen`) are read from the checkpoint: they
+    never change. What serves pictures and sound is left out.
 
     Raises:
         VerificationError: naming every parameter that has no view, or one of another shape.

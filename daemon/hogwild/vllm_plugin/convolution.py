@@ -80,7 +80,8 @@ def _differs() -> str:
 
 PATCH = Patch(
     name="plain convolution of Gated DeltaNet",
-    replaces="vllm/model_executor/layers/mamba/ops/cpu/gdn_attention.py: _causal_conv1d_fwd_cpu, _causal_conv1d_update_cpu",
+    replaces="vllm/model_executor/layers/mamba/ops/cpu/gdn_attention.py: _causal_conv1d_fwd_cpu, "
+    "_causal_conv1d_update_cpu",
     why="on a CPU with AVX512-BF16 the kernel takes the plain weight for a packed one: silently wrong output",
     until="gdn_attention.py asks the layer whether its weight is packed, instead of writing is_weight_packed=True",
     differs=_differs,

@@ -32,7 +32,7 @@ def plain_experts(
 ) -> torch.Tensor:  # (T, n)
     """Sum over a token's experts of weight * W2 activation(W13 x), in fp32, rounded once."""
     y = torch.zeros(x.shape, dtype=torch.float32)
-    for expert in ids.unique().tolist():
+    for expert in torch.unique(ids).tolist():
         tokens, place = (ids == expert).nonzero(as_tuple=True)
         h = plain_linear(x[tokens], w13[expert], None if b13 is None else b13[expert])
         inner = h.new_empty(len(tokens), w2.shape[2])
@@ -68,8 +68,8 @@ def _keep(self: Any, layer: Any) -> None:
         raise VerificationError(
             "this server cannot be trained",
             [
-                f"its experts' activation is {kind.value} (gpt-oss), and their weights are kept interleaved: serve a model "
-                "whose experts are gated by SiLU or GELU, or one without experts"
+                f"its experts' activation is {kind.value} (gpt-oss), and their weights are kept interleaved: serve a "
+                "model whose experts are gated by SiLU or GELU, or one without experts"
             ],
         )
     self._use_zentorch = False

@@ -34,8 +34,8 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 
 def _dispatch_plain(layer: Any, remove_weight: bool) -> None:  # noqa: ARG001 - as the original
-    """Multiply with the weight itself, instead of with a packed copy that empties it. vLLM's linear and embedding layers
-    import the original at the time of the call. What it costs is measured by benchmarks/serving.py.
+    """Multiply with the weight itself, instead of with a packed copy that empties it. vLLM's linear and embedding
+    layers import the original at the time of the call. What it costs is measured by benchmarks/serving.py.
 
     A weight of three dimensions is that of a convolution, which is left as it is too: see convolution.py.
     """
@@ -50,7 +50,8 @@ def _install() -> None:
 PATCH = Patch(
     name="plain linear layers",
     replaces="vllm/model_executor/layers/utils.py: dispatch_cpu_unquantized_gemm",
-    why="vLLM packs the weights of linear layers and heads into copies and empties the originals: nothing could be trained",
+    why="vLLM packs the weights of linear layers and heads into copies and empties the originals: nothing "
+    "could be trained",
     until="vLLM can be told to keep CPU linear weights unpacked",
     differs=lambda: looks_like(_original, ["layer", "remove_weight"], "layer.cpu_linear ="),
     install=_install,

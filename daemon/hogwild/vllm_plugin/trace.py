@@ -42,9 +42,9 @@ class CopyTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
     """While active, notes each copy from a checkpoint tensor into the arena, and everything else that is written there.
 
     A checkpoint tensor is known by the address range it was read into; the newest tensor wins where an older one has
-    been freed. A copy may take a box of it, transposed or not, directly or by way of clones. A tensor is mapped when the
-    boxes make up all of it and lie in the arena as one strided view; its region then has the checkpoint's own shape. What
-    is rewritten after it was copied is not mapped: it is no longer the checkpoint's.
+    been freed. A copy may take a box of it, transposed or not, directly or by way of clones. A tensor is mapped when
+    the boxes make up all of it and lie in the arena as one strided view; its region then has the checkpoint's own
+    shape. What is rewritten after it was copied is not mapped: it is no longer the checkpoint's.
     """
 
     def __init__(self, segment: Segment) -> None:
@@ -204,7 +204,8 @@ def _source(
 def _box(
     source: _Source, view: torch.Tensor
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int | None, ...]] | None:
-    """Which box of the checkpoint tensor a view of `source` is: start, size, and the view's axis for each of the tensor's.
+    """Which box of the checkpoint tensor a view of `source` is: start, size, and the view's axis for each of the
+    tensor's.
 
     None for a view that is no box: one that splits or joins axes, or repeats elements.
     """
