@@ -23,15 +23,16 @@ class Trained:
         self.weights = Weights(load_arena(self.folder))
         generator = torch.Generator().manual_seed(1)
         texts = [torch.randint(3, 40, (9,), generator=generator).tolist() for _ in range(12)]
+        self.reader = skeleton.build(self.folder, self.weights)
         self.directions = protection.measure(
-            skeleton.build(self.folder, self.weights), set(self.weights.names), texts,
+            self.reader, set(self.weights.names), texts,
             rank=8, budget_bytes=1 << 20, seed=0,
         )  # fmt: skip
         self.trainer = Trainer(
             skeleton.build(self.folder, self.weights), Optimizer(OptimizerConfig(lr=1e-4, rank=4), 0),
             Progress(self.weights.arena.control, 4), set(self.weights.names), "frozen", seed=0,
         )  # fmt: skip
-        self.drift = Drift(self.weights, self.folder, every)
+        self.drift = Drift(self.weights, self.reader, self.folder, every)
         self.trainer.protect(self.directions)
         self.drift.protect(self.directions)
         self.before = self.bits()
@@ -66,7 +67,7 @@ def test_every_layer_has_its_turn_once_in_so_many_steps_in_pieces_of_any_size(tm
     monkeypatch.setattr(drift, "_BLOCK_BYTES", 5 * 32 * 4)
     trained = Trained(tmp_path, 0).train(30)
     before, inside = trained.bits(), trained.inside()
-    every = Drift(trained.weights, trained.folder, 7)
+    every = Drift(trained.weights, trained.reader, trained.folder, 7)
     every.protect(trained.directions)
     turns: list[str] = []
     for step in range(31, 38):
@@ -93,7 +94,7 @@ def test_what_has_not_moved_stays_to_the_bit(tmp_path):
 def test_another_model_in_its_place_is_not_drifted_to(tmp_path, capsys, how):
     log.configure("warning", "json")
     trained = Trained(tmp_path, 0).train(10)
-    every = Drift(trained.weights, trained.folder, 1)
+    every = Drift(trained.weights, trained.reader, trained.folder, 1)
     every.protect(trained.directions)
     file = trained.folder / "model.safetensors"
     data = bytearray(file.read_bytes())

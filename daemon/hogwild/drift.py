@@ -15,8 +15,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hogwild import log as logs
+from hogwild import skeleton
 from hogwild.errors import CheckpointError
 from hogwild.layout import weight_files
 from hogwild.tensor_file import Entry, read_header
@@ -34,6 +36,7 @@ class Drift:
 
     Args:
         weights: the live ones.
+        model: a skeleton of them: where each parameter lies, and what the checkpoint calls it.
         folder: the model as it came.
         every: steps in which each layer has its turn once; 0: never.
         seed: of the rounding.
@@ -44,6 +47,7 @@ class Drift:
     def __init__(
         self,
         weights: Weights,
+        model: PreTrainedModel,
         folder: Path,
         every: int,
         *,
@@ -53,17 +57,24 @@ class Drift:
     ) -> None:
         self._weights, self._every, self._between = weights, every, between
         self._seed, self._stochastic = seed, stochastic
-        self._base = _Base(folder)
+        base = _Base(folder)
+        places, stored = skeleton.bound(model), skeleton.stored(model)
+        # What lies otherwise in the file (stacked, transposed) is left to drift.
+        self._base, self._places = (
+            base,
+            {
+                name: (region, stored[name])
+                for name, region in places.items()
+                if name in stored and base.shape(stored[name]) == region.shape
+            },
+        )
         self._directions: Mapping[str, Tensor] = {}
         self._names: list[str] = []
 
     def protect(self, directions: Mapping[str, Tensor]) -> None:
         """Name of a linear layer -> (k, n) orthonormal rows, of what is to stay as it came."""
-        known = self._base.names()
         self._directions = {f"{name}.weight": basis for name, basis in directions.items()}
-        self._names = [
-            name for name in sorted(self._directions) if name in known and name in self._weights.names
-        ]
+        self._names = sorted(self._directions.keys() & self._places.keys())
 
     def after(self, step: int) -> None:
         """Training step `step` is done: it is some layers' turn."""
@@ -80,13 +91,14 @@ class Drift:
 
     @torch.no_grad()
     def _take_back(self, name: str, step: int) -> None:
-        weight, basis = self._weights.view(name), self._directions[name].float()
+        region, stored = self._places[name]
+        weight, basis = self._weights.at(region), self._directions[name].float()
         rows, columns = weight.shape
         a, b = counter.subkey(counter.name_key(self._seed, name), _TAKEN_BACK, step)
         block = max(_BLOCK_BYTES // (4 * columns), 1)
         for top in range(0, rows, block):
             part = weight[top : top + block]
-            base = self._base.rows(name, top, len(part)).to(weight.device, weight.dtype)
+            base = self._base.rows(stored, top, len(part)).to(weight.device, weight.dtype)
             moved = part.float() - base.float()
             drift = (moved @ basis.t()) @ basis
             bits = None
@@ -120,8 +132,10 @@ class _Base:
                 {entry.name: _Place(path, entry, stamp) for entry in read_header(path).entries}
             )
 
-    def names(self) -> set[str]:
-        return set(self._places)
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Of the tensor `name`; None if there is none."""
+        place = self._places.get(name)
+        return None if place is None else place.entry.shape
 
     def rows(self, name: str, first: int, count: int) -> Tensor:
         """(count, n) of the matrix `name`.

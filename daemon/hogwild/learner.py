@@ -68,13 +68,14 @@ class Learner:
         self.governor = Governor(config.governor, arena.control)
         self.encoder = Encoder(folder, config.training, ledger)
         self.reader: PreTrainedModel = skeleton.build(folder, self.weights)
+        self.trainable = skeleton.bound(self.reader)
         vocabulary = self.reader.config.get_text_config().vocab_size
         self.trainers = [
             Trainer(
                 skeleton.build(folder, self.weights),
                 self.optimizer,
                 self.progress,
-                set(self.weights.names),
+                set(self.trainable),
                 config.training.context,
                 seed=index,
                 between_layers=self.governor.between_layers,
@@ -95,6 +96,7 @@ class Learner:
         warm_up(self.reader.dtype)  # compiles the update now, not in the middle of the first example
         self.drift = Drift(
             self.weights,
+            self.reader,
             folder,
             config.replay.protected_every,
             seed=config.training.seed,
@@ -184,7 +186,7 @@ class Learner:
         if changed:
             log.warning("optimizer.reset", changed=changed, checkpoint=str(folder))
             tensors = {}
-        shapes = {name: tuple(region.shape) for name, region in self.arena.layout.tensors.items()}
+        shapes = {name: tuple(region.shape) for name, region in self.trainable.items()}
         self.optimizer.load(tensors, shapes)
 
     def check_served(self, server: served.Server) -> served.Agreement:
@@ -196,7 +198,8 @@ class Learner:
         """
         prompts = self.encoder.plain(served.PROBE_TEXTS)
         prompts += [ids for ids in self._recent if 2 <= len(ids) <= served.MAX_PROBE_TOKENS]
-        return served.check(server, self.reader, prompts, self.config.server.probe_tolerance)
+        loaded = Path(self.arena.layout.checkpoint or self.arena.layout.source.path)
+        return served.check(server, self.reader, prompts, self.config.server.probe_tolerance, loaded)
 
     def start(self) -> None:
         """Let the trainer threads take examples, starting them if need be."""
@@ -228,7 +231,7 @@ class Learner:
                 path.with_name("protected.safetensors"),
                 base,
                 self.curriculum.replay,
-                self.weights.names,
+                list(self.trainable),
                 self._protect,
             )
 

@@ -196,8 +196,8 @@ class ServerConfig(Table):
     """Base URL of the vLLM server. Empty: as announced by the server's plugin."""
     api_key_env: str = "HOGWILD_API_KEY"
     """Environment variable that holds the server's API key, if it wants one. The key is never in a file."""
-    probe_tolerance: Positive = 0.15
-    """Largest mean difference of log-probability, in nats, between server and trainer."""
+    probe_tolerance: NotNegative = 0.0
+    """Largest mean difference of log-probability, in nats, between server and trainer. 0: measured on the model."""
 
 
 class LogConfig(Table):

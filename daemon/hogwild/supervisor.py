@@ -265,6 +265,7 @@ class Supervisor:
             after=after,
             mean_difference=round(agreement.mean, 4),
             largest_difference=round(agreement.largest, 4),
+            tolerance=round(agreement.tolerance, 4),
             tokens=agreement.tokens,
         )
         if not learner.training and learner.judge.tripped is None:
