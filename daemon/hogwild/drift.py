@@ -2,8 +2,9 @@
 
 No update has a part in these directions B (k, n) of a layer's input (protection.py). But every write of a bf16 weight
 is rounded at random, which is right on average and adds noise in all directions alike, more with every step, until
-general text suffers from little else. dW = W - W0, against the model as it came, should have no part in B: (dW B^T) B is subtracted.
-What that write's own rounding adds is a fraction of a bf16 gap, however many steps came before it.
+general text suffers from it more than from what is learned. dW = W - W0, against the model as it came, should have no
+part in B: (dW B^T) B is subtracted. What that write's own rounding adds is a fraction of a bf16 gap, however many steps
+came before it.
 
 W0 is read from the model's own files, some rows at a time, and not kept. Each layer has its turn once in so many steps.
 """
