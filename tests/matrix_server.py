@@ -2,13 +2,15 @@
 
     python matrix_server.py          one JSON order a line on stdin, one JSON answer a line on stdout
 
-Orders: {"load": folder, "socket": path, "settings": {...}}, {"ask": [[token ids], ...], "decode": n}, {"end": true}.
+Orders: {"load": folder, "socket": path, "settings": {...}}, {"check": folder, "settings": {...}},
+{"ask": [[token ids], ...], "decode": n}.
 """
 
 import gc
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,6 +84,17 @@ class Engine:
         gc.collect()
 
 
+def check(folder: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Would hogwild's loader take on a server that is configured like this? Loads nothing."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from hogwild.vllm_plugin import refuse
+
+    engine = EngineArgs(model=folder, load_format="hogwild", skip_tokenizer_init=True, **settings)
+    refuse.unsupported(engine.create_engine_config(), Path(folder))
+    return {}
+
+
 def main() -> None:
     engine = Engine()
     for line in sys.stdin:
@@ -89,6 +102,8 @@ def main() -> None:
         try:
             if "load" in order:
                 answer = engine.load(order["load"], order["socket"], order["settings"])
+            elif "check" in order:
+                answer = check(order["check"], order["settings"])
             elif "ask" in order:
                 answer = engine.ask(order["ask"], order["decode"])
             else:

@@ -81,3 +81,20 @@ def test_compiled_serving_sees_what_is_written_in_place(server, tmp_path):
     architecture = replace(named("Qwen3-MoE"), vllm={"enforce_eager": False})
     outcome = matrix.examine(server, architecture, tmp_path / "model", each=False)
     assert outcome.problems(architecture) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"tensor_parallel_size": 2}, "use one"),
+        ({"enable_sleep_mode": True}, "serve without --enable-sleep-mode"),
+        ({"quantization": "fp8"}, "without --quantization"),
+    ],
+    ids=lambda one: next(iter(one)) if isinstance(one, dict) else "",
+)
+def test_a_server_that_cannot_be_trained_is_told_what_would_work(server, tmp_path, settings, advice):
+    """(11) among them: several ranks hold slices, which no single process sees."""
+    folder = named("Llama").build(tmp_path / "model")
+    server.say({"check": str(folder), "settings": {}})
+    with pytest.raises(matrix.RefusedError, match=f"(?s)this server cannot be trained.*{advice}"):
+        server.say({"check": str(folder), "settings": settings})

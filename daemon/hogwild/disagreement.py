@@ -19,7 +19,8 @@ from hogwild import pulse, skeleton
 FLOOR = 0.03
 """Nats: a model whose rounding makes less than this still differs by so much where kernels do."""
 FACTOR = 4.0
-"""How many times the difference that rounding makes is accepted. Measured over the architecture matrix: up to 2."""
+"""How many times the difference that rounding makes is accepted. Over the rows of
+the architecture matrix whose figures were kept, on one machine: up to 1.2."""
 _EXPLAINS, _RESOLVED = 0.25, 0.1
 """Shares of the difference that may be left for modules to be named, and at which no more are looked for."""
 _TOGETHER = 12

@@ -50,9 +50,8 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
     if problems:
         raise VerificationError(f"the served weights do not make up a {type(model).__name__}", problems)
     model.tie_weights()
-    for name in (
-        tied & regions.keys()
-    ):  # tied by the configuration, and another tensor in the checkpoint: vLLM serves that
+    for name in tied & regions.keys():
+        # Tied by the configuration, and another tensor in the checkpoint: vLLM serves that one.
         assign(model, name, weights.at(regions[name]))
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:

@@ -88,6 +88,7 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
             allow_patterns_overrides=None,
         )
         source = Source.of(Path(folder), files)
+        _make_head_bias(model, source)  # also where an arena is mapped, which has a place for it
         held = client.ask(self._socket, source, _server())
         if held is not None:
             self._arena, self._session = held
@@ -101,7 +102,6 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
         if start is not None:
             model_config = copy.copy(model_config)
             model_config.model, model_config.revision = str(start.folder), None
-        _make_head_bias(model, source)
         parameters, nbytes = place.plan(model)
         segment = Segment.allocate(nbytes)
         place.move(model, parameters, segment)

@@ -45,6 +45,9 @@ def looks_like(function: Any, parameters: list[str], *fragments: str) -> str:
     name = getattr(function, "__qualname__", repr(function))
     if found != parameters:
         return f"{name} takes {', '.join(found) or 'nothing'}; known is {', '.join(parameters)}"
-    source = " ".join(inspect.getsource(function).split()) if fragments else ""
+    try:
+        source = " ".join(inspect.getsource(function).split()) if fragments else ""
+    except OSError:  # replaced by something that has none, by another plugin for example
+        source = ""
     missing = [fragment for fragment in fragments if fragment not in source]
     return f"{name} no longer contains {missing[0]!r}" if missing else ""
