@@ -99,6 +99,10 @@ def older(model: PreTrainedModel, folder: Path, names: Iterable[str]) -> Iterato
 def empty(folder: Path) -> PreTrainedModel:
     """The model of `folder` on the meta device: its language model and head alone."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if config.model_type == "cohere2":
+        # vLLM's commandr.py lets a token see as many before it, and itself: one more than transformers does, and as the
+        # model was trained. Can go when both agree, which the matrix shows.
+        config.sliding_window += 1
     kind = AutoModelForCausalLM
     if type(config) not in AutoModelForCausalLM._model_mapping:
         kind = AutoModelForImageTextToText
