@@ -9,9 +9,10 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 box=$PWD/.new-user
 rm -rf "$box" && mkdir -p "$box"
-export XDG_STATE_HOME=$box/state XDG_CONFIG_HOME=$box/config XDG_RUNTIME_DIR=$box/run COLUMNS=100
+export XDG_STATE_HOME=$box/state XDG_CONFIG_HOME=$box/config XDG_RUNTIME_DIR=$box/run COLUMNS=140
 mkdir -m 700 "$XDG_RUNTIME_DIR"
-trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
+exec > >(sed -u "s|$PWD|/home/you/hogwild|g")
+trap 'kill $(jobs -p) 2>/dev/null; exec >&-; wait' EXIT
 
 run() { # lines to show, command
   local shown=$1 began=$SECONDS code
