@@ -98,3 +98,17 @@ def test_a_server_that_cannot_be_trained_is_told_what_would_work(server, tmp_pat
     server.say({"check": str(folder), "settings": {}})
     with pytest.raises(matrix.RefusedError, match=f"(?s)this server cannot be trained.*{advice}"):
         server.say({"check": str(folder), "settings": settings})
+
+
+def test_linear_layers_stay_plain_whatever_this_cpu_would_pack(server, tmp_path):
+    """(1) oneDNN packs fp32 on every x86 CPU, bf16 only on some."""
+    folder = named("Llama").build(tmp_path / "model", torch.float32)
+    weights = Weights(server.load(folder, dtype="float32"))
+    assert weights.arena.layout.frozen == {}
+    verify_bits(weights, folder)
+    model = skeleton.build(folder, weights)
+    before = server.ask()
+    for name in skeleton.bound(model):
+        if name.endswith("down_proj.weight"):
+            model.get_parameter(name).data.mul_(1.5)
+    assert not server.ask().same(before)
