@@ -192,7 +192,8 @@ def test_a_module_that_the_server_does_not_read_is_found(story: Story) -> None:
     server = served.Server(story.server.url, "HOGWILD_API_KEY")
     prompts = [example.ids]
     agreement = served.check(server, reader, prompts, tolerance=0, loaded=story.model)
-    assert agreement.mean < agreement.tolerance < 0.2
+    assert agreement.mean < 0.1
+    assert agreement.mean < agreement.tolerance < 0.15
 
     dead = {name for name in weights.names if name.startswith("model.layers.14.mlp")}
     optimizer = Optimizer(OptimizerConfig(), seed=0)
