@@ -9,7 +9,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 box=$PWD/.new-user
 rm -rf "$box" && mkdir -p "$box"
-export XDG_STATE_HOME=$box/state XDG_CONFIG_HOME=$box/config XDG_RUNTIME_DIR=$box/run COLUMNS=140
+export LC_ALL=C.UTF-8 XDG_STATE_HOME=$box/state XDG_CONFIG_HOME=$box/config XDG_RUNTIME_DIR=$box/run COLUMNS=140
 mkdir -m 700 "$XDG_RUNTIME_DIR"
 exec > >(sed -u "s|$PWD|/home/you/hogwild|g")
 trap 'kill $(jobs -p) 2>/dev/null; exec >&-; wait' EXIT
@@ -20,7 +20,7 @@ run() { # lines to show, command
   printf '```\n$ %s\n' "$*"
   (eval "$*") > "$box/out" 2>&1 < /dev/null
   code=$?
-  tr '\r' '\n' < "$box/out" | grep -v '^\s*$' | tail -n "$shown" | cut -c1-160
+  tr '\r' '\n' < "$box/out" | grep -v '^\s*$' | tail -n "$shown" | sed -E "s/^(.{160}).*/\1/"
   printf '```\n%s s\n\n' "$((SECONDS - began))"
   [ $code = 0 ] || { echo "**exit code $code**"; exit 1; }
 }
