@@ -18,7 +18,7 @@ from hogwild import pulse, skeleton
 
 FLOOR = 0.03
 """Nats: a model whose rounding makes less than this still differs by so much where kernels do."""
-FACTOR = 2.5
+FACTOR = 2.0
 """How many times the difference that rounding makes is accepted. Over the rows of
 the architecture matrix whose figures were kept, on one machine: up to 1.2."""
 _EXPLAINS, _RESOLVED = 0.25, 0.1
