@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from families import build
-from hogwild import drift, log, protection, skeleton
+from hogwild import drift, protection, skeleton
 from hogwild.apollo import Optimizer
 from hogwild.drift import Drift
 from hogwild.encoding import Encoded
@@ -92,7 +92,6 @@ def test_what_has_not_moved_stays_to_the_bit(tmp_path):
 
 @pytest.mark.parametrize("how", ["rewritten", "gone"])
 def test_another_model_in_its_place_is_not_drifted_to(tmp_path, capsys, how):
-    log.configure("warning", "json")
     trained = Trained(tmp_path, 0).train(10)
     every = Drift(trained.weights, trained.reader, trained.folder, 1)
     every.protect(trained.directions)
