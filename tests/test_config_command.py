@@ -10,8 +10,7 @@ from typer.testing import CliRunner
 from hogwild import config as configuration
 from hogwild import presets
 from hogwild.cli import app
-from hogwild.config import field_paths, load
-from hogwild.settings import Config
+from hogwild.config import Config, field_paths, load
 
 
 @pytest.fixture(autouse=True)

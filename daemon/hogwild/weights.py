@@ -15,7 +15,7 @@ The memory model, once and for all:
 
 import contextlib
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,7 @@ class Weights:
 
     def view(self, name: str) -> torch.Tensor:
         """The live tensor `name`, in the checkpoint's shape. Every call gives a version counter of its own."""
-        return self.at(self.arena.layout.tensors[name])
-
-    def at(self, region: Region) -> torch.Tensor:
-        """What lies there, live, as one tensor."""
+        region = self.arena.layout.tensors[name]
         return self.arena.weights.tensor(region.offset, region.shape, region.stride, region.torch_dtype)
 
     @property
@@ -81,8 +78,8 @@ class Weights:
                 self.view(name).copy_(tensor)
 
 
-def read_tensors(folder: Path, only: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the checkpoint in `folder`, or those that are wanted, one at a time.
+def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the checkpoint in `folder`, one at a time.
 
     Raises:
         CheckpointError: there is none, or a file is damaged.
@@ -90,8 +87,7 @@ def read_tensors(folder: Path, only: Collection[str] | None = None) -> Iterator[
     for file in _files(folder):
         with _opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - a safetensors file is not a dict
-                if only is None or name in only:
-                    yield name, tensors.get_tensor(name)
+                yield name, tensors.get_tensor(name)
 
 
 def _read_shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
