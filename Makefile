@@ -5,7 +5,7 @@ SHELL := /bin/bash
 unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 
-.PHONY: setup demo test lint unit gpu-check systemd chaos soak faults storms bench-update bench-learning bench-serving \
+.PHONY: setup demo test lint unit matrix gpu-check systemd chaos soak faults storms bench-update bench-learning bench-serving \
   bench-history bench-forgetting bench-context bench-throughput bench-freshness bench-interference lock clean
 
 setup:
@@ -37,6 +37,9 @@ soak: setup   # 20 minutes: requests, drops, checkpoints, rollbacks and restarts
 faults: setup # SIGKILL, EIO, ENOSPC at every write, fsync, rename and unlink; power cuts. Root, strace, xfsprogs; an hour
 	$(BIN)/python tests/faults.py $(FAULTS_ARGS)
 	$(BIN)/python tests/powercut.py
+
+matrix: setup # every architecture of tests/architectures.py through one vLLM, weight by weight; ten minutes. MATRIX_ARGS: names
+	OMP_NUM_THREADS=1 $(BIN)/python tests/matrix.py $(MATRIX_ARGS)
 
 gpu-check:    # on a machine with a CUDA device and torch, triton and numba; vLLM is not needed
 	PYTHONPATH=daemon:kernels python3 -m pytest -m gpu tests/test_kernels_cuda.py

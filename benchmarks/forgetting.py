@@ -66,7 +66,7 @@ class Run:
             self.ledger, self.config.replay, seed=training.seed, step_tokens=training.step_tokens
         )
         self.learner = Learner(load_arena(model), model, self.config, self.ledger, self.curriculum)
-        self.exam = measure.Exam(self.learner.reader, self.learner.tokenizer)
+        self.exam = measure.Exam(self.learner.reader, self.learner.encoder.tokenizer)
         self.base = {"few": self.exam.text_loss(few=True), "all": self.exam.text_loss(few=False)}
         began = time.perf_counter()
         self.learner.write_own_texts(state / "selfreplay.json", digest(model))

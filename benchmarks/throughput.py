@@ -39,8 +39,8 @@ from transformers import Trainer as HuggingFaceTrainer
 
 from hogwild import examples, skeleton
 from hogwild.apollo import Optimizer
-from hogwild.config import OptimizerConfig
 from hogwild.encoding import Encoded
+from hogwild.settings import OptimizerConfig
 from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights, load_arena
 

@@ -35,11 +35,11 @@ from safetensors.torch import load_file
 
 from hogwild import commands, generation
 from hogwild.arena.control import ControlPage
-from hogwild.config import Config
 from hogwild.errors import HogwildError
 from hogwild.history import History
 from hogwild.ledger import Ledger
 from hogwild.ledger_schema import OWN
+from hogwild.settings import Config
 from hogwild.vllm_plugin import launch, page
 from hogwild.vllm_plugin.names import PAGE_VARIABLE
 from hogwild.weights import read_tensors

@@ -35,9 +35,9 @@ import torch
 
 from hogwild import generation, log
 from hogwild.arena.client import Arena
-from hogwild.config import SpoolConfig
 from hogwild.errors import CheckpointError, HogwildError, LedgerError
 from hogwild.ledger import Ledger
+from hogwild.settings import SpoolConfig
 from hogwild.spool import Spool
 from hogwild.spool_identity import MARK
 from hogwild.weights import Weights, load_arena

@@ -25,7 +25,7 @@ import torch
 
 from faults import LINE, fingerprint, in_child, preload, quiet
 from hogwild import generation
-from hogwild.config import SpoolConfig
+from hogwild.settings import SpoolConfig
 from hogwild.spool import Spool
 from hogwild.weights import load_arena
 from studio import Studio, model

@@ -31,9 +31,9 @@ import httpx
 
 import chaos
 from hogwild import commands
-from hogwild.config import Config
 from hogwild.errors import HogwildError
 from hogwild.report import page as report_page
+from hogwild.settings import Config
 from support import free_port
 from tiny import WORDS
 from zygote import Forked

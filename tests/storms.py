@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from hogwild import log
-from hogwild.config import SpoolConfig
 from hogwild.ledger import Ledger
+from hogwild.settings import SpoolConfig
 from hogwild.spool import Spool
 from hogwild.spool_watch import Watch
 

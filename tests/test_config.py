@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from hogwild.config import Config, default_state_dir, field_paths, load
+from hogwild.config import field_paths, load
 from hogwild.errors import ConfigError
+from hogwild.settings import Config, default_state_dir
 
 EXAMPLE = Path(__file__).parent.parent / "config" / "hogwild.toml"
 

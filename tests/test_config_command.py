@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from hogwild import config as configuration
 from hogwild import presets
 from hogwild.cli import app
-from hogwild.config import Config, field_paths, load
+from hogwild.config import field_paths, load
+from hogwild.settings import Config
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ import torch
 from families import ATTENTION, RECURRENT, Truth, build
 from hogwild import skeleton
 from hogwild.apollo import Optimizer
-from hogwild.config import OptimizerConfig
 from hogwild.encoding import Encoded
+from hogwild.settings import OptimizerConfig
 from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights, load_arena
 from hogwild_kernels import UpdateResult, products

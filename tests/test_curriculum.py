@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from hogwild.config import ReplayConfig
 from hogwild.curriculum import Batch, Curriculum
 from hogwild.examples import parse_line
 from hogwild.ledger import GoodLine, Ledger, Pass
 from hogwild.likeliest import Likeliest
 from hogwild.selfreplay import Sample
+from hogwild.settings import ReplayConfig
 
 ALONE = ReplayConfig(ratio=0.0)
 OWN = [Sample((1, 5 + i), 1, Likeliest(torch.tensor([[5]]), torch.tensor([[-0.5]]))) for i in range(6)]

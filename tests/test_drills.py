@@ -185,7 +185,7 @@ def test_a_text_that_makes_no_numbers(tmp_path):
     tokenizer(llama(tmp_path / "model", torch.bfloat16, tie_word_embeddings=False))
     drill = Drill(tmp_path, replay__ratio=0)
     drill.know()
-    row = drill.studio.learner.tokenizer.convert_tokens_to_ids("w59")
+    row = drill.studio.learner.encoder.tokenizer.convert_tokens_to_ids("w59")
     drill.studio.learner.weights.view("model.embed_tokens.weight")[row] = float("nan")
     good = [{"prompt": "w40 w41", "completion": " w42"}, {"prompt": "w43", "completion": " w44"}]
     bad = [

@@ -23,8 +23,8 @@ from hogwild.apollo import Optimizer
 from hogwild.arena.client import Arena
 from hogwild.arena.control import ControlPage
 from hogwild.arena.hub import Hub
-from hogwild.config import OptimizerConfig
 from hogwild.encoding import Encoded
+from hogwild.settings import OptimizerConfig
 from hogwild.trainer import Item, Progress, Trainer
 from hogwild.vllm_plugin import launch, salt
 from hogwild.vllm_plugin.middleware import Generation

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hostile
-from hogwild.config import SpoolConfig
 from hogwild.errors import ExampleError
 from hogwild.examples import parse_line
 from hogwild.ledger import GoodLine, Ledger
 from hogwild.lines import parse_lines
+from hogwild.settings import SpoolConfig
 from hogwild.spool import Spool
 from test_spool import Clock, errors, settle
 

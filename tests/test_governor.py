@@ -16,13 +16,14 @@ from hogwild import pulse, skeleton
 from hogwild.apollo import Optimizer
 from hogwild.arena import control as page
 from hogwild.arena.control import MAX_GAUGES, ControlPage, Load
-from hogwild.config import GovernorConfig, OptimizerConfig, TrainingConfig, load
+from hogwild.config import load
 from hogwild.curriculum import Curriculum
 from hogwild.encoding import Encoded
 from hogwild.governor import LINGER_S, Governor, limit_gpu, lower_priority
 from hogwild.learner import Learner
 from hogwild.ledger import Ledger
 from hogwild.lines import content_hash, read_lines
+from hogwild.settings import GovernorConfig, OptimizerConfig, TrainingConfig
 from hogwild.trainer import Item, Progress, Trainer
 from hogwild.vllm_plugin import load as server_load
 from hogwild.vllm_plugin.load import Meter

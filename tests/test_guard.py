@@ -74,7 +74,7 @@ def test_an_example_whose_loss_explodes_is_set_aside_with_its_evidence(studio):
     """And its neighbours train. The limit is set so low that one of three is above it."""
     studio.drop("a.jsonl", 3)
     pending = studio.ledger.pending(3)
-    groups = [studio.learner.encode(one.example()) for one in pending]
+    groups = [studio.learner.encoder.group(one.example()) for one in pending]
     losses = {
         one.example_id: group.loss(studio.learner.trainers[0])
         for one, group in zip(pending, groups, strict=True)
@@ -112,7 +112,7 @@ def test_a_loss_that_is_no_number_reaches_no_weight(tmp_path):
     """Something that makes NaN of one word: a row of the embeddings, which are frozen."""
     tokenizer(llama(tmp_path / "model", torch.bfloat16, tie_word_embeddings=False))
     studio = Studio(tmp_path, replay__ratio=0)
-    row = studio.learner.tokenizer.convert_tokens_to_ids("w58")
+    row = studio.learner.encoder.tokenizer.convert_tokens_to_ids("w58")
     studio.learner.weights.view("model.embed_tokens.weight")[row] = float("nan")
     studio.accept("a.jsonl", [b'{"text": "w1 w2 w3"}', b'{"text": "w4 w58 w4 w5"}', b'{"text": "w6 w7"}'])
     train(studio)

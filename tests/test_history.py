@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from hogwild import delta, generation
 from hogwild.checkpoint import Checkpoints
-from hogwild.config import HistoryConfig
 from hogwild.errors import CheckpointError
 from hogwild.files import PIECE, Sink
 from hogwild.history import History
 from hogwild.history_nodes import BASE, BLOBS, DELTA, ENTRY, INDEX
+from hogwild.settings import HistoryConfig
 from hogwild.weights import Weights, load_arena
 from support import digest
 from tiny import Child, llama, tokenizer

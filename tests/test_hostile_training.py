@@ -9,11 +9,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from hogwild import probes
-from hogwild.config import SpoolConfig, load
+from hogwild.config import load
 from hogwild.errors import ConfigError, ExampleError
 from hogwild.examples import encode, parse_line
 from hogwild.files import replace_file
 from hogwild.ledger import BadLine, Ledger
+from hogwild.settings import SpoolConfig
 from hogwild.spool import Spool
 
 JINJA = [

@@ -85,6 +85,15 @@ def test_the_daemon_does_not_import_what_imports_vllm():
     assert not reaching
 
 
+def test_no_model_of_transformers_is_built_inside_vllm():
+    """vLLM's Transformers backend decorates the classes of transformers for its whole process."""
+    inside = [file for file in FILES if (DAEMON / "vllm_plugin") in file.parents]
+    builders = ("transformers", "hogwild.skeleton", "hogwild.naming", "hogwild.coverage", "hogwild.learner")
+    found = offenders(inside, *builders)
+    assert found.pop("hogwild.vllm_plugin.no_torchvision") <= {"transformers", "transformers.utils"}
+    assert not found
+
+
 def test_the_kernels_import_nothing_from_the_daemon():
     assert not offenders([file for file in FILES if file.is_relative_to(KERNELS)], "hogwild")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hogwild.config import SpoolConfig
 from hogwild.errors import HogwildError
 from hogwild.ledger import Ledger
+from hogwild.settings import SpoolConfig
 from hogwild.spool import Spool
 
 NOBODY = 65534

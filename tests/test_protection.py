@@ -8,12 +8,13 @@ import torch
 from families import build
 from hogwild import protection, skeleton
 from hogwild.apollo import Optimizer
-from hogwild.config import OptimizerConfig, load
+from hogwild.config import load
 from hogwild.curriculum import Curriculum
 from hogwild.encoding import Encoded
 from hogwild.errors import HogwildError
 from hogwild.learner import Learner
 from hogwild.ledger import Ledger
+from hogwild.settings import OptimizerConfig
 from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights, digest, load_arena
 from tiny import chat_model

@@ -14,13 +14,13 @@ from hogwild.arena.client import Arena
 from hogwild.arena.control import ControlPage
 from hogwild.arena.hub import Hub
 from hogwild.checkpoint import Checkpoints
-from hogwild.config import Config, SpoolConfig
 from hogwild.curriculum import Curriculum
 from hogwild.errors import ArenaError, CheckpointError, VerificationError
 from hogwild.examples import parse_line
 from hogwild.layout import Source, weight_files
 from hogwild.ledger import Ledger, Pass
 from hogwild.ledger_records import GoodLine
+from hogwild.settings import Config, SpoolConfig
 from hogwild.spool import Spool
 from hogwild.weights import Weights, load_arena
 from test_permissions import place, unprivileged  # noqa: F401  # `place` is a fixture

@@ -11,12 +11,12 @@ import pytest
 from rich.console import Console
 
 from hogwild import svg
-from hogwild.config import Config
 from hogwild.errors import HogwildError
 from hogwild.examples import parse_line
 from hogwild.ledger import GoodLine, Ledger, Pass, Trip
 from hogwild.report import page
 from hogwild.screen import screen
+from hogwild.settings import Config
 from support import environment
 
 LINE = b'{"text": "a", "id": "<b>"}'

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hogwild import examples, selfreplay, served, skeleton
 from hogwild.apollo import Optimizer
-from hogwild.config import OptimizerConfig
 from hogwild.errors import VerificationError
+from hogwild.settings import OptimizerConfig
 from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights, load_arena, read_tensors
 from support import Client, Daemon, Server, copy_model, digest, free_port, shared_mappings, wait_until
@@ -191,8 +191,9 @@ def test_a_module_that_the_server_does_not_read_is_found(story: Story) -> None:
     )
     server = served.Server(story.server.url, "HOGWILD_API_KEY")
     prompts = [example.ids]
-    agreement = served.check(server, reader, prompts, tolerance=0.15)
+    agreement = served.check(server, reader, prompts, tolerance=0, loaded=story.model)
     assert agreement.mean < 0.1
+    assert agreement.mean < agreement.tolerance < 0.15
 
     dead = {name for name in weights.names if name.startswith("model.layers.14.mlp")}
     optimizer = Optimizer(OptimizerConfig(), seed=0)
@@ -201,8 +202,9 @@ def test_a_module_that_the_server_does_not_read_is_found(story: Story) -> None:
     for _ in range(24):
         trainer.step([Item(example)])
     with pytest.raises(VerificationError, match="does not serve the weights that are trained") as caught:
-        served.check(server, reader, prompts, tolerance=0.15)
+        served.check(server, reader, prompts, tolerance=0, loaded=story.model)
     assert "probe 0" in caught.value.problems[0]
+    assert "older weights of model.layers.14.mlp" in caught.value.problems[-1]
 
 
 # --- learning ------------------------------------------------------------------------------------------------------

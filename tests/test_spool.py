@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from hogwild.config import SpoolConfig
 from hogwild.ledger import Ledger
 from hogwild.lines import split_lines
+from hogwild.settings import SpoolConfig
 from hogwild.spool import Scan, Spool
 from hogwild.spool_identity import MARK
 from hogwild.spool_watch import Watch
@@ -275,7 +275,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import hogwild.spool_take as module
-from hogwild.config import SpoolConfig
+from hogwild.settings import SpoolConfig
 from hogwild.ledger import Ledger
 from hogwild.spool import Spool
 root = Path(sys.argv[1])

@@ -16,8 +16,8 @@ import zstandard
 from structlog.testing import capture_logs
 
 import hogwild.spool_grown
-from hogwild.config import SpoolConfig
 from hogwild.ledger import Ledger
+from hogwild.settings import SpoolConfig
 from hogwild.spool import Spool
 from hogwild.spool_files import Lease
 from test_permissions import NOBODY, place, unprivileged  # noqa: F401  # place is a fixture
@@ -91,7 +91,7 @@ def test_a_kill_between_accepting_and_moving_is_survived_by_any_name(tmp_path):
 import os, signal, sys
 from pathlib import Path
 import hogwild.spool_take as module
-from hogwild.config import SpoolConfig
+from hogwild.settings import SpoolConfig
 from hogwild.ledger import Ledger
 from hogwild.spool import Spool
 root = Path(sys.argv[1])

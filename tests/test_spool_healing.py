@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from hogwild.config import SpoolConfig
 from hogwild.ledger import Ledger
+from hogwild.settings import SpoolConfig
 from hogwild.spool import Spool
 from hogwild.spool_identity import MARK
 from hogwild.spool_watch import Watch
@@ -201,7 +201,7 @@ FULL = """
 import sys, threading
 from pathlib import Path
 from hogwild import log
-from hogwild.config import SpoolConfig
+from hogwild.settings import SpoolConfig
 from hogwild.ledger import Ledger
 from hogwild.spool import Spool
 log.configure("info", "json")
@@ -355,7 +355,7 @@ def test_another_path_in_the_configuration_is_a_new_spool(tmp_path, ledger):
 UNMOUNTED = """
 import json, subprocess, sys, threading, time
 from pathlib import Path
-from hogwild.config import SpoolConfig
+from hogwild.settings import SpoolConfig
 from hogwild.ledger import Ledger
 from hogwild import log
 from hogwild.spool import Spool
@@ -433,7 +433,7 @@ def test_an_unmounted_disk_is_noticed_nothing_is_made_in_its_place_and_it_heals(
 APART = """
 import subprocess, sys
 from pathlib import Path
-from hogwild.config import SpoolConfig
+from hogwild.settings import SpoolConfig
 from hogwild.ledger import Ledger
 from hogwild.spool import Spool
 root = Path(sys.argv[1])

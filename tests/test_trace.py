@@ -149,14 +149,16 @@ def test_what_has_no_single_plain_place_is_unmapped_with_a_reason():
             "plain": lambda t: model[8].data.copy_(t),
         },
     )
-    assert set(mapped) == {"plain"}
-    for name in ("split", "half", "reshaped", "broadcast"):
+    assert set(mapped) == {"plain", "split"}
+    for name in ("reshaped", "broadcast"):
         assert unmapped[name] == "vLLM splits or reshapes it while loading"
+    assert unmapped["half"] == "vLLM takes only a part of it"
     assert unmapped["twice"] == "vLLM keeps it in 2 places"
     for name in ("computed", "unused", "sum"):
         assert unmapped[name] == "vLLM did not copy it as it is into a parameter"
     assert set(mapped) | set(unmapped) == set(checkpoint)
-    assert torch.equal(view(segment, mapped["plain"]), checkpoint["plain"])
+    for name in mapped:
+        assert torch.equal(view(segment, mapped[name]), checkpoint[name])
 
 
 def test_copying_the_same_tensor_to_the_same_place_again_is_one_place():
@@ -193,6 +195,127 @@ def test_memory_that_is_used_again_belongs_to_the_newest_tensor():
     mapped, unmapped = trace.result()
     assert not unmapped
     assert [float(view(segment, mapped[f"t{i}"])[0, 0]) for i in range(3)] == [1, 2, 3]
+
+
+def test_pieces_that_make_up_one_strided_view_are_one_region():
+    """As a fused projection is loaded that the checkpoint has fused too (Phi-3), and GPT-2's, transposed."""
+    model = nn.ParameterList([nn.Parameter(torch.zeros(10, 8)), nn.Parameter(torch.zeros(10, 8))])
+    checkpoint = {"qkv": random(10, 8), "transposed": random(8, 10)}
+
+    def fused(target: nn.Parameter, tensor: torch.Tensor) -> None:
+        for start, length in ((0, 6), (6, 2), (8, 2)):
+            target.data.narrow(0, start, length).copy_(tensor.narrow(0, start, length))
+
+    segment, mapped, unmapped = load(
+        model,
+        checkpoint,
+        {"qkv": lambda t: fused(model[0], t), "transposed": lambda t: fused(model[1], t.t())},
+    )
+    assert not unmapped
+    for name, tensor in checkpoint.items():
+        assert torch.equal(view(segment, mapped[name]), tensor)
+
+
+def test_experts_that_the_checkpoint_stacks_are_one_region_with_a_place_for_each():
+    """Granite's experts: gate and up of each, stacked in the checkpoint, loaded one by one."""
+    model = nn.ParameterList([nn.Parameter(torch.zeros(3, 8, 4))])
+    checkpoint = {"w13": random(3, 8, 4)}
+
+    def load_each(tensor: torch.Tensor) -> None:
+        for expert in range(3):
+            gate, up = tensor[expert].chunk(2, dim=0)
+            model[0].data[expert].narrow(0, 0, 4).copy_(gate)
+            model[0].data[expert].narrow(0, 4, 4).copy_(up)
+
+    segment, mapped, unmapped = load(model, checkpoint, {"w13": load_each})
+    assert not unmapped
+    assert torch.equal(view(segment, mapped["w13"]), checkpoint["w13"])
+
+
+def test_pieces_that_are_moved_about_are_no_region():
+    """BLOOM's query, key and value: by head in the checkpoint, one after the other in vLLM."""
+    model = nn.Linear(4, 12, bias=False)
+
+    def by_head(tensor: torch.Tensor) -> None:
+        for head in range(2):
+            for which in range(3):
+                source = tensor.narrow(0, head * 6 + which * 2, 2)
+                model.weight.data.narrow(0, which * 4 + head * 2, 2).copy_(source)
+
+    _, mapped, unmapped = load(model, {"qkv": random(12, 4)}, {"qkv": by_head})
+    assert not mapped
+    assert unmapped["qkv"] == "vLLM keeps it in 6 pieces that are no one strided view"
+
+
+def test_a_copy_by_way_of_clones_and_joined_tensors_is_followed():
+    model = nn.ParameterList([nn.Parameter(torch.zeros(4, 6)) for _ in range(3)])
+    checkpoint = {name: random(4, 6) + i for i, name in enumerate(["cloned", "cast", "permuted"])}
+    checkpoint["joined"] = random(2, 6)
+    model.append(nn.Parameter(torch.zeros(6, 2)))
+
+    def joined(tensor: torch.Tensor) -> None:
+        both = torch.cat([torch.zeros(1, 6), tensor], dim=0)
+        model[3].data.copy_(both[1:].t())
+
+    segment, mapped, unmapped = load(
+        model,
+        checkpoint,
+        {
+            "cloned": lambda t: model[0].data.copy_(t.clone()),
+            "cast": lambda t: model[1].data.copy_(t.to(torch.float64)),
+            "permuted": lambda t: model[2].data.copy_(t.t().contiguous().t()),
+            "joined": joined,
+        },
+    )
+    assert not unmapped
+    for name, tensor in checkpoint.items():
+        assert torch.equal(view(segment, mapped[name]), tensor)
+
+
+def test_memory_that_is_used_again_for_something_computed_is_nobodys():
+    """A clone is freed, and what is computed next lies where it lay."""
+    model = nn.ParameterList([nn.Parameter(torch.zeros(64, 64)) for _ in range(2)])
+
+    def computed(tensor: torch.Tensor) -> None:
+        clone = tensor.clone()
+        model[0].data.copy_(clone)
+        address = clone.data_ptr()
+        del clone
+        for _ in range(100):
+            other = tensor.exp()
+            if other.data_ptr() == address:
+                break
+        model[1].data.copy_(other)
+
+    segment, mapped, unmapped = load(model, {"w": random(64, 64)}, {"w": computed})
+    assert not unmapped
+    assert mapped["w"].offset == model[0].data_ptr() - segment.base
+
+
+@pytest.mark.parametrize("how", ["copied back", "in place", "by an out argument"])
+def test_what_vllm_computes_with_after_loading_is_not_mapped(how):
+    """As Mamba 2 loads its decay: copied as it is, then -exp of it in the same place (composed_weight_loader)."""
+    model = nn.ParameterList([nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))])
+
+    def composed(tensor: torch.Tensor) -> None:
+        data = model[0].data
+        data.copy_(tensor)
+        if how == "copied back":
+            data.copy_(-torch.exp(data.float()))
+        elif how == "in place":
+            data.exp_()
+        else:
+            torch.neg(data, out=data)
+
+    def onto_itself(tensor: torch.Tensor) -> None:
+        model[1].data.copy_(tensor)
+        model[1].data.copy_(model[1].data)
+
+    _, mapped, unmapped = load(
+        model, {"A_log": random(4), "other": random(4)}, {"A_log": composed, "other": onto_itself}
+    )
+    assert set(mapped) == {"other"}
+    assert "vLLM computes with it after loading" in unmapped["A_log"]
 
 
 # --- place ---------------------------------------------------------------------------------------------------------

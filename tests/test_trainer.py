@@ -16,8 +16,8 @@ from hogwild import skeleton
 from hogwild.apollo import Optimizer
 from hogwild.arena.client import Arena
 from hogwild.backward import TrainedLinear
-from hogwild.config import OptimizerConfig
 from hogwild.errors import CheckpointError, LossError
+from hogwild.settings import OptimizerConfig
 from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights, load_arena
 from hogwild_kernels import ApolloConfig, ApolloState, apollo_update

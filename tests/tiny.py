@@ -76,6 +76,12 @@ def chat_model(folder: Path, seed: int = 0) -> Path:
         folder, torch.bfloat16, seed, hidden_size=64, num_attention_heads=2, num_key_value_heads=1,
         head_dim=32, max_position_embeddings=1024,
     )  # fmt: skip
+    chat_tokenizer(folder)
+    return folder
+
+
+def chat_tokenizer(folder: Path) -> None:
+    """A tokenizer with a chat template: w1 before what a user says, w2 before an answer."""
     tokenizer(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["chat_template"] = (
@@ -83,7 +89,6 @@ def chat_model(folder: Path, seed: int = 0) -> Path:
         "{{ message['content'] }} </s> {% endfor %}{% if add_generation_prompt %}w2 {% endif %}"
     )
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
 
 
 class Child:

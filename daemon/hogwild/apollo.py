@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from hogwild.config import OptimizerConfig
 from hogwild.errors import CheckpointError
+from hogwild.settings import OptimizerConfig
 from hogwild_kernels import (
     AdamConfig,
     AdamState,

@@ -193,6 +193,10 @@ def train_in_backward(
                     frozen[full] = "not in the arena"
                 elif parameter.ndim == 2:
                     frozen[full] = f"a matrix of {type(module).__name__}, which is not a linear layer"
+                elif parameter.ndim > 2 and min(parameter.shape[1:]) > 1:  # a convolution has an axis of one
+                    frozen[full] = (
+                        f"the stacked matrices of {type(module).__name__}: served live, not trained"
+                    )
                 else:
                     _train_small(
                         full, parameter, sources.get(full, parameter.data), optimizer, seed, on_update, gather

@@ -11,12 +11,12 @@ from rich.text import Text
 
 from hogwild.cautions import Caution, cautions
 from hogwild.check_text import Shown, show
-from hogwild.config import Config
 from hogwild.encoding import Encoded, Tokenizer
 from hogwild.errors import ExampleError, UsageError
 from hogwild.examples import Example, encode
 from hogwild.ledger_records import BadLine, GoodLine
 from hogwild.lines import SUFFIXES, DamagedFileError, read_lines
+from hogwild.settings import Config
 
 Record = dict[str, object]
 

@@ -15,6 +15,7 @@ from hogwild import config as configuration
 from hogwild.cli_history import ConfigOption, JsonOption
 from hogwild.errors import ConfigError, HogwildError, UsageError
 from hogwild.notify import Notifier
+from hogwild.settings import Config
 
 app = typer.Typer(
     name="hogwild",
@@ -89,7 +90,7 @@ def vllm(
 
 def _load_or_tell_the_journal(
     config: Path | None, overrides: Mapping[str, Any] = MappingProxyType({})
-) -> configuration.Config:
+) -> Config:
     """As `load`; what is wrong is the last thing that `systemctl status` shows of a service that cannot start."""
     try:
         return configuration.load(config, overrides)

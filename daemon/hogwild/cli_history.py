@@ -11,8 +11,8 @@ from hogwild import config as configuration
 from hogwild.errors import HogwildError, UsageError
 
 if TYPE_CHECKING:
-    from hogwild.config import Config
     from hogwild.history import History
+    from hogwild.settings import Config
 
 ConfigOption = Annotated[
     Path | None,

@@ -69,12 +69,19 @@ def doctor(
     quick: Annotated[
         bool, typer.Option("--quick", help="Leave out what takes seconds: the GPU, and vLLM with the plugin.")
     ] = False,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="Only say what would be trained of the model in this folder, frozen and refused, and why. vLLM loads "
+            "it for that, once, and serves nothing."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check everything that can be wrong before it is, and say how to mend it. Exit code 1 if something is."""
     from hogwild.doctor import examine
 
-    raise typer.Exit(examine(config, quick=quick, as_json=as_json))
+    raise typer.Exit(examine(config, quick=quick, as_json=as_json, model=model))
 
 
 def install(

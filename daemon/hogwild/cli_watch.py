@@ -15,7 +15,7 @@ from hogwild.cli_history import ConfigOption, JsonOption
 from hogwild.errors import HogwildError
 
 if TYPE_CHECKING:
-    from hogwild.config import Config
+    from hogwild.settings import Config
 
 _REFRESH_S = 1.0
 

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from hogwild.config import ReplayConfig
 from hogwild.ledger import Ledger
 from hogwild.ledger_records import Pending
 from hogwild.replay import Replay
+from hogwild.settings import ReplayConfig
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the intake does without
     from hogwild.selfreplay import Sample

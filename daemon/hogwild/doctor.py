@@ -3,6 +3,7 @@
 Nothing is changed. Checks are functions that return findings; one that fails itself is a finding too.
 """
 
+import functools
 import json
 import os
 import pwd
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from hogwild import config as configuration
-from hogwild.config import Config
 from hogwild.errors import ConfigError
+from hogwild.settings import Config
 
 UNIT = Path("/etc/systemd/system/hogwild.service")
 
@@ -80,13 +81,14 @@ class Subject:
 Check = Callable[[Subject], Iterable[Finding]]
 
 
-def examine(path: Path | None, *, quick: bool, as_json: bool) -> int:
+def examine(path: Path | None, *, quick: bool, as_json: bool, model: Path | None = None) -> int:
     """Run every check and print what it finds. Returns the exit code: 1 if anything fails.
 
     Args:
         path: configuration file; None: defaults and environment.
+        model: look at this model alone, and ask vLLM what would be trained of it.
     """
-    from hogwild import doctor_folders, doctor_machine, doctor_service
+    from hogwild import doctor_folders, doctor_machine, doctor_model, doctor_service
 
     show = _Json() if as_json else _Console()
     findings = []
@@ -98,12 +100,15 @@ def examine(path: Path | None, *, quick: bool, as_json: bool) -> int:
         config = configuration.load(None)
     show.add(findings[0])
     subject = Subject(config, _service_user(), quick)
-    checks: tuple[Check, ...] = (*doctor_machine.CHECKS, *doctor_folders.CHECKS, *doctor_service.CHECKS)
+    checks: tuple[Check, ...]
+    checks = (*doctor_machine.CHECKS, *doctor_folders.CHECKS, *doctor_service.CHECKS)
+    if model is not None:
+        checks = (functools.partial(doctor_model.model, model),)
     for check in checks:
         try:
             found = list(check(subject))
         except Exception as error:  # the next check may say why
-            name = check.__name__.replace("_", " ")
+            name = getattr(check, "__name__", "model").replace("_", " ")
             found = [
                 warn(
                     name, f"could not be looked at: {error!r}", "report it, if nothing else here explains it"

@@ -19,6 +19,9 @@ from vllm.plugins import load_general_plugins
 load_general_plugins()
 from hogwild import vllm_plugin
 assert vllm_plugin._registered, "vLLM did not load the plugin; is it left out by VLLM_PLUGINS?"
+import json
+from hogwild.vllm_plugin import patches
+print(json.dumps(patches.report()))
 """
 
 
@@ -103,6 +106,14 @@ def plugin(subject: Subject) -> Iterator[Finding]:
         )
     else:
         yield ok("plugin", "vLLM loads it")
+        for patch in json.loads(doctor_machine.last_line(ran.stdout)):
+            said = f"{patch['name']}, in place of {patch['replaces']}, until {patch['until']}"
+            if patch["differs"]:
+                yield fail(
+                    "patch", f"{said}: {patch['differs']}", "use the vLLM that hogwild was installed with"
+                )
+            else:
+                yield ok("patch", said)
 
 
 def units(subject: Subject) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, MutableMapping
 
 from hogwild import pulse
 from hogwild.arena.control import ControlPage, Load
-from hogwild.config import GovernorConfig, TrainingConfig
+from hogwild.settings import GovernorConfig, TrainingConfig
 
 LINGER_S = 0.05
 """After the last answer: whoever asks one question after the other is about to ask the next."""

@@ -20,10 +20,10 @@ from typing import Literal
 
 from hogwild import log as logs
 from hogwild import metrics
-from hogwild.config import GuardConfig
 from hogwild.groups import Group
 from hogwild.judge import Judge
 from hogwild.ledger import Ledger, Pass, Pending, Trip
+from hogwild.settings import GuardConfig
 from hogwild.trainer import StepResult, Trainer
 
 log = logs.get(__name__)

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 from hogwild import generation as generations
 from hogwild import log as logs
 from hogwild.checkpoint import Checkpoints, folder_bytes, now, remove, side_files
-from hogwild.config import Config, HistoryConfig
 from hogwild.errors import CheckpointError
 from hogwild.files import fsync, hash_file, new_file
 from hogwild.generation import OPTIMIZER, STATE
@@ -35,6 +34,7 @@ from hogwild.history_nodes import (
 from hogwild.history_read import BrokenLinkError, Reader
 from hogwild.history_write import Writer, fill
 from hogwild.layout import weight_files
+from hogwild.settings import Config, HistoryConfig
 from hogwild.tensor_file import read_header, write_tensors
 
 log = logs.get(__name__)

@@ -13,11 +13,11 @@ from hogwild import log as logs
 from hogwild import metrics, pulse
 from hogwild import probes as probing
 from hogwild.arena.control import ControlPage
-from hogwild.config import ProbesConfig
 from hogwild.examples import Encoded, Example
 from hogwild.ledger import Ledger, Trip
 from hogwild.preparation import Preparation
 from hogwild.probes import Good, Probes, Score
+from hogwild.settings import ProbesConfig
 from hogwild.trainer import Progress
 
 log = logs.get(__name__)

@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 from hogwild import log as logs
 from hogwild import pulse
 from hogwild.checkpoint import Checkpoints
-from hogwild.config import CheckpointConfig, Config
 from hogwild.errors import CheckpointError
 from hogwild.files import paced
 from hogwild.history import History
 from hogwild.history_write import PutOffError
 from hogwild.learner import Learner, Saved
+from hogwild.settings import CheckpointConfig, Config
 
 log = logs.get(__name__)
 

@@ -2,24 +2,23 @@
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from hogwild import checkpoint, encoding, examples, generation, metrics, pulse, served, skeleton
+from hogwild import checkpoint, generation, metrics, pulse, served, skeleton, step_report
 from hogwild import log as logs
 from hogwild.apollo import Optimizer
 from hogwild.arena.client import Arena
 from hogwild.backward import TrainedLinear
-from hogwild.cautions import Warned, cautions
-from hogwild.config import Config
 from hogwild.curriculum import Batch, Curriculum
-from hogwild.errors import CheckpointError, ExampleError, LossError, VerificationError
-from hogwild.examples import Example
+from hogwild.drift import Drift
+from hogwild.encoder import Encoder
+from hogwild.errors import CheckpointError, LossError, VerificationError
 from hogwild.governor import Governor, lower_priority
 from hogwild.groups import Group, flat, regroup
 from hogwild.guard import Guard, largest_loss
@@ -27,7 +26,8 @@ from hogwild.history_report import layer
 from hogwild.judge import Judge
 from hogwild.ledger import Ledger, Pass, Pending
 from hogwild.preparation import Directions, Preparation
-from hogwild.trainer import Item, Progress, StepResult, Trainer
+from hogwild.settings import Config
+from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights
 from hogwild_kernels.cpu import warm_up
 
@@ -66,15 +66,16 @@ class Learner:
         self.optimizer = Optimizer(config.optimizer, config.training.seed)
         self.progress = Progress(arena.control, config.training.epoch_updates, config.training.epoch_s)
         self.governor = Governor(config.governor, arena.control)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.encoder = Encoder(folder, config.training, ledger)
         self.reader: PreTrainedModel = skeleton.build(folder, self.weights)
+        self.trainable = skeleton.bound(self.reader)
         vocabulary = self.reader.config.get_text_config().vocab_size
         self.trainers = [
             Trainer(
                 skeleton.build(folder, self.weights),
                 self.optimizer,
                 self.progress,
-                set(self.weights.names),
+                set(self.trainable),
                 config.training.context,
                 seed=index,
                 between_layers=self.governor.between_layers,
@@ -93,16 +94,22 @@ class Learner:
         if config.training.context == "frozen" and not self.trainers[0].can_freeze:
             log.warning("context.not_frozen", model_type=self.reader.config.model_type)
         warm_up(self.reader.dtype)  # compiles the update now, not in the middle of the first example
+        self.drift = Drift(
+            self.weights,
+            self.reader,
+            folder,
+            config.replay.protected_every,
+            seed=config.training.seed,
+            stochastic=config.optimizer.rounding == "stochastic",
+            between=self.governor.between_layers,
+        )
         self.failure: BaseException | None = None
-        self._tokenizing = threading.Lock()  # a fast tokenizer is not safe to share while its settings change
-        self.context_length = encoding.context_length(folder)
-        self._warned = Warned()
         self._recent: list[list[int]] = []
         self._stopping = threading.Event()
         self._may_train = threading.Event()
         self._asked_for_own_texts = False
         self._preparation = Preparation(
-            self.reader, self.tokenizer, config, self._tokenizing, self._stopping.is_set, self._stand_back
+            self.reader, self.encoder, config, self._stopping.is_set, self._stand_back
         )
         self.judge = Judge(
             config.probes, self.reader, ledger, self.progress, arena.control, self._preparation, self.pause
@@ -179,7 +186,7 @@ class Learner:
         if changed:
             log.warning("optimizer.reset", changed=changed, checkpoint=str(folder))
             tensors = {}
-        shapes = {name: tuple(region.shape) for name, region in self.arena.layout.tensors.items()}
+        shapes = {name: tuple(region.shape) for name, region in self.trainable.items()}
         self.optimizer.load(tensors, shapes)
 
     def check_served(self, server: served.Server) -> served.Agreement:
@@ -189,10 +196,10 @@ class Learner:
             VerificationError: they differ.
             ServerError: the server cannot be asked.
         """
-        with self._tokenizing:
-            prompts = [list(self.tokenizer(text)["input_ids"]) for text in served.PROBE_TEXTS]
+        prompts = self.encoder.plain(served.PROBE_TEXTS)
         prompts += [ids for ids in self._recent if 2 <= len(ids) <= served.MAX_PROBE_TOKENS]
-        return served.check(server, self.reader, prompts, self.config.server.probe_tolerance)
+        loaded = Path(self.arena.layout.checkpoint or self.arena.layout.source.path)
+        return served.check(server, self.reader, prompts, self.config.server.probe_tolerance, loaded)
 
     def start(self) -> None:
         """Let the trainer threads take examples, starting them if need be."""
@@ -224,13 +231,14 @@ class Learner:
                 path.with_name("protected.safetensors"),
                 base,
                 self.curriculum.replay,
-                self.weights.names,
+                list(self.trainable),
                 self._protect,
             )
 
     def _protect(self, directions: Directions) -> None:
         for trainer in self.trainers:
             trainer.protect(directions)
+        self.drift.protect(directions)
 
     def wait_for_own_texts(self) -> None:
         """Until they are written, or given up."""
@@ -354,8 +362,10 @@ class Learner:
 
     def _turn(self, trainer: Trainer, index: int, batch: Batch) -> None:
         """Take, forward, backward and update, record: one step on new examples and on what is replayed beside them."""
-        new = [(one, group) for one in batch.new if (group := self._encode(one, sets_aside=True))]
-        old = [(one, group) for one in batch.replayed if (group := self._encode(one, sets_aside=False))]
+        new = [(one, group) for one in batch.new if (group := self.encoder.pending(one, sets_aside=True))]
+        old = [
+            (one, group) for one in batch.replayed if (group := self.encoder.pending(one, sets_aside=False))
+        ]
         weight = self.config.replay.self_weight
         own = [Group((Item(sample, weight, likeliest=sample.likeliest),)) for sample in batch.own]
         if (batch.new and not new) or not (new or old or own):
@@ -369,7 +379,8 @@ class Learner:
             self.curriculum.done(batch)
             self.curriculum.wake()
             return
-        self._note(result, new, old)
+        self.drift.after(result.step)
+        step_report.observe(result, new, old)
         measured = regroup(groups, result)
         passes = []
         for number, (one, group) in enumerate([*new, *old]):
@@ -395,7 +406,7 @@ class Learner:
             self._recent = [new[0][1].ids, *self._recent[: _RECENT - 1]]
         for (one, group), passed, outcome in zip(new, passes, outcomes, strict=False):
             metrics.observe_loss(passed.loss_before)
-            self._report(one, passed, result, len(old), len(own), finished=outcome.state != "accepted")
+            step_report.say(one, passed, result, len(old), len(own), finished=outcome.state != "accepted")
             if outcome.state == "accepted":
                 self.guard.watch(one, group, passed, result)
         for (one, _), (loss, _) in zip(old, measured[len(new) :], strict=False):
@@ -403,91 +414,9 @@ class Learner:
             if self.curriculum.forgotten(one, loss):
                 log.info("example.reopened", **one.who, loss=round(loss, 4), until_loss=one.until_loss)
 
-    def _note(
-        self, result: StepResult, new: Sequence[tuple[Pending, Group]], old: Sequence[tuple[Pending, Group]]
-    ) -> None:
-        """For Prometheus."""
-        metrics.updates.inc()
-        metrics.staleness.observe(result.staleness)
-        metrics.step_seconds.observe(result.seconds)
-        metrics.update_norm.set(result.update_norm)
-        metrics.skipped.inc(result.skipped)
-        fresh = sum(group.tokens for _, group in new)
-        metrics.tokens.labels(kind="new").inc(fresh)
-        metrics.tokens.labels(kind="replayed").inc(sum(result.tokens) - fresh)
-        metrics.passes.labels(kind="new").inc(len(new))
-        metrics.passes.labels(kind="replayed").inc(len(old))
-
-    def sequences(self, example: Example) -> list[encoding.Encoded]:
-        """An example as token ids.
-
-        Raises:
-            ExampleError: it is too long, or the chat template does not allow it.
-        """
-        settings = self.config.training
-        with self._tokenizing:
-            return examples.encode(
-                example,
-                self.tokenizer,
-                max_tokens=settings.max_tokens,
-                context_length=self.context_length,
-                train_on=settings.train_on,
-            )
-
-    def encode(self, example: Example) -> Group:
-        """An example's sequences, as a trainer takes them.
-
-        Raises:
-            ExampleError: it is too long, or the chat template does not allow it.
-        """
-        return Group.of(self.sequences(example), example.weight, example.context)
-
     def loss(self, group: Group) -> float:
         """The loss of an example with the weights as they are now, nats a trained token. Not while training runs."""
         return group.loss(self.trainers[0])
-
-    def _encode(self, pending: Pending, *, sets_aside: bool) -> Group | None:
-        """Its tokens, or None for one that cannot be trained, which is then set aside in the ledger if it is new."""
-        try:
-            example = pending.example()  # a line that an older version accepted may be refused now
-            group = self.encode(example)
-        except ExampleError as error:
-            if sets_aside:
-                self.ledger.set_failed(pending.example_id, error.reason, error.field)
-                log.warning("example.failed", **pending.who, reason=error.reason, field=error.field)
-            return None
-        if sets_aside and pending.passes_done == 0:
-            self._warn(pending, example)
-        return group
-
-    def _warn(self, pending: Pending, example: Example) -> None:
-        """Say once a file what `hogwild check` says of each line."""
-        with self._tokenizing:
-            found = cautions(example, self.tokenizer, self.config.training.train_on)
-        for caution in found:
-            if self._warned.first(pending.file, caution.code):
-                log.warning("example.caution", **pending.who, code=caution.code, reason=caution.text)
-
-    def _report(
-        self, pending: Pending, passed: Pass, result: StepResult, replayed: int, own: int, finished: bool
-    ) -> None:
-        log.info(
-            "example.trained" if finished else "example.pass",
-            **pending.who,
-            **{"pass": pending.passes_done + 1},
-            loss_before=round(passed.loss_before, 4),
-            loss_after=None if passed.loss_after is None else round(passed.loss_after, 4),
-            tokens=passed.tokens,
-            replayed=replayed,
-            self_replayed=own,
-            step=result.step,
-            thread=passed.thread,
-            staleness=result.staleness,
-            update_norm=round(result.update_norm, 5),
-            updates=result.updates,
-            skipped=result.skipped,
-            ms=round(result.seconds * 1000),
-        )
 
 
 def _wants_loss_after(pending: Pending) -> bool:

@@ -17,13 +17,13 @@ from typing import Any
 
 from hogwild import __version__, recovery, state_lock
 from hogwild.checkpoint import Checkpoints
-from hogwild.config import Config, ProbesConfig
 from hogwild.curriculum import Curriculum
 from hogwild.errors import AlreadyAccepted, ExampleError, HogwildError, UsageError
 from hogwild.groups import Group
 from hogwild.learner import Learner
 from hogwild.ledger import FileRecord, GoodLine, Ledger
 from hogwild.lines import DamagedFileError, content_hash, read_lines
+from hogwild.settings import Config, ProbesConfig
 from hogwild.weights import load_arena
 
 _TURN_S = 0.1
@@ -177,7 +177,7 @@ class OneShot:
             if isinstance(line, GoodLine):
                 if number % stride == 0:
                     with contextlib.suppress(ExampleError):  # which its first pass will say
-                        found.append(learner.encode(line.example))
+                        found.append(learner.encoder.group(line.example))
                 number += 1
         return found
 

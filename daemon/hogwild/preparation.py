@@ -2,12 +2,10 @@
 for which training waits and nobody else does.
 """
 
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,10 +13,11 @@ from transformers import PreTrainedModel
 from hogwild import heap, protection, selfreplay
 from hogwild import log as logs
 from hogwild import probes as probing
-from hogwild.config import Config
+from hogwild.encoder import Encoder
 from hogwild.errors import HogwildError
 from hogwild.probes import Probe
 from hogwild.replay import Replay
+from hogwild.settings import Config
 
 log = logs.get(__name__)
 
@@ -31,7 +30,7 @@ class Preparation:
 
     Args:
         model: for reading only.
-        tokenizing: held while the tokenizer is used.
+        encoder: has the tokenizer, and the lock that is held while it is used.
         stopped: asked between tokens.
         stand_back: called first in the thread: the server goes first.
     """
@@ -39,14 +38,13 @@ class Preparation:
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: Any,
+        encoder: Encoder,
         config: Config,
-        tokenizing: threading.Lock,
         stopped: Callable[[], bool],
         stand_back: Callable[[], None],
     ) -> None:
-        self._model, self._tokenizer, self._config = model, tokenizer, config
-        self._tokenizing, self._stopped, self._stand_back = tokenizing, stopped, stand_back
+        self._model, self._encoder, self._config = model, encoder, config
+        self._stopped, self._stand_back = stopped, stand_back
         self._thread: ThreadPoolExecutor | None = None
         self._work: list[Future[None]] = []
 
@@ -96,12 +94,12 @@ class Preparation:
     def _write_own_texts(self, path: Path, base: str, replay: Replay) -> None:
         began, settings = time.perf_counter(), self._config.replay
         try:
-            with self._tokenizing:
-                prompts = selfreplay.prompts(self._tokenizer, settings.self_texts)
+            with self._encoder.lock:
+                prompts = selfreplay.prompts(self._encoder.tokenizer, settings.self_texts)
             samples = selfreplay.make(
                 self._model,
                 prompts,
-                selfreplay.ends(self._model, self._tokenizer),
+                selfreplay.ends(self._model, self._encoder.tokenizer),
                 tokens=settings.self_tokens,
                 seed=self._config.training.seed,
                 limit_s=settings.self_limit_s,
@@ -189,8 +187,8 @@ class Preparation:
         if found is not None:
             return found
         began = time.perf_counter()
-        with self._tokenizing:
-            made = probing.make(self._model, self._tokenizer, self._config.probes, self._stopped)
+        with self._encoder.lock:
+            made = probing.make(self._model, self._encoder.tokenizer, self._config.probes, self._stopped)
         if self._stopped():
             return []
         probing.save(path, base, made)

@@ -26,9 +26,9 @@ import torch
 from transformers import PreTrainedModel
 
 from hogwild import metrics, model_file, pulse, selfreplay
-from hogwild.config import ProbesConfig
 from hogwild.errors import ConfigError, ExampleError
 from hogwild.examples import Encoded, Example, parse_line
+from hogwild.settings import ProbesConfig
 
 VERSION = 1
 DRIFT = 0.2

@@ -24,12 +24,12 @@ from hogwild import checkpoint, generation, rollback
 from hogwild import log as logs
 from hogwild.arena.client import Arena
 from hogwild.checkpoint import Checkpoints
-from hogwild.config import Config
 from hogwild.curriculum import Curriculum
 from hogwild.errors import ArenaError, CheckpointError, VerificationError
 from hogwild.learner import Learner
 from hogwild.ledger import Ledger
 from hogwild.resume import newest_checkpoint
+from hogwild.settings import Config
 from hogwild.weights import Weights, digest, verify_bits
 
 log = logs.get(__name__)
@@ -87,7 +87,7 @@ def take(
     base = ledger.get_meta("base_digest") or ""
     learner.write_own_texts(config.state_dir / "selfreplay.json", base)
     saved = generation.read_state(current) if current is not None else None
-    learner.judge.prepare(config.state_dir / "probes.json", base, saved, learner.sequences)
+    learner.judge.prepare(config.state_dir / "probes.json", base, saved, learner.encoder.sequences)
     return Taken(learner, str(current) if current is not None and not keep else None, repeated)
 
 

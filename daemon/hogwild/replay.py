@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
-from hogwild.config import ReplayConfig
 from hogwild.ledger_records import Pending
 from hogwild.ledger_replay import Candidate, Pool
+from hogwild.settings import ReplayConfig
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the intake does without
     from hogwild.selfreplay import Sample

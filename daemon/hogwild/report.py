@@ -11,10 +11,10 @@ from typing import Any
 
 from hogwild import __version__, svg
 from hogwild import generation as generations
-from hogwild.config import Config
 from hogwild.errors import HogwildError
 from hogwild.ledger import Ledger
 from hogwild.ledger_report import losses_by_file, losses_over_steps, range_of_training
+from hogwild.settings import Config
 from hogwild.svg import Line, Mark
 
 _FILES, _GENERATIONS, _LAYERS, _TRIPS = 30, 200, 64, 50

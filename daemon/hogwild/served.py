@@ -7,11 +7,13 @@ head). A module that went dead shows here, as a difference that grows with every
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import torch
 from transformers import PreTrainedModel
 
+from hogwild import disagreement
 from hogwild.errors import HogwildError, VerificationError
 
 PROBE_TEXTS = (
@@ -88,22 +90,30 @@ class Agreement:
     mean: float
     largest: float
     tokens: int
+    tolerance: float
 
 
 def check(
-    server: Server, model: PreTrainedModel, prompts: Sequence[Sequence[int]], tolerance: float
+    server: Server, model: PreTrainedModel, prompts: Sequence[Sequence[int]], tolerance: float, loaded: Path
 ) -> Agreement:
     """Compare the server with the trainer's forward pass on `prompts` (token ids).
 
     The trainer runs before and after the server: while threads train, the server's value may lie anywhere between.
 
+    Args:
+        tolerance: mean difference in nats that is accepted; 0: measured, see `disagreement.tolerance`.
+        loaded: folder of the checkpoint that the server was filled from: what a module has that it no longer reads.
+
     Raises:
-        VerificationError: a prompt's mean difference exceeds `tolerance`; all such prompts are listed.
+        VerificationError: a prompt's mean difference exceeds the tolerance; all such prompts are listed, and the
+        modules
+            that explain it.
         ServerError: the server cannot be asked.
     """
     before = [trained_log_probabilities(model, prompt) for prompt in prompts]
     served = server.log_probabilities(prompts)
     after = [trained_log_probabilities(model, prompt) for prompt in prompts]
+    tolerance = tolerance or disagreement.tolerance(model, prompts, trained_log_probabilities)
     problems, distances = [], []
     for number, (b, s, a) in enumerate(zip(before, served, after, strict=True)):
         distance = torch.maximum(torch.minimum(b, a) - s, s - torch.maximum(b, a)).clamp_(min=0)
@@ -112,16 +122,33 @@ def check(
             worst = int(distance.argmax())
             problems.append(
                 f"probe {number}: mean difference {float(distance.mean()):.3f} nats over {len(s)} tokens "
-                f"(tolerance {tolerance}), worst at token {worst}: served {float(s[worst]):.3f}, "
+                f"(tolerance {tolerance:.3f}), worst at token {worst}: served {float(s[worst]):.3f}, "
                 f"trained {float(b[worst]):.3f}"
             )
     if problems:
+        worst = max(range(len(prompts)), key=lambda number: float(distances[number].mean()))
+        problems.append(_blame(model, loaded, prompts[worst], served[worst]))
         raise VerificationError(
             f"{server.url} does not serve the weights that are trained; some module of it reads other memory",
             problems,
         )
     together = torch.cat(distances)
-    return Agreement(float(together.mean()), float(together.max()), together.numel())
+    return Agreement(float(together.mean()), float(together.max()), together.numel(), tolerance)
+
+
+def _blame(model: PreTrainedModel, loaded: Path, prompt: Sequence[int], answer: torch.Tensor) -> str:
+    try:
+        found = disagreement.suspects(model, loaded, prompt, answer, trained_log_probabilities)
+    except (HogwildError, OSError) as error:
+        return (
+            f"which module it is cannot be told without the weights that the server was loaded with: {error}"
+        )
+    if found:
+        return f"the server seems to read older weights of {', '.join(found[:3])}: those in {loaded} explain its answer"
+    return (
+        "no single module's older weights explain its answer: the server computes something else than transformers "
+        "does (`make matrix` compares them family by family)"
+    )
 
 
 @torch.no_grad()

@@ -1,13 +1,19 @@
 """A Hugging Face model whose parameters are views of the arena: built on the meta device, it owns no weights."""
 
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from hogwild import naming
 from hogwild.errors import VerificationError
+from hogwild.layout import Region
 from hogwild.weights import Weights, read_tensors
 from hogwild_kernels import products
 
@@ -15,25 +21,24 @@ from hogwild_kernels import products
 def build(folder: Path, weights: Weights) -> PreTrainedModel:
     """Build the model of `folder` around the live weights; nothing requires a gradient.
 
-    Tensors that the server keeps no plain copy of (`layout.frozen`) are read from the checkpoint: they never change.
+    Parameters whose tensors the server keeps no plain copy of (`layout.frozen`) are read from the checkpoint: they
+    never change. What serves pictures and sound is left out.
 
     Raises:
         VerificationError: naming every parameter that has no view, or one of another shape.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    model = empty(folder)
     layout = weights.arena.layout
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    wanted = {name for name, _ in model.named_parameters()}
-    private = {name for name in wanted if name in layout.frozen}
-    copies = dict(_only(folder, private)) if private else {}
+    found = naming.recipes(model, [*layout.tensors, *layout.frozen])
+    regions, private = place(model, found, layout.tensors)
+    copies = _read(folder, {name for recipe in private for name in recipe.names})
     problems = []
     for name, parameter in list(model.named_parameters()):
-        if name in layout.tensors:
-            tensor = weights.view(name)
-        elif name in copies:
-            tensor = copies[name]
+        if name in regions:
+            tensor = weights.at(regions[name])
+        elif name in found:
+            tensor = found[name].make(copies.__getitem__, model)
         else:
             if name not in tied:
                 problems.append(f"{name}: needed by {type(model).__name__}, not served")
@@ -41,20 +46,91 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
         if tensor.shape != parameter.shape:
             problems.append(f"{name}: {tuple(parameter.shape)} in the model, {tuple(tensor.shape)} served")
             continue
-        _assign(model, name, tensor)
+        assign(model, name, tensor)
     if problems:
         raise VerificationError(f"the served weights do not make up a {type(model).__name__}", problems)
     model.tie_weights()
+    for name in tied & regions.keys():
+        # Tied by the configuration, and another tensor in the checkpoint: vLLM serves that one.
+        assign(model, name, weights.at(regions[name]))
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise VerificationError(
             f"parts of {type(model).__name__} are tied to nothing that is served",
             [f"{name}: no tensor" for name in left],
         )
-    for module in model.modules():
-        if type(module) is torch.nn.Linear:
-            module.__class__ = FrozenLinear
+    linearise(model, regions)
+    names = {name for name, _ in model.named_parameters()}
+    model.arena_regions = {name: region for name, region in regions.items() if name in names}
+    model.arena_recipes = found
     return model.eval()
+
+
+def bound(model: PreTrainedModel) -> dict[str, Region]:
+    """The parameters of a skeleton that lie in the arena: name in the model -> where."""
+    regions: dict[str, Region] = model.arena_regions
+    return regions
+
+
+def stored(model: PreTrainedModel) -> dict[str, str]:
+    """Parameters of a skeleton that are one tensor of the checkpoint as it is: name in the model -> name there."""
+    recipes: dict[str, naming.Recipe] = model.arena_recipes
+    return {name: recipe.names[0] for name, recipe in recipes.items() if recipe.converter is None}
+
+
+@contextlib.contextmanager
+def older(model: PreTrainedModel, folder: Path, names: Iterable[str]) -> Iterator[None]:
+    """While this is open, these parameters are as in the checkpoint in `folder`, and not the live ones. Nothing is
+    written to the arena."""
+    recipes: dict[str, naming.Recipe] = model.arena_recipes
+    wanted = [name for name in names if name in recipes]
+    tensors = _read(folder, {part for name in wanted for part in recipes[name].names})
+    before = {name: model.get_parameter(name) for name in wanted}
+    try:
+        for name, live in before.items():
+            tensor = recipes[name].make(tensors.__getitem__, model).to(live.dtype)
+            assign(model, name, tensor if tensor.shape == live.shape else tensor.t())
+        yield
+    finally:
+        for name, live in before.items():
+            assign(model, name, live.data)
+
+
+def empty(folder: Path) -> PreTrainedModel:
+    """The model of `folder` on the meta device: its language model and head alone."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if config.model_type == "cohere2":
+        # vLLM's commandr.py lets a token see as many before it, and itself: one more than transformers does, and as the
+        # model was trained. Can go when both agree, which the matrix shows.
+        config.sliding_window += 1
+    kind = AutoModelForCausalLM
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        kind = AutoModelForImageTextToText
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = kind.from_config(config, dtype=config.dtype)
+    decoder = model.get_decoder()
+    kept = {id(module) for module in decoder.modules()}
+    if (base := model.base_model) is not decoder:
+        for name, child in list(base.named_children()):
+            if not kept & {id(module) for module in child.modules()}:
+                setattr(base, name, torch.nn.Module())  # a tower: never called for text
+    return model
+
+
+def place(
+    model: PreTrainedModel, recipes: dict[str, naming.Recipe], tensors: Any
+) -> tuple[dict[str, Region], list[naming.Recipe]]:
+    """(parameter -> its place in the arena, recipes of those that have none)."""
+    regions, private = {}, []
+    for name, recipe in recipes.items():
+        if all(part in tensors for part in recipe.names):
+            try:
+                regions[name] = recipe.make(lambda part: naming.Place(tensors[part]), model).region
+                continue
+            except naming.UnplacedError:
+                pass  # live, and not as one view: the trainer cannot look at it
+        private.append(recipe)
+    return regions, private
 
 
 class _Product(torch.autograd.Function):
@@ -80,11 +156,38 @@ class FrozenLinear(torch.nn.Linear):
         return result
 
 
-def _assign(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+def linearise(model: PreTrainedModel, regions: dict[str, Region]) -> None:
+    """Make every linear layer one that has no gradient of its own, and of those that lie transposed linear layers."""
+    for name, module in list(model.named_modules()):
+        if type(module) is torch.nn.Linear:
+            module.__class__ = FrozenLinear
+        elif type(module) is Conv1D:
+            _set(model, name, _linear(module))
+            if (weight := f"{name}.weight") in regions:
+                regions[weight] = replace(
+                    regions[weight], shape=regions[weight].shape[::-1], stride=regions[weight].stride[::-1]
+                )
+
+
+def _linear(module: Conv1D) -> FrozenLinear:
+    """The linear layer that GPT-2 calls a convolution: the same weight, looked at the other way round (out, in)."""
+    weight, bias = module.weight.data.t(), module.bias
+    linear = FrozenLinear(weight.shape[1], weight.shape[0], bias=True, device="meta")
+    linear.weight, linear.bias = torch.nn.Parameter(weight, requires_grad=False), bias
+    return linear
+
+
+def _set(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def assign(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor in the place of a parameter."""
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
     module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
 
 
-def _only(folder: Path, names: set[str]) -> list[tuple[str, torch.Tensor]]:
-    return [(name, tensor.clone()) for name, tensor in read_tensors(folder) if name in names]
+def _read(folder: Path, names: set[str]) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in read_tensors(folder, names)} if names else {}

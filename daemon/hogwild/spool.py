@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable
 
 from hogwild import log, pulse, spool_identity
-from hogwild.config import SpoolConfig
 from hogwild.errors import SpoolError
 from hogwild.ledger import Ledger
 from hogwild.ledger_records import FileRecord
 from hogwild.lines import SUFFIXES
+from hogwild.settings import SpoolConfig
 from hogwild.spool_files import MOVING, Signature, printable, return_half_moved, user, write_errors_file
 from hogwild.spool_grown import Growth
 from hogwild.spool_take import Intake, Scan

@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from hogwild import log
-from hogwild.config import SpoolConfig
 from hogwild.errors import AlreadyAccepted
 from hogwild.ledger import Ledger
 from hogwild.ledger_records import BadLine, FileRecord, GoodLine, Growing
 from hogwild.lines import DamagedFileError, read_chunks, read_lines
+from hogwild.settings import SpoolConfig
 from hogwild.spool_files import Lease, Signature, open_plain, take_lease
 
 WATCH_S = 3600.0

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hogwild import log, pulse
-from hogwild.config import SpoolConfig
 from hogwild.errors import AlreadyAccepted, LedgerError
 from hogwild.ledger import Ledger
 from hogwild.ledger_records import BadLine, FileRecord, GoodLine, Growing, NewFile
 from hogwild.lines import DamagedFileError, content_hash, parse_lines, raw_hash, read_lines, unpack
+from hogwild.settings import SpoolConfig
 from hogwild.spool_files import (
     Lease,
     Signature,

@@ -12,10 +12,10 @@ from typing import Any
 from hogwild import generation as generations
 from hogwild import metrics
 from hogwild.arena.control import Load
-from hogwild.config import Config
 from hogwild.learner import Learner
 from hogwild.ledger import Ledger
 from hogwild.probes import Score
+from hogwild.settings import Config
 
 _WINDOW_S = 60.0  # over which speed is measured
 _SERIES_S = 60.0  # between two notes of how the server does

@@ -33,13 +33,13 @@ from hogwild import log as logs
 from hogwild.arena.client import Arena
 from hogwild.arena.hub import Hub
 from hogwild.commands import Command, Commands
-from hogwild.config import Config
 from hogwild.curriculum import Curriculum
 from hogwild.errors import CheckpointError, ConfigError, HogwildError, VerificationError
 from hogwild.keeper import Keeper
 from hogwild.learner import Learner, Saved
 from hogwild.ledger import Ledger
 from hogwild.notify import Notifier
+from hogwild.settings import Config
 from hogwild.spool import Spool
 from hogwild.status import Status
 from hogwild.watchdog import Watchdog
@@ -265,6 +265,7 @@ class Supervisor:
             after=after,
             mean_difference=round(agreement.mean, 4),
             largest_difference=round(agreement.largest, 4),
+            tolerance=round(agreement.tolerance, 4),
             tokens=agreement.tokens,
         )
         if not learner.training and learner.judge.tripped is None:

@@ -20,9 +20,9 @@ from rich.progress import (
 from rich.table import Table
 
 from hogwild.check import Checker
-from hogwild.config import Config
 from hogwild.encoding import context_length
 from hogwild.errors import HogwildError, UsageError
+from hogwild.settings import Config
 
 if TYPE_CHECKING:
     from hogwild.one_shot import Now, Result

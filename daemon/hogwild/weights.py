@@ -15,7 +15,7 @@ The memory model, once and for all:
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,10 @@ class Weights:
 
     def view(self, name: str) -> torch.Tensor:
         """The live tensor `name`, in the checkpoint's shape. Every call gives a version counter of its own."""
-        region = self.arena.layout.tensors[name]
+        return self.at(self.arena.layout.tensors[name])
+
+    def at(self, region: Region) -> torch.Tensor:
+        """What lies there, live, as one tensor."""
         return self.arena.weights.tensor(region.offset, region.shape, region.stride, region.torch_dtype)
 
     @property
@@ -78,8 +81,8 @@ class Weights:
                 self.view(name).copy_(tensor)
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the checkpoint in `folder`, one at a time.
+def read_tensors(folder: Path, only: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the checkpoint in `folder`, or those that are wanted, one at a time.
 
     Raises:
         CheckpointError: there is none, or a file is damaged.
@@ -87,7 +90,8 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for file in _files(folder):
         with _opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - a safetensors file is not a dict
-                yield name, tensors.get_tensor(name)
+                if only is None or name in only:
+                    yield name, tensors.get_tensor(name)
 
 
 def _read_shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -3,7 +3,8 @@
 loader.py   `--load-format hogwild`: weights in the arena
 place.py    where each of vLLM's parameters lies in the arena
 trace.py    where each checkpoint tensor went, learned from vLLM's own copies
-plain.py    keeps linear weights plain on a CPU
+patch.py    what is replaced inside vLLM, and patches.py, which checks and lists it:
+            plain.py, convolution.py, experts.py, no_torchvision.py
 resume      (hogwild.resume) which weights a server begins with when no daemon holds any
 page.py     hands the control page from the engine to the API server
 middleware.py  what every response says about the weights, and /hogwild/status
@@ -31,12 +32,14 @@ def register() -> None:
         return
     from vllm.model_executor.model_loader import register_model_loader  # late: vLLM is still being set up
 
-    from hogwild.vllm_plugin import orphan, unsalted
+    from hogwild.vllm_plugin import no_torchvision, orphan, unsalted
     from hogwild.vllm_plugin.loader import HogwildLoader
-    from hogwild.vllm_plugin.names import PAGE_VARIABLE
+    from hogwild.vllm_plugin.names import PAGE_VARIABLE, SOCKET_VARIABLE
 
     orphan.end_with_server()
     if os.environ.get(PAGE_VARIABLE):  # the engine may be another process than the one that loads the weights
         unsalted.install()
+    if os.environ.get(SOCKET_VARIABLE):  # also in the process that vLLM asks about a model's class
+        no_torchvision.PATCH.install()
     register_model_loader("hogwild")(HogwildLoader)
     _registered = True

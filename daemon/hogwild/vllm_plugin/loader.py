@@ -1,5 +1,6 @@
 """`--load-format hogwild`: vLLM's weights live in the arena."""
 
+import contextlib
 import copy
 import logging
 import os
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from hogwild import __version__, resume
@@ -21,7 +23,8 @@ from hogwild.arena.control import ControlPage
 from hogwild.arena.memory import Segment
 from hogwild.errors import CheckpointError, VerificationError
 from hogwild.layout import Layout, Region, Source
-from hogwild.vllm_plugin import page, place, unsalted
+from hogwild.tensor_file import read_header
+from hogwild.vllm_plugin import page, place, refuse, unsalted
 from hogwild.vllm_plugin.names import BASE_VARIABLE, SOCKET_VARIABLE, STATE_VARIABLE, URL_VARIABLE
 from hogwild.vllm_plugin.trace import CopyTrace
 
@@ -55,14 +58,15 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
                 vllm_config, model_config, prefix
             )
             return draft
-        _refuse_unsupported(vllm_config, self._socket)
+        refuse.unsupported(vllm_config, self._socket)
         unsalted.install()
         # Late, because it brings in llvmlite, which must not be there yet while vLLM sets up its CPU worker: vLLM then
         # calls vars() on every object of every module, and llvmlite's library handle answers with a function
         # (vllm/triton_utils/dispatcher.py: _rebind_kernels, vLLM 0.32).
-        from hogwild.vllm_plugin.plain import plain_linears
+        from hogwild.vllm_plugin import patches
 
-        with plain_linears():
+        with contextlib.ExitStack() as self._loading:
+            self._loading.enter_context(patches.installed())
             model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
         self._share(model)
         return model
@@ -84,6 +88,7 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
             allow_patterns_overrides=None,
         )
         source = Source.of(Path(folder), files)
+        _make_head_bias(model, source)  # also where an arena is mapped, which has a place for it
         held = client.ask(self._socket, source, _server())
         if held is not None:
             self._arena, self._session = held
@@ -101,9 +106,9 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
         segment = Segment.allocate(nbytes)
         place.move(model, parameters, segment)
         self._trace = CopyTrace(segment)
+        self._loading.enter_context(self._trace)  # also while vLLM post-processes what it has loaded
         try:
-            with self._trace:
-                super().load_weights(model, model_config)
+            super().load_weights(model, model_config)
         except (OSError, SafetensorError) as error:
             if start is None:
                 raise
@@ -207,6 +212,22 @@ def _cannot_begin(why: str) -> str:
     )
 
 
+def _make_head_bias(model: torch.nn.Module, source: Source) -> None:
+    """Where the head has a bias that vLLM makes only when it comes upon it while loading, outside of the arena
+    (vllm/model_executor/models/transformers/causal.py: load_weights, vLLM 0.32), make it now.
+
+    Can go when the Transformers backend gives the head its bias from the start.
+    """
+    head = getattr(model, "lm_head", None)
+    if not isinstance(head, ParallelLMHead) or head.has_bias:
+        return
+    files = [Path(source.path) / name for name, *_ in source.files if name.endswith(".safetensors")]
+    if any(entry.name.endswith("lm_head.bias") for file in files for entry in read_header(file).entries):
+        with torch.device(head.weight.device):
+            head._register_bias()
+        head._register_bias = lambda: None  # vLLM's own call would make another one
+
+
 def _only_live(
     tensors: dict[str, Region], extents: list[tuple[int, int]]
 ) -> tuple[dict[str, Region], dict[str, str]]:
@@ -218,30 +239,6 @@ def _only_live(
         else:
             dead[name] = "vLLM replaced it by another tensor after loading"
     return live, dead
-
-
-def _refuse_unsupported(vllm_config: VllmConfig, daemon: Path | None) -> None:
-    """Raise one error for everything about this server that cannot be trained."""
-    parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    problems = []
-    if daemon is None:
-        problems.append(
-            f"{SOCKET_VARIABLE} is not set: start the server with `hogwild vllm`, or set it yourself"
-        )
-    if parallel.world_size > 1:
-        problems.append(f"tensor or pipeline parallelism over {parallel.world_size} processes: use one")
-    if model.quantization is not None:
-        problems.append(
-            f"{model.quantization} weights are not the weights that are trained: serve bf16 or fp16"
-        )
-    if vllm_config.lora_config is not None:
-        problems.append(
-            "LoRA adapters change what is served behind the trainer's back: serve without --enable-lora"
-        )
-    if model.enable_sleep_mode:
-        problems.append("sleep mode moves the weights: serve without --enable-sleep-mode")
-    if problems:
-        raise VerificationError("this server cannot be trained", problems)
 
 
 def _server() -> dict[str, str]:

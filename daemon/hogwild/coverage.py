@@ -1,0 +1,102 @@
+"""Of a model and a layout: what a trainer would train, and what stays as it is, and why.
+
+python -m hogwild.coverage MODEL LAYOUT.json     prints {"model": class, "trained": {name: elements}, "frozen": ...}
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from hogwild import naming, skeleton
+from hogwild.apollo import Optimizer
+from hogwild.backward import train_in_backward
+from hogwild.errors import HogwildError
+from hogwild.layout import Layout
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What is trained of a model.
+
+    Attributes:
+        model: class of transformers.
+        trained: parameter -> its elements.
+        frozen: parameter, or checkpoint tensor that the language model has no use for -> (its elements, why).
+    """
+
+    model: str
+    trained: dict[str, int]
+    frozen: dict[str, tuple[int, str]]
+
+
+def examine(folder: Path, layout: Layout) -> Coverage:
+    """Build the skeleton on the meta device and ask it what it would train.
+
+    Raises:
+        HogwildError: parameters of the model are in no file.
+    """
+    model = skeleton.empty(folder)
+    found = naming.recipes(model, [*layout.tensors, *layout.frozen])
+    regions, private = skeleton.place(model, found, layout.tensors)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    if missing := sorted(sizes.keys() - found.keys() - tied):
+        raise HogwildError(
+            f"{type(model).__name__} needs {', '.join(missing)}, which the checkpoint does not have"
+        )
+    model.tie_weights()
+    for name in tied & regions.keys():
+        skeleton.assign(model, name, torch.empty(regions[name].shape, device="meta"))
+    skeleton.linearise(model, {})
+    reasons = {
+        recipe.parameter: next(
+            (layout.frozen[n] for n in recipe.names if n in layout.frozen), "no one strided view"
+        )
+        for recipe in private
+    }
+    unused = cast(Optimizer, None)  # nothing is updated: no backward pass runs
+    asked = train_in_backward(model, unused, set(regions), 0, lambda *_: None, {}).frozen
+    frozen = {name: (sizes[name], reasons.get(name, why)) for name, why in asked.items() if name in sizes}
+    used = {name for recipe in found.values() for name in recipe.names}
+    beside = {
+        name: (0, f"not of the language model: {why}")
+        for name, why in layout.frozen.items()
+        if name not in used
+    }
+    return Coverage(
+        type(model).__name__,
+        {name: size for name, size in sizes.items() if name not in frozen},
+        {**frozen, **beside},
+    )
+
+
+def by_reason(frozen: Mapping[str, tuple[int, str]]) -> Iterable[tuple[str, list[str]]]:
+    """(why, names), the most names first."""
+    groups: dict[str, list[str]] = {}
+    for name, (_, why) in frozen.items():
+        groups.setdefault(why, []).append(name)
+    return sorted(groups.items(), key=lambda item: -len(item[1]))
+
+
+def main(folder: Path, layout: Any) -> dict[str, Any]:
+    """What is printed."""
+    coverage = examine(folder, Layout.from_json(layout))
+    return {
+        "model": coverage.model,
+        "trained": len(coverage.trained),
+        "trained_elements": sum(coverage.trained.values()),
+        "elements": sum(coverage.trained.values()) + sum(size for size, _ in coverage.frozen.values()),
+        "frozen": [[why, names] for why, names in by_reason(coverage.frozen)],
+    }
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())["layout"])))
+    except HogwildError as error:
+        sys.exit(str(error))

@@ -1,0 +1,89 @@
+"""`hogwild doctor --model DIR`: what would be trained of a model, frozen and refused, and why. Imports no torch.
+
+It asks vLLM itself: the model is loaded once, as a server would load it, in a process of its own that serves nothing.
+Another process builds the trainer's model around what came of it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hogwild.doctor import Finding, Subject, fail, ok, warn
+
+_SHOWN = 3  # names of frozen tensors that are written out
+
+
+def model(folder: Path, subject: Subject) -> Iterator[Finding]:
+    """Everything about the model in `folder`."""
+    if not (folder / "config.json").is_file():
+        yield fail("model", f"{folder} has no config.json", "give the folder of a Hugging Face model")
+        return
+    with tempfile.TemporaryDirectory(prefix="hogwild-") as scratch:
+        out = Path(scratch) / "layout.json"
+        arguments = _without_place(subject.config.server.arguments)
+        ran = _python("hogwild.vllm_plugin.try_model", out, folder.absolute(), *arguments)
+        if not out.is_file():
+            yield fail(
+                "model", f"vLLM ended with {ran.returncode}: {ran.stderr[-500:].strip()}", _WHAT_VLLM_SAYS
+            )
+            return
+        found = json.loads(out.read_text())
+        if "refused" in found:
+            for problem in found["problems"]:
+                yield fail("refused", problem, f"{found['refused']}; hogwild vllm would say the same")
+            return
+        asked = _python("hogwild.coverage", folder.absolute(), out)
+        if asked.returncode:
+            yield fail(
+                "refused", asked.stderr.strip().splitlines()[-1], "report it, with the model's config.json"
+            )
+            return
+        yield from _covered(json.loads(asked.stdout))
+
+
+def _covered(about: dict[str, Any]) -> Iterator[Finding]:
+    share = 100 * about["trained_elements"] / max(about["elements"], 1)
+    trained = f"{about['trained']} tensors of {about['model']}, {share:.1f}% of {about['elements']:,} weights"
+    yield (
+        ok("trained", trained)
+        if about["trained"]
+        else fail("trained", trained, "nothing could be learned: see what is frozen, and why")
+    )
+    for why, names in about["frozen"]:
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        said = f"{', '.join(names[:_SHOWN])}{more}: {why}"
+        expected = "embeddings" in why or why.startswith("not of the language model")
+        yield (
+            ok("frozen", said)
+            if expected
+            else warn("frozen", said, "it stays as it is; the rest learns without it")
+        )
+
+
+_WHAT_VLLM_SAYS = "start `vllm serve` on it, which says more"
+
+
+def _without_place(arguments: tuple[str, ...] | list[str]) -> list[str]:
+    """Arguments of the server that say something about the model: not where it listens."""
+    kept, skip = [], False
+    for one in arguments:
+        if skip:
+            skip = False
+        elif one in ("--port", "--host", "--api-key", "--served-model-name"):
+            skip = True
+        else:
+            kept.append(one)
+    return kept
+
+
+def _python(module: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        capture_output=True, text=True, check=False, env={**env, "OMP_WAIT_POLICY": "PASSIVE"},
+    )  # fmt: skip

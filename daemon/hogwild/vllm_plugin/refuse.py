@@ -1,0 +1,64 @@
+"""Servers whose weights cannot be trained, told so before a weight is read, and told what would work."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+
+from hogwild.errors import VerificationError
+from hogwild.vllm_plugin.names import SOCKET_VARIABLE
+
+_ROTARY = "-rotary_embedding"
+
+
+def unsupported(vllm_config: VllmConfig, daemon: Path | None) -> None:
+    """Raise one error for everything about this server that cannot be trained.
+
+    Raises:
+        VerificationError: with every reason, and what would work instead.
+    """
+    problems = list(_reasons(vllm_config, daemon))
+    if problems:
+        raise VerificationError("this server cannot be trained", problems)
+
+
+def _reasons(vllm_config: VllmConfig, daemon: Path | None) -> Iterator[str]:
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    if daemon is None:
+        yield f"{SOCKET_VARIABLE} is not set: start the server with `hogwild vllm`, or set it yourself"
+    if parallel.world_size > 1:
+        yield f"tensor or pipeline parallelism over {parallel.world_size} processes: use one"
+    if model.quantization is not None:
+        yield (
+            f"{model.quantization} weights are not the weights that are trained: serve the model that they were made "
+            "from, in bf16 or fp16, without --quantization"
+        )
+    if vllm_config.lora_config is not None:
+        yield "LoRA adapters change what is served behind the trainer's back: serve without --enable-lora"
+    if model.enable_sleep_mode:
+        yield "sleep mode moves the weights: serve without --enable-sleep-mode"
+    if model.use_mla:
+        yield from _mla(vllm_config)
+    if model.is_moe and not current_platform.is_cpu() and vllm_config.kernel_config.moe_backend != "triton":
+        yield "most MoE backends rearrange the experts' weights: serve with --moe-backend triton"
+
+
+def _mla(vllm_config: VllmConfig) -> Iterator[str]:
+    """Multi-head latent attention: most backends keep what they derive from kv_b_proj, and no longer read it."""
+    if not current_platform.is_cpu():
+        yield "MLA keeps copies of kv_b_proj that training would not reach: only CPU_MLA, on a CPU, reads it live"
+        return
+    backend = vllm_config.attention_config.backend
+    named = backend.name if backend is not None else ""
+    chosen = named or ("AMX_MLA" if torch.cpu._is_amx_tile_supported() else "CPU_MLA")
+    if chosen != "CPU_MLA":
+        yield f"{chosen} packs kv_b_proj for MLA: serve with --attention-backend CPU_MLA"
+    if _ROTARY not in vllm_config.compilation_config.custom_ops:
+        # csrc's CPU rotary operator takes the heads of a 3-D query for tokens. Can go when it agrees with
+        # RotaryEmbedding.forward_native there (vllm/model_executor/layers/rotary_embedding/, vLLM 0.32).
+        yield (
+            "vLLM's CPU rotary embedding is wrong for MLA: serve with "
+            f'--compilation-config \'{{"custom_ops": ["{_ROTARY}"]}}\''
+        )

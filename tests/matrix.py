@@ -1,0 +1,294 @@
+"""The architecture matrix: is what vLLM serves what a trainer in another process sees and moves?
+
+    python tests/matrix.py [name ...]      print the table; all of them, or those whose name contains one of these
+
+Each architecture: a tiny random checkpoint; vLLM loads it through hogwild's loader and offers its arena; this
+process takes the arena as the daemon does, builds the Hugging Face skeleton on it and compares log-probabilities of
+prefill and decode, before and after it has moved every bound weight in place. Then each weight alone: an answer that
+does not change by a bit is a weight that vLLM does not read.
+"""
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from architectures import ARCHITECTURES, Architecture
+from hogwild import skeleton
+from hogwild.arena.client import Arena
+from hogwild.arena.hub import Hub
+from hogwild.disagreement import rounded
+from hogwild.weights import Weights, verify_bits
+from support import environment
+
+PROMPTS = [
+    [3, 17, 40, 9, 88, 23, 51, 5, 60, 12, 33, 71, 8, 94, 27, 45, 66, 19, 80, 14, 37, 52, 90, 6],
+    [70, 11, 29, 84, 48],
+]
+DECODE = 6
+NOISE = 3.0
+"""Served and trained may differ by this many times what rounding every activation once more does to the trainer's
+own."""
+FLOOR = 0.01  # nats: below it nothing is concluded
+
+
+class ServerProcess:
+    """matrix_server.py, and the daemon's end of its arenas."""
+
+    def __init__(self, folder: Path, **env: str) -> None:
+        self.log = folder / "server.log"
+        self._folder, self._count, self._hub = folder, 0, None
+        with self.log.open("ab") as log:
+            self.popen = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("matrix_server.py"))],
+                env=environment(**{"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", **env}),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            )  # fmt: skip
+
+    def load(self, model: Path, **settings: Any) -> Arena:
+        """Serve `model`, and take its arena.
+
+        Raises:
+            RefusedError: with the server's own words.
+        """
+        self._count += 1
+        self._drop()
+        socket = self._folder / f"{self._count}.sock"
+        offered: queue.Queue[Arena] = queue.Queue()
+        self._hub = Hub(socket, offered.put, lambda _server, _begins: None)
+        self._hub.start()
+        self.say({"load": str(model), "socket": str(socket), "settings": settings})
+        return offered.get(timeout=60)
+
+    def load_stock(self, model: Path, **settings: Any) -> None:
+        """Serve `model` as vLLM itself would."""
+        self.say({"load": str(model), "socket": "", "settings": settings})
+
+    def ask(self, prompts: Sequence[Sequence[int]] = PROMPTS, decode: int = DECODE) -> "Answers":
+        said = self.say({"ask": [list(prompt) for prompt in prompts], "decode": decode})
+        texts = [[*prompt, *tokens] for prompt, tokens in zip(prompts, said["tokens"], strict=True)]
+        return Answers(texts, [torch.tensor(one) for one in said["logprobs"]])
+
+    def say(self, order: dict[str, Any]) -> dict[str, Any]:
+        assert self.popen.stdin is not None
+        assert self.popen.stdout is not None
+        self.popen.stdin.write(json.dumps(order) + "\n")
+        self.popen.stdin.flush()
+        line = self.popen.stdout.readline()
+        if not line:
+            raise AssertionError(f"vLLM has ended:\n{self.log.read_text(errors='replace')[-3000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise RefusedError(answer["error"])
+        return answer
+
+    def end(self) -> None:
+        self._drop()
+        self.popen.kill()
+        self.popen.wait()
+
+    def _drop(self) -> None:
+        if self._hub is not None:
+            self._hub.stop()
+            self._hub = None
+
+
+class RefusedError(Exception):
+    """The server does not serve this model, and says why."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Whole texts, and the log-probability of each of their tokens but the first as vLLM gave it, prefill and
+    decode."""
+
+    texts: list[list[int]]
+    logprobs: list[torch.Tensor]
+
+    def same(self, other: "Answers") -> bool:
+        """To the last bit."""
+        pairs = zip(self.logprobs, other.logprobs, strict=True)
+        return self.texts == other.texts and all(torch.equal(a, b) for a, b in pairs)
+
+
+@dataclass
+class Outcome:
+    """What came of one architecture.
+
+    Attributes:
+        bound: parameters of the Hugging Face model that lie in the arena.
+        frozen: checkpoint tensor -> why it is not trained.
+        before, after: mean difference between server and trainer in nats, as loaded and with every weight moved.
+        noise: mean difference that rounding makes, in nats, at the same place.
+        moved: by how much the weights' move changed the answers, in nats: what a dead model would be off by.
+        dead: bound parameters that vLLM does not read.
+        refused: what the server said, if it did not serve.
+    """
+
+    bound: int = 0
+    frozen: dict[str, str] = field(default_factory=dict)
+    before: float = float("nan")
+    after: float = float("nan")
+    noise: float = float("nan")
+    moved: float = float("nan")
+    dead: list[str] = field(default_factory=list)
+    refused: str = ""
+    seconds: float = 0.0
+
+    def problems(self, expected: Architecture) -> list[str]:
+        """What is not as it should be."""
+        if expected.refused or self.refused:
+            if expected.refused and expected.refused in self.refused:
+                return []
+            return [f"expected {expected.refused or 'to serve'!r}, got {self.refused or 'served'!r}"]
+        limit = max(FLOOR, NOISE * self.noise)
+        found = [f"{name}: vLLM does not read it" for name in self.dead]
+        if not self.before <= limit:
+            found.append(f"differs by {self.before:.3f} nats as loaded (limit {limit:.3f})")
+        if not self.after <= limit:
+            found.append(f"differs by {self.after:.3f} nats once every weight has moved (limit {limit:.3f})")
+        if not self.moved > 2 * limit:
+            found.append(
+                f"moving every weight changed the answers by {self.moved:.3f} nats: nothing is proved"
+            )
+        for name, why in self.frozen.items():
+            if not any(part in name for part in expected.frozen):
+                found.append(f"{name} is frozen: {why}")
+        return found
+
+
+def examine(server: ServerProcess, architecture: Architecture, folder: Path, *, each: bool = True) -> Outcome:
+    """Serve it, move its weights, compare. `each`: also every weight alone."""
+    began, outcome = time.monotonic(), Outcome()
+    architecture.build(folder)
+    try:
+        arena = server.load(folder, **architecture.vllm)
+    except RefusedError as error:
+        outcome.refused, outcome.seconds = str(error), time.monotonic() - began
+        return outcome
+    weights = Weights(arena)
+    verify_bits(weights, folder)
+    model = skeleton.build(folder, weights)
+    bound = skeleton.bound(model)
+    outcome.bound, outcome.frozen = len(bound), dict(arena.layout.frozen)
+    first = server.ask()
+    outcome.before, outcome.noise = compare(model, first)
+    with moved(model, list(bound)):
+        second = server.ask()
+        outcome.after, noise = compare(model, second)
+        outcome.noise = max(outcome.noise, noise)
+        outcome.moved = float((first.logprobs[0] - second.logprobs[0])[: len(PROMPTS[0]) - 1].abs().mean())
+    assert server.ask().same(first), "the weights are back, the answers are not"
+    if each:
+        for name in bound:
+            with moved(model, [name], scale=2.0):
+                if server.ask(PROMPTS[:1], 2).same(Answers([first.texts[0][:26]], [first.logprobs[0][:25]])):
+                    outcome.dead.append(name)
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+@torch.no_grad()
+def compare(model: Any, answers: Answers) -> tuple[float, float]:
+    """Mean difference between vLLM and the model in nats, of prefill or of decode, whichever is larger; and what
+    rounding every layer's output once more makes."""
+    prefill, decode, noises = [], [], []
+    for text, served in zip(answers.texts, answers.logprobs, strict=True):
+        own = log_probabilities(model, text)
+        with rounded(model):
+            noises.append((log_probabilities(model, text) - own).abs())
+        difference, read = (served - own).abs(), len(text) - DECODE
+        prefill.append(difference[:read])  # the last of them is of the first token that was generated
+        decode.append(difference[read:])
+    worst = max(torch.cat(prefill).mean(), torch.cat(decode).mean())
+    return float(worst), float(torch.cat(noises).mean())
+
+
+def log_probabilities(model: Any, text: Sequence[int]) -> torch.Tensor:
+    """(L - 1,) of each token of `text` after the first."""
+    ids = torch.tensor([list(text)])
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0].float()
+    return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+
+
+@contextmanager
+def moved(model: Any, names: Sequence[str], scale: float = 1.0) -> Iterator[None]:
+    """While this is open, these weights of the arena are others, written in place."""
+    generator, before = torch.Generator().manual_seed(0), []
+    for name in names:
+        live = model.get_parameter(name).data
+        before.append((live, live.clone()))
+        noise = torch.randn(live.shape, generator=generator)
+        step = 0.3 * (live.float().std() if live.numel() > 1 and float(live.float().std()) > 0 else 1.0)
+        live.copy_(live.float() + scale * step * noise)
+    try:
+        yield
+    finally:
+        for live, old in before:
+            live.copy_(old)
+
+
+def table(rows: Sequence[tuple[Architecture, Outcome]]) -> Iterator[str]:
+    """As docs/models.md shows it."""
+    yield "| Architecture | Bound | Frozen | Difference as loaded, moved (noise) | Result |"
+    yield "|---|---|---|---|---|"
+    for architecture, outcome in rows:
+        problems = outcome.problems(architecture)
+        if outcome.refused:
+            said = outcome.refused.strip().splitlines()[-1].strip(" -")
+            result = f"refused: {said}" if not problems else f"**{problems[0]}**"
+            yield f"| {architecture.name} | | | | {result} |"
+            continue
+        parts = sorted(
+            {name.rpartition(".")[2] if "A_log" in name else name.split(".")[0] for name in outcome.frozen}
+        )
+        frozen = f"{len(outcome.frozen)}: {', '.join(parts)}" if parts else "none"
+        result = "live, agrees" if not problems else f"**{'; '.join(problems)}**"
+        yield (
+            f"| {architecture.name} | {outcome.bound} | {frozen} | "
+            f"{outcome.before:.3f}, {outcome.after:.3f} ({outcome.noise:.3f}) | {result} |"
+        )
+
+
+def main(wanted: Sequence[str]) -> int:
+    chosen = [a for a in ARCHITECTURES if not wanted or any(w.lower() in a.name.lower() for w in wanted)]
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        server = ServerProcess(Path(name))
+        try:
+            for number, architecture in enumerate(chosen):
+                try:
+                    outcome = examine(server, architecture, Path(name) / f"model-{number}")
+                except Exception as error:  # the other rows say something all the same
+                    if os.environ.get("MATRIX_TRACE"):
+                        raise
+                    outcome = Outcome(refused=f"{type(error).__name__}: {error}")
+                rows.append((architecture, outcome))
+                problems = outcome.problems(architecture)
+                print(
+                    f"{architecture.name}: {outcome.seconds:.0f} s {problems or 'as expected'}",
+                    file=sys.stderr,
+                )
+        finally:
+            server.end()
+    print("\n".join(table(rows)))
+    served = sum(not outcome.refused for _, outcome in rows)
+    bad = sum(bool(outcome.problems(architecture)) for architecture, outcome in rows)
+    print(
+        f"\n{len(rows)} architectures: {served} served, {len(rows) - served} refused, {bad} not as expected"
+    )
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

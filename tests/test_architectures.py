@@ -1,0 +1,114 @@
+"""Any model that vLLM serves: what is served is what is trained, in every family, weight by weight.
+
+The short selection of the matrix; `make matrix` runs all of it. One vLLM process serves all models one after another.
+Numbers in names and comments are those of the special cases in docs/models.md.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+import matrix
+from architectures import ARCHITECTURES, Architecture
+from hogwild import skeleton
+from hogwild.weights import Weights, verify_bits
+
+SHORT = [architecture for architecture in ARCHITECTURES if architecture.short]
+EACH = {"Qwen3.5 dense text", "Qwen3-MoE"}  # every weight alone too, which takes a while
+
+pytestmark = pytest.mark.vllm
+
+
+def named(name: str) -> Architecture:
+    return next(architecture for architecture in ARCHITECTURES if architecture.name == name)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[matrix.ServerProcess]:
+    process = matrix.ServerProcess(tmp_path_factory.mktemp("matrix"))
+    yield process
+    process.end()
+
+
+@pytest.mark.parametrize("architecture", SHORT, ids=lambda one: one.name)
+def test_what_is_served_is_what_is_trained(server, tmp_path, architecture):
+    outcome = matrix.examine(server, architecture, tmp_path / "model", each=architecture.name in EACH)
+    assert outcome.problems(architecture) == []
+    assert outcome.refused or outcome.bound > 10
+
+
+def test_the_matrix_is_as_large_as_it_is_said_to_be():
+    assert len(ARCHITECTURES) >= 28
+    assert len({architecture.name for architecture in ARCHITECTURES}) == len(ARCHITECTURES)
+    assert {architecture.row for architecture in SHORT} == {
+        architecture.row for architecture in ARCHITECTURES
+    }
+
+
+def test_a_convolution_stays_plain_on_a_cpu_that_would_pack_it(server, tmp_path):
+    """(2) With AVX512-BF16, vLLM packs the convolution of Gated DeltaNet, and its kernel takes any weight for a
+    packed one."""
+    architecture = replace(named("Qwen3.5 dense text"), vllm={"pretend_avx512_bf16": True})
+    outcome = matrix.examine(server, architecture, tmp_path / "model", each=False)
+    assert outcome.problems(architecture) == []
+
+
+def test_what_vllm_keeps_as_other_numbers_is_frozen_though_its_copy_looked_plain(server, tmp_path):
+    """(4) Mamba's decay in an fp32 checkpoint: copied without a cast, then overwritten by -exp of it."""
+    folder = named("Mamba 2").build(tmp_path / "model", torch.float32)
+    arena = server.load(folder)
+    assert {name.rpartition(".")[2] for name in arena.layout.frozen} == {"A_log"}
+    assert all("vLLM computes with it" in why for why in arena.layout.frozen.values())
+    verify_bits(Weights(arena), folder)
+
+
+def test_a_cast_to_fp32_is_trained_as_fp32(server, tmp_path):
+    """(7) Gated DeltaNet's decay: bf16 in the checkpoint, fp32 in vLLM, and so in the trainer."""
+    folder = named("Qwen3.5 dense text").build(tmp_path / "model")
+    weights = Weights(server.load(folder))
+    decays = {n: r for n, r in skeleton.bound(skeleton.build(folder, weights)).items() if n.endswith("A_log")}
+    assert len(decays) == 2
+    assert {region.dtype for region in decays.values()} == {"float32"}
+    assert {region.dtype for name, region in weights.arena.layout.tensors.items() if "A_log" not in name} == {
+        "bfloat16"
+    }
+
+
+def test_compiled_serving_sees_what_is_written_in_place(server, tmp_path):
+    """(12) torch.compile, with linear layers and experts that it sees as operators."""
+    architecture = replace(named("Qwen3-MoE"), vllm={"enforce_eager": False})
+    outcome = matrix.examine(server, architecture, tmp_path / "model", each=False)
+    assert outcome.problems(architecture) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"tensor_parallel_size": 2}, "use one"),
+        ({"enable_sleep_mode": True}, "serve without --enable-sleep-mode"),
+        ({"quantization": "fp8"}, "without --quantization"),
+    ],
+    ids=lambda one: next(iter(one)) if isinstance(one, dict) else "",
+)
+def test_a_server_that_cannot_be_trained_is_told_what_would_work(server, tmp_path, settings, advice):
+    """(11) among them: several ranks hold slices, which no single process sees."""
+    folder = named("Llama").build(tmp_path / "model")
+    server.say({"check": str(folder), "settings": {}})
+    with pytest.raises(matrix.RefusedError, match=f"(?s)this server cannot be trained.*{advice}"):
+        server.say({"check": str(folder), "settings": settings})
+
+
+def test_linear_layers_stay_plain_whatever_this_cpu_would_pack(server, tmp_path):
+    """(1) oneDNN packs fp32 on every x86 CPU, bf16 only on some."""
+    folder = named("Llama").build(tmp_path / "model", torch.float32)
+    weights = Weights(server.load(folder, dtype="float32"))
+    assert weights.arena.layout.frozen == {}
+    verify_bits(weights, folder)
+    model = skeleton.build(folder, weights)
+    before = server.ask()
+    for name in skeleton.bound(model):
+        if name.endswith("down_proj.weight"):
+            model.get_parameter(name).data.mul_(1.5)
+    assert not server.ask().same(before)

@@ -1,0 +1,80 @@
+"""How far server and trainer may differ, and which module is named when they differ more."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from architectures import ARCHITECTURES
+from hogwild import disagreement, skeleton
+from hogwild.served import trained_log_probabilities
+from hogwild.weights import Weights, load_arena
+from tiny import llama
+
+PROMPT = [3, 17, 40, 9, 23, 51, 5, 60, 12, 33, 8, 45, 19]
+
+
+def moved(folder: Path, *dead: str) -> tuple[skeleton.PreTrainedModel, torch.Tensor]:
+    """A trainer's model after every weight has moved, and what a server answers that did not see it in some modules."""
+    weights = Weights(load_arena(folder))
+    model = skeleton.build(folder, weights)
+    generator = torch.Generator().manual_seed(0)
+    for name in skeleton.bound(model):
+        live = model.get_parameter(name).data
+        live.add_(
+            torch.randn(live.shape, generator=generator).to(live.dtype) * live.float().std().to(live.dtype)
+        )
+    stale = [name for name in skeleton.bound(model) if any(part in name for part in dead)]
+    assert bool(stale) == bool(dead)
+    with torch.no_grad(), skeleton.older(model, folder, stale):
+        answer = trained_log_probabilities(model, PROMPT)
+    return model, answer
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT-2", "Qwen3-MoE", "Qwen3.5 dense text", "Qwen2.5-VL text"])
+def test_the_module_that_the_server_does_not_read_is_named(family, tmp_path):
+    """Also where transformers calls it otherwise than the checkpoint, stacks it, or transposes it."""
+    (architecture,) = (one for one in ARCHITECTURES if one.name == family)
+    folder = architecture.build(tmp_path / "model")
+    names = skeleton.bound(skeleton.build(folder, Weights(load_arena(folder))))
+    ends = ("up_proj.weight", "gate_up_proj", "c_fc.weight")
+    module = next(name for name in names if ".1.mlp." in name and name.endswith(ends)).rpartition(".")[0]
+    model, answer = moved(folder, f"{module}.")
+    found = disagreement.suspects(model, folder, PROMPT, answer, trained_log_probabilities)
+    assert found[0] == module
+
+
+def test_modules_that_are_dead_together_are_named_together(tmp_path):
+    """As what vLLM fuses is."""
+    folder = llama(tmp_path / "model", torch.bfloat16)
+    dead = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up")]
+    model, answer = moved(folder, *dead)
+    assert sorted(disagreement.suspects(model, folder, PROMPT, answer, trained_log_probabilities)) == dead
+
+
+def test_nothing_is_named_where_nothing_explains_it(tmp_path):
+    folder = llama(tmp_path / "model", torch.bfloat16)
+    model, answer = moved(folder)
+    assert disagreement.suspects(model, folder, PROMPT, answer.roll(1), trained_log_probabilities) == []
+
+
+def test_the_live_weights_are_back_afterwards(tmp_path):
+    folder = llama(tmp_path / "model", torch.bfloat16)
+    model, answer = moved(folder, "up_proj")
+    before = trained_log_probabilities(model, PROMPT)
+    disagreement.suspects(model, folder, PROMPT, answer, trained_log_probabilities)
+    disagreement.tolerance(model, [PROMPT], trained_log_probabilities)
+    assert torch.equal(trained_log_probabilities(model, PROMPT), before)
+    segment = skeleton.bound(model)
+    assert all(not model.get_parameter(name).is_meta for name in segment)
+
+
+def test_the_tolerance_follows_what_rounding_makes(tmp_path):
+    """A model whose weights are ten times as large answers far more sharply, and differs by more in bf16."""
+    folder = llama(tmp_path / "model", torch.bfloat16, num_hidden_layers=4)
+    weights = Weights(load_arena(folder))
+    model = skeleton.build(folder, weights)
+    quiet = disagreement.tolerance(model, [PROMPT], trained_log_probabilities)
+    model.get_parameter("model.norm.weight").data.mul_(10)
+    loud = disagreement.tolerance(model, [PROMPT], trained_log_probabilities)
+    assert loud > 3 * quiet

@@ -1,0 +1,111 @@
+"""What rounding adds in the protected directions is taken back, and nothing else is touched."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from families import build
+from hogwild import drift, protection, skeleton
+from hogwild.apollo import Optimizer
+from hogwild.drift import Drift
+from hogwild.encoding import Encoded
+from hogwild.settings import OptimizerConfig
+from hogwild.trainer import Item, Progress, Trainer
+from hogwild.weights import Weights, load_arena
+
+
+class Trained:
+    """A bf16 model that is trained with protection, and what has moved in it."""
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self.folder = build("llama", folder, torch.bfloat16)
+        self.weights = Weights(load_arena(self.folder))
+        generator = torch.Generator().manual_seed(1)
+        texts = [torch.randint(3, 40, (9,), generator=generator).tolist() for _ in range(12)]
+        self.reader = skeleton.build(self.folder, self.weights)
+        self.directions = protection.measure(
+            self.reader, set(self.weights.names), texts,
+            rank=8, budget_bytes=1 << 20, seed=0,
+        )  # fmt: skip
+        self.trainer = Trainer(
+            skeleton.build(self.folder, self.weights), Optimizer(OptimizerConfig(lr=1e-4, rank=4), 0),
+            Progress(self.weights.arena.control, 4), set(self.weights.names), "frozen", seed=0,
+        )  # fmt: skip
+        self.drift = Drift(self.weights, self.reader, self.folder, every)
+        self.trainer.protect(self.directions)
+        self.drift.protect(self.directions)
+        self.before = self.bits()
+
+    def bits(self) -> dict[str, torch.Tensor]:
+        return {name: self.weights.view(name).clone() for name in self.weights.names}
+
+    def train(self, steps: int) -> "Trained":
+        for step in range(1, steps + 1):
+            self.trainer.step([Item(Encoded([5, 63, 7 + step % 9, 63, 9], [False, True, True, True, True]))])
+            self.drift.after(step)
+        return self
+
+    def inside(self) -> float:
+        """Of all that has moved, the share that lies in protected directions, by squares."""
+        inside = whole = 0.0
+        for name, basis in self.directions.items():
+            moved = self.weights.view(f"{name}.weight").float() - self.before[f"{name}.weight"].float()
+            inside += float((moved @ basis.float().T).square().sum())
+            whole += float(moved.square().sum())
+        return inside / whole
+
+
+def test_what_rounding_adds_in_protected_directions_is_taken_back(tmp_path):
+    left = Trained(tmp_path / "left", 0).train(60).inside()
+    taken_back = Trained(tmp_path / "back", 5).train(60).inside()
+    assert left > 0.03, "the rounding of 60 steps has to be seen"
+    assert taken_back < left / 3
+
+
+def test_every_layer_has_its_turn_once_in_so_many_steps_in_pieces_of_any_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(drift, "_BLOCK_BYTES", 5 * 32 * 4)
+    trained = Trained(tmp_path, 0).train(30)
+    before, inside = trained.bits(), trained.inside()
+    every = Drift(trained.weights, trained.reader, trained.folder, 7)
+    every.protect(trained.directions)
+    turns: list[str] = []
+    for step in range(31, 38):
+        was = trained.bits()
+        every.after(step)
+        turns += [name for name, bits in trained.bits().items() if not torch.equal(bits, was[name])]
+    assert sorted(turns) == sorted(f"{name}.weight" for name in trained.directions)
+    assert trained.inside() < inside / 3
+    for name, basis in trained.directions.items():  # outside, no more than one more rounding
+        change = trained.weights.view(f"{name}.weight").float() - before[f"{name}.weight"].float()
+        outside = change - change @ basis.float().T @ basis.float()
+        gap = before[f"{name}.weight"].float().abs().max() * 2**-7
+        assert outside.abs().max() < 2 * gap
+
+
+def test_what_has_not_moved_stays_to_the_bit(tmp_path):
+    trained = Trained(tmp_path, 1)
+    for step in range(3):
+        trained.drift.after(step)
+    assert all(torch.equal(bits, trained.before[name]) for name, bits in trained.bits().items())
+
+
+@pytest.mark.parametrize("how", ["rewritten", "gone"])
+def test_another_model_in_its_place_is_not_drifted_to(tmp_path, capsys, how):
+    trained = Trained(tmp_path, 0).train(10)
+    every = Drift(trained.weights, trained.reader, trained.folder, 1)
+    every.protect(trained.directions)
+    file = trained.folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    if how == "gone":
+        file.unlink()
+    else:
+        data[-100:] = bytes(100)
+        file.write_bytes(data)
+    before = trained.bits()
+    for step in range(3):
+        every.after(step)
+    assert all(torch.equal(bits, before[name]) for name, bits in trained.bits().items())
+    said = [line for line in capsys.readouterr().out.splitlines() if "protection.adrift" in line]
+    assert len(said) == 1
+    assert str(file) in said[0]
