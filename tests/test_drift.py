@@ -1,5 +1,6 @@
 """What rounding adds in the protected directions is taken back, and nothing else is touched."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hogwild.drift import Drift
 from hogwild.encoding import Encoded
 from hogwild.settings import OptimizerConfig
 from hogwild.trainer import Item, Progress, Trainer
-from hogwild.weights import Weights, load_arena
+from hogwild.weights import Weights, digest, load_arena
 
 
 class Trained:
@@ -34,7 +35,7 @@ class Trained:
         )  # fmt: skip
         self.drift = Drift(self.weights, self.reader, self.folder, every)
         self.trainer.protect(self.directions)
-        self.drift.protect(self.directions)
+        self.drift.protect(self.directions, digest(self.folder))
         self.before = self.bits()
 
     def bits(self) -> dict[str, torch.Tensor]:
@@ -68,7 +69,7 @@ def test_every_layer_has_its_turn_once_in_so_many_steps_in_pieces_of_any_size(tm
     trained = Trained(tmp_path, 0).train(30)
     before, inside = trained.bits(), trained.inside()
     every = Drift(trained.weights, trained.reader, trained.folder, 7)
-    every.protect(trained.directions)
+    every.protect(trained.directions, digest(trained.folder))
     turns: list[str] = []
     for step in range(31, 38):
         was = trained.bits()
@@ -90,22 +91,31 @@ def test_what_has_not_moved_stays_to_the_bit(tmp_path):
     assert all(torch.equal(bits, trained.before[name]) for name, bits in trained.bits().items())
 
 
-@pytest.mark.parametrize("how", ["rewritten", "gone"])
+@pytest.mark.parametrize("how", ["rewritten", "rewritten, with the old time", "gone", "rewritten before"])
 def test_another_model_in_its_place_is_not_drifted_to(tmp_path, capsys, how):
     trained = Trained(tmp_path, 0).train(10)
-    every = Drift(trained.weights, trained.reader, trained.folder, 1)
-    every.protect(trained.directions)
     file = trained.folder / "model.safetensors"
-    data = bytearray(file.read_bytes())
+    base, status = digest(trained.folder), file.stat()
+
+    def rewrite() -> None:
+        with file.open("r+b") as opened:
+            opened.seek(-100, os.SEEK_END)
+            opened.write(bytes(100))
+
+    if how == "rewritten before":  # the last daemon's model, and not this one's
+        rewrite()
+    every = Drift(trained.weights, trained.reader, trained.folder, 1)
+    every.protect(trained.directions, base)
     if how == "gone":
         file.unlink()
-    else:
-        data[-100:] = bytes(100)
-        file.write_bytes(data)
+    elif how != "rewritten before":
+        rewrite()
+    if how == "rewritten, with the old time":
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     before = trained.bits()
     for step in range(3):
         every.after(step)
     assert all(torch.equal(bits, before[name]) for name, bits in trained.bits().items())
     said = [line for line in capsys.readouterr().out.splitlines() if "protection.adrift" in line]
     assert len(said) == 1
-    assert str(file) in said[0]
+    assert str(trained.folder) in said[0]

@@ -7,6 +7,7 @@ part in B: (dW B^T) B is subtracted. What that write's own rounding adds is a fr
 came before it.
 
 W0 is read from the model's own files, some rows at a time, and not kept. Each layer has its turn once in so many steps.
+Files that are not the model as it came, or no longer, end this: updates would be taken for drift, and undone.
 """
 
 import os
@@ -23,7 +24,7 @@ from hogwild import skeleton
 from hogwild.errors import CheckpointError
 from hogwild.layout import weight_files
 from hogwild.tensor_file import Entry, read_header
-from hogwild.weights import Weights
+from hogwild.weights import Weights, digest
 from hogwild_kernels import counter, rounding
 
 log = logs.get(__name__)
@@ -58,7 +59,7 @@ class Drift:
     ) -> None:
         self._weights, self._every, self._between = weights, every, between
         self._seed, self._stochastic = seed, stochastic
-        base = _Base(folder)
+        self._folder, base = folder, _Base(folder)
         places, stored = skeleton.bound(model), skeleton.stored(model)
         # What lies otherwise in the file (stacked, transposed) is left to drift.
         self._base, self._places = (
@@ -72,8 +73,23 @@ class Drift:
         self._directions: Mapping[str, Tensor] = {}
         self._names: list[str] = []
 
-    def protect(self, directions: Mapping[str, Tensor]) -> None:
-        """Name of a linear layer -> (k, n) orthonormal rows, of what is to stay as it came."""
+    def protect(self, directions: Mapping[str, Tensor], base: str) -> None:
+        """Begin. Reads all of the model's files once.
+
+        Args:
+            directions: name of a linear layer -> (k, n) orthonormal rows, of what is to stay as it came.
+            base: digest of the model as it came, see `weights.digest`.
+        """
+        if not self._every:
+            return
+        try:
+            found = digest(self._folder)
+        except CheckpointError as error:
+            self._end(str(error))
+            return
+        if found != base:
+            self._end(f"{self._folder} has digest {found}, the model as it came has {base}")
+            return
         self._directions = {f"{name}.weight": basis for name, basis in directions.items()}
         self._names = sorted(self._directions.keys() & self._places.keys())
 
@@ -85,10 +101,13 @@ class Drift:
             try:
                 self._take_back(name, step)
             except CheckpointError as error:
-                self._names = []
-                log.warning("protection.adrift", error=str(error))
+                self._end(str(error))
                 return
             self._between()
+
+    def _end(self, reason: str) -> None:
+        self._names = []
+        log.warning("protection.adrift", error=reason)
 
     @torch.no_grad()
     def _take_back(self, name: str, step: int) -> None:
@@ -121,7 +140,7 @@ class _Place:
 
 
 class _Base:
-    """The model as it came, read in pieces. It must not have changed since: updates would be taken for drift."""
+    """The model as it came, read in pieces. Raises where it has changed since."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -159,4 +178,5 @@ class _Base:
 
 
 def _stamp(stat: os.stat_result) -> tuple[int, ...]:
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+    # The time of change cannot be set back, as that of writing can (`cp -p`, `touch -r`).
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

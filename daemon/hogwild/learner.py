@@ -232,13 +232,13 @@ class Learner:
                 base,
                 self.curriculum.replay,
                 list(self.trainable),
-                self._protect,
+                lambda directions: self._protect(directions, base),
             )
 
-    def _protect(self, directions: Directions) -> None:
+    def _protect(self, directions: Directions, base: str) -> None:
         for trainer in self.trainers:
             trainer.protect(directions)
-        self.drift.protect(directions)
+        self.drift.protect(directions, base)
 
     def wait_for_own_texts(self) -> None:
         """Until they are written, or given up."""
