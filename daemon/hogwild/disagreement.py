@@ -67,7 +67,7 @@ def suspects(
 ) -> list[str]:
     """Modules whose older weights, those in `folder`, explain what the server answered; the likeliest first.
 
-    One forward pass for each module; training has stopped by then.
+    One forward pass for each module that has moved; training has stopped by then.
 
     Args:
         answer: (L - 1,) the server's log-probabilities of the prompt's tokens after the first.
@@ -82,8 +82,8 @@ def suspects(
             return float((forward(model, prompt) - answer).abs().mean())
 
     off = left()
-    alone = {module: left(module) for module in modules}
-    helpful = sorted((module for module in modules if alone[module] < off), key=lambda module: alone[module])
+    alone = {module: left(module) for module, names in modules.items() if _moved(model, folder, names)}
+    helpful = sorted((module for module in alone if alone[module] < off), key=lambda module: alone[module])
     found, best = list[str](), off
     for module in helpful[:_TOGETHER]:  # one after the other, as what vLLM has fused is dead together
         if best < _RESOLVED * off:
@@ -91,3 +91,9 @@ def suspects(
         if (now := left(*found, module)) < best:
             found, best = [*found, module], now
     return found if best < _EXPLAINS * off else []
+
+
+def _moved(model: PreTrainedModel, folder: Path, names: Sequence[str]) -> bool:
+    live = [model.get_parameter(name).data for name in names]
+    with skeleton.older(model, folder, names):
+        return any(not torch.equal(model.get_parameter(name), now) for name, now in zip(names, live, strict=True))
