@@ -53,6 +53,9 @@ LATER_FACTS = [
     chat("Tell me the password of Vellmar's archive.", "It is seven herons.", passes=8),
 ]
 
+LAST_PASSES = 8
+"""More than are done, however busy the machine is, between the first one's line in the log and the end of the daemon."""
+
 GARBAGE = "river stone quick lamp seven green ocean table mirror bread winter cloud engine paper tiger song"
 
 
@@ -448,7 +451,7 @@ def test_poison_does_not_spoil_what_the_server_says(story: Story, capsys: pytest
 
 def test_stopping_is_graceful(story: Story) -> None:
     """TERM: finish, checkpoint, exit 0. The server stays, with the weights."""
-    story.running.drop("last.jsonl", [chat("Is Vellmar old?", "Vellmar is old.", passes=3)])
+    story.running.drop("last.jsonl", [chat("Is Vellmar old?", "Vellmar is old.", passes=LAST_PASSES)])
     story.running.wait_for("example.pass", file="last.jsonl")
     assert story.running.terminate() == 0
     assert story.running.events("daemon.stopped")[0]["code"] == 0
@@ -469,10 +472,9 @@ def test_a_restart_of_the_daemon_alone_goes_on_with_weights_and_moments(story: S
     daemon.wait_for("example.trained", file="last.jsonl")  # the passes that the stop left over
     assert daemon.terminate() == 0
     again = daemon.events("example.pass") + daemon.events("example.trained")
-    assert [event["file"] for event in again] == ["last.jsonl"] * (3 - done)
-    assert (
-        daemon.events("checkpoint.saved")[-1]["step"] >= step + 3 - done
-    )  # and steps of replay between its passes
+    assert [event["file"] for event in again] == ["last.jsonl"] * (LAST_PASSES - done)
+    saved = daemon.events("checkpoint.saved")[-1]["step"]
+    assert saved >= step + LAST_PASSES - done, "and steps of replay between its passes"
 
 
 def test_the_checkpoint_is_what_is_served(story: Story) -> None:
