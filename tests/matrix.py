@@ -181,6 +181,11 @@ def examine(server: ServerProcess, architecture: Architecture, folder: Path, *, 
     model = skeleton.build(folder, weights)
     bound = skeleton.bound(model)
     outcome.bound, outcome.frozen = len(bound), dict(arena.layout.frozen)
+    for name, region in bound.items():
+        place, parameter = weights.at(region), model.get_parameter(name)
+        assert (place.data_ptr(), place.shape, place.stride()) == (
+            parameter.data_ptr(), parameter.shape, parameter.stride(),
+        ), f"{name} lies elsewhere than the skeleton says"  # fmt: skip
     first = server.ask()
     outcome.before, outcome.noise = compare(model, first)
     with moved(model, list(bound)):

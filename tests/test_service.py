@@ -54,7 +54,7 @@ LATER_FACTS = [
 ]
 
 LAST_PASSES = 8
-"""More than are done, however busy the machine is, between the first one's line in the log and the end of the daemon."""
+"""More than even a busy machine does between the first one's line in the log and the end of the daemon."""
 
 GARBAGE = "river stone quick lamp seven green ocean table mirror bread winter cloud engine paper tiger song"
 
