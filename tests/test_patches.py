@@ -14,6 +14,10 @@ def process_weights_after_loading(self, layer):
     "No longer packs what it did."
 cpu_moe.CPUUnquantizedExperts.process_weights_after_loading = process_weights_after_loading
 """
+_OLDER = """
+from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
+del gdn_attention._causal_conv1d_fwd_cpu
+"""
 _CHECK = """
 from hogwild.vllm_plugin import patches
 patches.check()
@@ -65,6 +69,14 @@ def test_a_vllm_that_has_changed_there_is_refused_with_everything_that_has() -> 
     assert "layers/utils.py: dispatch_cpu_unquantized_gemm" in said
     assert "takes layer, remove_weight, how; known is layer, remove_weight" in said
     assert "no longer contains 'cpu_prepack_moe_weight(layer.w13_weight, self.isa)'" in said
+
+
+def test_a_vllm_that_lacks_what_is_replaced_is_refused() -> None:
+    ran = child(_OLDER + _CHECK)
+    assert ran.returncode != 0
+    assert "use vLLM 0.32 (1 found)" in ran.stderr
+    assert "see convolution.py: what it replaces is not there" in ran.stderr
+    assert "_causal_conv1d_fwd_cpu" in ran.stderr.splitlines()[-1]
 
 
 def test_without_torchvision_text_models_load_and_pictures_say_what_is_missing() -> None:

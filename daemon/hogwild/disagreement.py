@@ -96,4 +96,6 @@ def suspects(
 def _moved(model: PreTrainedModel, folder: Path, names: Sequence[str]) -> bool:
     live = [model.get_parameter(name).data for name in names]
     with skeleton.older(model, folder, names):
-        return any(not torch.equal(model.get_parameter(name), now) for name, now in zip(names, live, strict=True))
+        return any(
+            not torch.equal(model.get_parameter(name), now) for name, now in zip(names, live, strict=True)
+        )

@@ -1,6 +1,7 @@
 """The replacements that are in force in a vLLM process, checked and listed: see patch.py."""
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from dataclasses import asdict
 
@@ -9,11 +10,21 @@ from vllm.model_executor.layers import utils
 from vllm.platforms import current_platform
 
 from hogwild.errors import VerificationError
-from hogwild.vllm_plugin import convolution, experts, no_torchvision, plain
 from hogwild.vllm_plugin.patch import KNOWN, Patch
 
-CPU = (plain.PATCH, convolution.PATCH, experts.PATCH)
-ANYWHERE = (no_torchvision.PATCH,)
+
+def _of(module: str) -> Patch:
+    """The replacement that a module makes; where vLLM has no such thing, one that says so."""
+    try:
+        patch: Patch = importlib.import_module(f"hogwild.vllm_plugin.{module}").PATCH
+    except (ImportError, AttributeError) as error:
+        why = f"what it replaces is not there: {error}"
+        return Patch(module, f"see {module}.py", why, KNOWN, lambda: why, lambda: None)
+    return patch
+
+
+CPU = tuple(_of(module) for module in ("plain", "convolution", "experts"))
+ANYWHERE = (_of("no_torchvision"),)
 
 
 def wanted() -> tuple[Patch, ...]:
@@ -43,12 +54,13 @@ def installed() -> Iterator[None]:
         VerificationError: see `check`.
     """
     check()
+    packs = utils.dispatch_cpu_unquantized_gemm
     for patch in wanted():
         patch.install()
     try:
         yield
     finally:
-        utils.dispatch_cpu_unquantized_gemm = plain._original
+        utils.dispatch_cpu_unquantized_gemm = packs
 
 
 def report() -> list[dict[str, str]]:
