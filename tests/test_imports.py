@@ -64,7 +64,7 @@ def test_the_reader_of_imports_sees_them():
     assert imports_of(DAEMON / "vllm_plugin" / "loader.py", "vllm")
     assert imports_of(DAEMON / "vllm_plugin" / "__init__.py", "vllm"), "late imports count"
     assert imports_of(DAEMON / "supervisor.py", "hogwild.arena") >= {"hogwild.arena.hub.Hub"}
-    assert imports_of(DAEMON / "supervisor.py", "hogwild.served") == {"hogwild.served"}
+    assert imports_of(DAEMON / "attachment.py", "hogwild.served") == {"hogwild.served"}
     assert imports_of(KERNELS / "cpu.py", "hogwild_kernels.plan") == {"hogwild_kernels.plan"}
     assert len(FILES) > 40
 

@@ -247,7 +247,7 @@ def test_a_file_replaced_while_it_is_taken_is_not_mistaken_for_the_old_one(spool
 
 @pytest.mark.parametrize("lines", [1, 40_000])
 def test_a_file_written_while_it_is_read_is_read_again(spool, ledger, clock, monkeypatch, lines):
-    import hogwild.spool_take as module
+    import hogwild.spool_read as module
 
     path = spool.incoming / "a.jsonl"
     path.write_text("".join(f'{{"text": "line {i} of a small or a large file"}}\n' for i in range(lines)))

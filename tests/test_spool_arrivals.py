@@ -16,6 +16,8 @@ import zstandard
 from structlog.testing import capture_logs
 
 import hogwild.spool_grown
+import hogwild.spool_read
+import hogwild.spool_take
 from hogwild.ledger import Ledger
 from hogwild.settings import SpoolConfig
 from hogwild.spool import Spool
@@ -253,7 +255,7 @@ def test_what_a_writer_of_another_user_adds_after_a_long_pause_is_learned(place,
 @pytest.fixture
 def unknown_writers(monkeypatch):
     """As on a file system without leases, such as NFS."""
-    for module in (hogwild.spool_take, hogwild.spool_grown):
+    for module in (hogwild.spool_read, hogwild.spool_grown):
         monkeypatch.setattr(module, "take_lease", lambda _fd: Lease.UNKNOWN)
 
 

@@ -487,7 +487,7 @@ def test_a_file_that_breaks_the_reader_is_named_once_and_the_others_go_on(
     tmp_path, ledger, heard, monkeypatch
 ):
     """A bug of ours must not stop the service again and again on the same file."""
-    import hogwild.spool_take as module
+    import hogwild.spool_read as module
 
     real = module.parse_lines
 

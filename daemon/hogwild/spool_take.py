@@ -5,42 +5,22 @@ A crash between two of these leaves a file in incoming/ that the ledger knows, a
 A batch makes one ledger transaction and one fsync of each folder for all its files.
 """
 
-import hashlib
-import io
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from hogwild import log, pulse
+from hogwild import log, pulse, spool_names, spool_read
 from hogwild.errors import AlreadyAccepted, LedgerError
 from hogwild.ledger import Ledger
-from hogwild.ledger_records import BadLine, FileRecord, GoodLine, Growing, NewFile
-from hogwild.lines import DamagedFileError, content_hash, parse_lines, raw_hash, read_lines, unpack
+from hogwild.ledger_records import BadLine, FileRecord, Growing, NewFile
 from hogwild.settings import SpoolConfig
-from hogwild.spool_files import (
-    Lease,
-    Signature,
-    fsync_folder,
-    is_wanted,
-    move,
-    open_plain,
-    printable,
-    read_whole,
-    take_lease,
-    user,
-    write_errors_file,
-)
+from hogwild.spool_files import Signature, fsync_folder, move, printable, user, write_errors_file
 from hogwild.spool_grown import Growth
+from hogwild.spool_names import FORCE
+from hogwild.spool_read import Candidate, ChangedError
 
-FORCE = ".force."
-"""In a file's name: learn it although the same content was learned before."""
-UNFINISHED_FACTOR = 5
-"""A file that is empty or ends in mid-line gets this many times `settle_s`: more is probably coming."""
 BATCH_FILES = 256  # each is held open meanwhile
 BATCH_BYTES = 1024 * 1024  # of content, decompressed; parsed, it takes several times as much memory
-NAME_BYTES = 220  # of 255: <name>.errors.jsonl and its temporary name must fit
 
 logger = log.get(__name__)
 
@@ -54,40 +34,6 @@ class Scan:
     duplicates: list[str] = field(default_factory=list)
     waiting: list[str] = field(default_factory=list)
     """Not complete yet, or in the way of something that the log names."""
-
-
-@dataclass(slots=True)
-class Candidate:
-    """A complete file in incoming/, opened."""
-
-    raw_name: str
-    path: str  # plain strings: pathlib costs as much as reading a small file
-    signature: Signature
-    unchanged_s: float
-    began: float
-    name: str
-    """As it can be stored and logged."""
-    fd: int = -1
-    lease: Lease = Lease.UNKNOWN
-    links: int = 1
-    digest: str = ""
-    content_bytes: int = 0
-    lines: Sequence[GoodLine | BadLine] | None = None
-    """None: too large to be held."""
-    stored_as: str = ""
-
-    def may_grow(self) -> bool:
-        """Whether somebody may have it open for writing, has it under another name too, or is just opening it."""
-        return self.lease is not Lease.HELD or self.links > 1 or is_wanted(self.fd)
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-
-class _ChangedError(Exception):
-    """The file was written while it was read, or somebody has it open for writing."""
 
 
 class Intake:
@@ -111,7 +57,8 @@ class Intake:
     def recover(self) -> None:
         """Finds what a crash kept from being moved."""
         for record in self._ledger.unmoved():
-            if any(printable(name) == record.name for name in self._names_like(record.name)):
+            like = spool_names.printed_like(self.incoming, record.name)
+            if any(printable(name) == record.name for name in like):
                 self._unmoved[record.name, record.content_hash] = record
             else:
                 self._ledger.set_moved(record.file_id)
@@ -129,7 +76,11 @@ class Intake:
                 pulse.beat()
                 path, began = f"{self.incoming}/{name}", time.perf_counter()
                 one = Candidate(name, path, signature, unchanged_s, began, printable(name))
-                if not self._guarded(lambda one=one: self._read(one), one, scan):  # type: ignore[misc]
+
+                def read(one: Candidate = one) -> None:
+                    spool_read.read(one, self._config, BATCH_BYTES)
+
+                if not self._guarded(read, one, scan):
                     one.close()
                     continue
                 if one.lines is None:
@@ -147,13 +98,11 @@ class Intake:
             for one in batch:
                 one.close()
 
-    # --- reading -----------------------------------------------------------------------------------------
-
     def _guarded(self, work: Callable[[], object], one: Candidate, scan: Scan) -> bool:
         """Whether it worked; one file that cannot be taken is no reason not to take the others."""
         try:
             work()
-        except (_ChangedError, FileNotFoundError):
+        except (ChangedError, FileNotFoundError):
             pass
         except LedgerError:
             raise
@@ -172,55 +121,12 @@ class Intake:
         scan.waiting.append(one.raw_name)
         return False
 
-    def _read(self, one: Candidate) -> None:
-        """Opens a file and makes sure that it is complete; reads it if it is small."""
-        one.fd = open_plain(one.path)
-        one.lease = take_lease(one.fd)
-        if one.lease is Lease.WRITTEN:
-            raise _ChangedError
-        stat = os.fstat(one.fd)
-        one.links = stat.st_nlink
-        if Signature.of(stat) != one.signature:
-            raise _ChangedError
-        data = read_whole(one.fd, BATCH_BYTES) if stat.st_size <= BATCH_BYTES else None
-        if one.raw_name.endswith(".jsonl"):
-            last = data[-1:] if data is not None else os.pread(one.fd, 1, stat.st_size - 1)
-            if last != b"\n" and one.unchanged_s < UNFINISHED_FACTOR * self._config.settle_s:
-                raise _ChangedError
-        content = None if data is None else self._unpack(one, data)
-        if content is None:
-            return
-        if one.lines is None:
-            one.digest, one.content_bytes = hashlib.sha256(content).hexdigest(), len(content)
-            one.lines = list(parse_lines([content], self._config.max_line_bytes))
-        if one.lease is not Lease.HELD and Signature.of(os.fstat(one.fd)) != one.signature:
-            raise _ChangedError
-
-    def _unpack(self, one: Candidate, data: bytes) -> bytes | None:
-        """Decompressed content; None if there is too much of it."""
-        if one.raw_name.endswith(".jsonl"):
-            return data
-        parts: list[bytes] = []
-        length = 0
-        try:
-            for chunk in unpack(io.BytesIO(data), one.raw_name):
-                parts.append(chunk)
-                length += len(chunk)
-                if length > BATCH_BYTES:
-                    return None
-        except DamagedFileError as error:
-            one.digest = hashlib.sha256(data).hexdigest()
-            one.lines = [BadLine(0, 0, None, str(error), "")]
-        return b"".join(parts)
-
-    # --- taking ------------------------------------------------------------------------------------------
-
     def _finish(self, batch: list[Candidate], scan: Scan) -> None:
         """Takes a batch into the ledger, fsynced, and moves its files."""
         if not batch:
             return
         try:
-            self._name(batch)
+            spool_names.choose(batch, self._ledger, (self.done, self.failed))
             new = [one for one in batch if (one.name, one.digest) not in self._unmoved]
             results = self._ledger.accept_files(
                 [
@@ -250,21 +156,15 @@ class Intake:
         """As `_finish` for one file that is read twice instead of being held: for its hash, and for its lines."""
 
         def take() -> None:
-            lines: Iterable[GoodLine | BadLine]
-            try:
-                one.digest, one.content_bytes = content_hash(Path(one.path))
-                lines = read_lines(Path(one.path), self._config.max_line_bytes)
-            except DamagedFileError as error:
-                one.digest, one.content_bytes = raw_hash(Path(one.path)), 0
-                lines = [BadLine(0, 0, None, str(error), "")]
-            self._name([one])
+            lines = spool_read.read_large(one, self._config.max_line_bytes)
+            spool_names.choose([one], self._ledger, (self.done, self.failed))
             record: FileRecord | AlreadyAccepted | None = self._unmoved.get((one.name, one.digest))
             if record is None:
                 try:
                     record = self._ledger.accept_file(
                         one.name,
                         one.digest,
-                        _unchanged(one, lines),
+                        lines,
                         passes=self._passes,
                         size=one.signature.size,
                         content_bytes=one.content_bytes,
@@ -302,7 +202,7 @@ class Intake:
                 target = f"{folder}/{stored_as}"
                 same = move(one.path, target, one.signature.inode)
                 if not same and not isinstance(result, FileRecord):
-                    raise _ChangedError
+                    raise ChangedError
                 moved.append((one, result, target, first))
                 if same and one.may_grow():
                     state = result.state if isinstance(result, FileRecord) else "accepted"
@@ -371,50 +271,3 @@ class Intake:
             stored_as=where,
             ms=round((time.perf_counter() - one.began) * 1000, 1),
         )
-
-    # --- names -------------------------------------------------------------------------------------------
-
-    def _name(self, batch: Sequence[Candidate]) -> None:
-        """Gives each its name in done/ or failed/: its own, or one with part of the content's hash."""
-        for one in batch:
-            one.stored_as = _shortened(one.name, one.digest)
-        taken = self._ledger.names_taken([one.stored_as for one in batch])
-        for one in batch:
-            number = 1
-            plain = one.stored_as
-            stem, dot, suffix = plain.partition(".jsonl")
-            while one.stored_as in taken or self._exists(one.stored_as):
-                more = "" if number == 1 else f".{number}"
-                one.stored_as = f"{stem}.{one.digest[:8]}{more}{dot}{suffix}"
-                number += 1
-                if one.stored_as not in taken and self._ledger.names_taken([one.stored_as]):
-                    taken.add(one.stored_as)
-            taken.add(one.stored_as)
-
-    def _exists(self, name: str) -> bool:
-        """Somebody's own file: the ledger knows the others."""
-        return os.path.lexists(f"{self.done}/{name}") or os.path.lexists(f"{self.failed}/{name}")
-
-    def _names_like(self, name: str) -> Iterator[str]:
-        """Names in incoming/ that are printed like this."""
-        if os.path.lexists(self.incoming / name):
-            yield name
-        elif "\ufffd" in name:
-            yield from (entry.name for entry in os.scandir(self.incoming))
-
-
-def _shortened(name: str, digest: str) -> str:
-    if len(name.encode()) <= NAME_BYTES:
-        return name
-    stem, dot, suffix = name.rpartition(".jsonl")
-    room = NAME_BYTES - len(f".{digest[:8]}{dot}{suffix}".encode())
-    return f"{stem.encode()[:room].decode('utf-8', 'ignore')}.{digest[:8]}{dot}{suffix}"
-
-
-def _unchanged(one: Candidate, lines: Iterable[GoodLine | BadLine]) -> Iterator[GoodLine | BadLine]:
-    """Passes lines through, and refuses the file if it is not the one that was complete before."""
-    for line in lines:
-        pulse.beat()
-        yield line
-    if Signature.of(os.lstat(one.path)) != one.signature:
-        raise _ChangedError

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from hogwild import generation as generations
+from hogwild import log as logs
 from hogwild import metrics
 from hogwild.arena.control import Load
 from hogwild.learner import Learner
@@ -17,16 +18,26 @@ from hogwild.ledger import Ledger
 from hogwild.probes import Score
 from hogwild.settings import Config
 
+log = logs.get(__name__)
+
+_WRITE_S = 5.0  # counting a million examples takes 0.4 s
+_RETRY_S = 60.0
 _WINDOW_S = 60.0  # over which speed is measured
 _SERIES_S = 60.0  # between two notes of how the server does
 _FILES = 8
 
 
 class Status:
-    """Collects. One for the life of a daemon."""
+    """Collects. One for the life of a daemon.
+
+    Attributes:
+        newest: what was last written to `status.json`, or would have been; empty until a server has come.
+    """
 
     def __init__(self, config: Config, ledger: Ledger) -> None:
         self._config, self._ledger = config, ledger
+        self.newest: dict[str, Any] = {}
+        self._wrote_at = 0.0
         self._began = time.time()
         self._points: deque[tuple[float, float, float]] = deque()  # (when, tokens, updates)
         self._noted_at = 0.0
@@ -37,6 +48,22 @@ class Status:
         metrics.incoming_files.set_function(lambda: self._incoming()[0])
         metrics.incoming_age.set_function(lambda: self._incoming()[1])
         metrics.checkpoint_age.set_function(self._checkpoint_age_s)
+
+    def write(self, learner: Learner, server: dict[str, Any], saved_step: int, *, stuck: bool) -> None:
+        """For `hogwild status` and for Prometheus, if it is time."""
+        now = time.monotonic()
+        if now - self._wrote_at < _WRITE_S:
+            return
+        self._wrote_at = now
+        self.newest = status = self.of(learner, server, saved_step, stuck=stuck)
+        path = self._config.state_dir / "status.json"
+        fresh = path.with_suffix(".tmp")
+        try:
+            fresh.write_text(json.dumps(status) + "\n")
+            fresh.rename(path)
+        except OSError as error:  # a full disk is no reason to stop learning
+            log.warning("status.unwritten", path=str(path), error=str(error))
+            self._wrote_at = now + _RETRY_S - _WRITE_S
 
     def of(self, learner: Learner, server: dict[str, Any], saved_step: int, *, stuck: bool) -> dict[str, Any]:
         """The status now. Cheap enough for every few seconds."""

@@ -1,0 +1,148 @@
+"""The server and what it brought: its arena is taken over, and trained once it is seen to serve what is trained.
+
+Offers and sessions come from the arena's hub, in a session's thread (`arena/hub.py`); the supervisor's loop asks for
+the comparison with the server. `recovery.py` decides what becomes of an arena, `served.py` compares server and trainer.
+"""
+
+import threading
+from dataclasses import asdict
+from typing import Any
+
+from hogwild import generation, pulse, recovery, served
+from hogwild import log as logs
+from hogwild.arena.client import Arena
+from hogwild.checkpoint_schedule import CheckpointSchedule
+from hogwild.curriculum import Curriculum
+from hogwild.errors import VerificationError
+from hogwild.keeper import Keeper
+from hogwild.learner import Learner
+from hogwild.ledger import Ledger
+from hogwild.settings import Config
+
+log = logs.get(__name__)
+
+
+class Attachment:
+    """One for the life of a daemon; servers come and go.
+
+    Attributes:
+        learner: on the newest arena; None until a server has brought one.
+        server: what the newest server says of itself.
+        connected: is it there now?
+        refused: why the newest offer of weights was, in one line; empty: it was not.
+        must_check: served equals trained, as soon as the server answers.
+        changing: held by whoever replaces the weights: an arena is taken, a generation is rolled back to.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        ledger: Ledger,
+        keeper: Keeper,
+        curriculum: Curriculum,
+        schedule: CheckpointSchedule,
+    ) -> None:
+        self._config, self._ledger, self._keeper = config, ledger, keeper
+        self._curriculum, self._schedule = curriculum, schedule
+        self.learner: Learner | None = None
+        self.server: dict[str, Any] = {}
+        self.connected = False
+        self.refused = ""
+        self.must_check = False
+        self.changing = threading.Lock()
+        self._api: served.Server | None = None
+
+    def configure(self, config: Config) -> None:
+        """Take over settings, for this arena and the next."""
+        self._config = config
+        if self.learner is not None:
+            self.learner.governor.configure(config.governor)
+
+    def offered(self, arena: Arena) -> None:
+        """Verify an arena that a server offers, and build the trainers on it. Runs in the session's thread.
+
+        Raises:
+            HogwildError: it is refused; nothing has been written to it.
+        """
+        try:
+            self._take(arena)
+        except Exception as error:
+            self.refused = str(error).splitlines()[0] if str(error) else repr(error)
+            raise
+        self.refused = ""
+
+    def _take(self, arena: Arena) -> None:
+        with self.changing:
+            current = self._keeper.restore_current()  # mended, where it is damaged
+            taken = recovery.take(
+                arena, self._config, self._ledger, self._keeper.checkpoints, self._curriculum
+            )
+            learner = taken.learner
+            # What was written into the arena just now is on disk; what outlived the last daemon may not be.
+            saved = generation.read_state(current)["step"] if current is not None else 0
+            self._schedule.starts_from(saved if taken.restored is None else learner.progress.steps)
+            self.learner = learner
+        log.info(
+            "arena.attached",
+            arena=arena.control.arena_id,
+            model=str(learner.folder),
+            tensors=len(arena.layout.tensors),
+            frozen=learner.frozen,
+            mib=round(arena.weights.nbytes / 2**20, 1),
+            inode=arena.weights.inode()[1],
+            step=learner.progress.steps,
+            restored=taken.restored,
+            repeated=taken.repeated,
+            moments=len(learner.optimizer),
+        )
+
+    def on_session(self, server: dict[str, Any], begins: bool) -> None:
+        """A server has come, or gone. Runs in the session's thread."""
+        self.connected = begins
+        if begins:
+            self.server = server
+            self.must_check = True
+            log.info("server.attached", **server)
+        else:
+            log.warning("server.lost", **server)
+
+    def check(self, after: str) -> None:
+        """*Served equals trained*; training starts when it holds, and stops when it does not."""
+        with pulse.away():  # a server has its own time to answer
+            self._compare_with_server(after)
+
+    def _compare_with_server(self, after: str) -> None:
+        learner = self.learner
+        assert learner is not None
+        url = self._config.server.url or self.server.get("url", "")
+        if self._api is None or self._api.url != url:
+            self._api = served.Server(url, self._config.server.api_key_env)
+        server = self._api
+        if not server.ready():
+            return  # still starting, or gone: asked again in the next turn, or when it comes back
+        self.must_check = False
+        try:
+            agreement = learner.check_served(server)
+        except served.ServerError as error:
+            log.warning("server.unchecked", after=after, error=str(error))
+            self.must_check = (
+                after == "attach" or not learner.training
+            )  # nothing is trained before a check has passed
+            return
+        except VerificationError as error:
+            learner.pause()
+            log.error("guard.tripped", guard="served_equals_trained", after=after, problems=error.problems)
+            return
+        log.info(
+            "server.verified",
+            after=after,
+            mean_difference=round(agreement.mean, 4),
+            largest_difference=round(agreement.largest, 4),
+            tolerance=round(agreement.tolerance, 4),
+            tokens=agreement.tokens,
+        )
+        if not learner.training and learner.judge.tripped is None:
+            learner.start()
+            log.info(
+                "training.started", threads=self._config.training.threads, **asdict(self._ledger.counts())
+            )

@@ -1,0 +1,50 @@
+"""What the spool's files are called: the name that a file gets in done/ or failed/, and what its own asks for."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hogwild.ledger import Ledger
+from hogwild.spool_read import Candidate
+
+FORCE = ".force."
+"""In a file's name: learn it although the same content was learned before."""
+NAME_BYTES = 220  # of 255: <name>.errors.jsonl and its temporary name must fit
+
+
+def choose(batch: Sequence[Candidate], ledger: Ledger, folders: Sequence[Path]) -> None:
+    """Gives each a name that is free in done/ and failed/: its own, or one with part of the content's hash.
+
+    Args:
+        folders: done/ and failed/, for files there that the ledger does not know: somebody's own.
+    """
+    for one in batch:
+        one.stored_as = _shortened(one.name, one.digest)
+    taken = ledger.names_taken([one.stored_as for one in batch])
+    for one in batch:
+        number = 1
+        plain = one.stored_as
+        stem, dot, suffix = plain.partition(".jsonl")
+        while one.stored_as in taken or any(os.path.lexists(f"{x}/{one.stored_as}") for x in folders):
+            more = "" if number == 1 else f".{number}"
+            one.stored_as = f"{stem}.{one.digest[:8]}{more}{dot}{suffix}"
+            number += 1
+            if one.stored_as not in taken and ledger.names_taken([one.stored_as]):
+                taken.add(one.stored_as)
+        taken.add(one.stored_as)
+
+
+def printed_like(incoming: Path, name: str) -> Iterator[str]:
+    """Names in incoming/ that may be printed as `name`; all, where bytes that are not UTF-8 were replaced in it."""
+    if os.path.lexists(incoming / name):
+        yield name
+    elif "\ufffd" in name:
+        yield from (entry.name for entry in os.scandir(incoming))
+
+
+def _shortened(name: str, digest: str) -> str:
+    if len(name.encode()) <= NAME_BYTES:
+        return name
+    stem, dot, suffix = name.rpartition(".jsonl")
+    room = NAME_BYTES - len(f".{digest[:8]}{dot}{suffix}".encode())
+    return f"{stem.encode()[:room].decode('utf-8', 'ignore')}.{digest[:8]}{dot}{suffix}"
