@@ -141,7 +141,7 @@ def test_install(story: Story) -> None:
     for old, new in (
         (preset, f"arguments = {json.dumps(arguments)}"),
         ("#self_texts = 48", "self_texts = 0"),
-        ("#lr = 1.5e-4", "lr = 1e-3"),
+        ("#lr = 2e-4", "lr = 1e-3"),
         ("#margin = 0.25", "margin = 100.0"),  # whatever this model says besides is lost at this rate
         ("#settle_s = 1.0", "settle_s = 0.2"),
     ):

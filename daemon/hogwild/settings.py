@@ -109,7 +109,7 @@ class ReplayConfig(Table):
 
 
 class OptimizerConfig(Table):
-    lr: Positive = 1.5e-4
+    lr: Positive = 2e-4
     """Learning rate; means what it means in AdamW, for any rank."""
     rank: int = Field(default=64, ge=1)
     """Rank of the gradient's projection; memory for moments grows with it."""
