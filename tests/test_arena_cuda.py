@@ -221,13 +221,22 @@ def test_a_device_that_is_not_there_is_named():
         CudaSegment.allocate(NBYTES, device=3)
 
 
-def test_without_a_driver_it_says_so(driver, monkeypatch):
-    def absent(_flags: int) -> None:
-        raise RuntimeError("Failed to dlopen libcuda.so.1")
+@pytest.mark.parametrize(
+    ("function", "raised"),
+    [
+        ("cuInit", RuntimeError("Failed to dlopen libcuda.so.1")),  # no driver
+        ("cuMemCreate", RuntimeError("Function cuMemCreate not found")),  # an old one
+        ("cuMemCreate", ValueError("4242 is not a valid CUresult")),  # a new one
+    ],
+)
+def test_what_cuda_bindings_raises_is_said_too(driver, monkeypatch, function, raised):
+    def fail(*_arguments: Any) -> None:
+        raise raised
 
-    monkeypatch.setattr(driver, "cuInit", absent)
-    with pytest.raises(ArenaError, match=r"GPU 0: cuInit: Failed to dlopen libcuda\.so\.1\. `nvidia-smi`"):
+    monkeypatch.setattr(driver, function, fail)
+    with pytest.raises(ArenaError, match=rf"GPU 0.*: {function} failed with .*{raised}.*`nvidia-smi`"):
         CudaSegment.allocate(NBYTES)
+    assert driver.left() == []
 
 
 def test_without_cuda_bindings_it_says_what_to_install(monkeypatch):

@@ -122,43 +122,44 @@ class Gpu:
         Raises:
             ArenaError: it failed. Says on which device, with how much memory free, and what to do.
         """
-        try:
-            error, *values = getattr(self._driver, function)(*arguments)
-        except (RuntimeError, OverflowError) as problem:  # cuda-bindings: no driver, or too old; no such size
+        values, problem, error = self._attempt(function, *arguments)
+        if problem:
+            advice = _ADVICE.get(error) or _ADVICE.get(function, _ADVICE_OTHERWISE)
             raise ArenaError(
-                f"{self._task} on {self.name}: {function}: {problem}. {_ADVICE_OTHERWISE}"
-            ) from problem
-        if error:
-            advice = _ADVICE.get(self._word("cuGetErrorName", error)) or _ADVICE.get(
-                function, _ADVICE_OTHERWISE
-            )
-            raise ArenaError(
-                f"{self._task} on {self.name}: {self._failed(function, error)}{self._free()}. {advice}"
+                f"{self._task} on {self.name}: {function} failed with {problem}{self._free()}. {advice}"
             )
         return values[0] if values else None
 
     def undo(self, function: str, *arguments: Any) -> bool:
         """Call a function on the way out. A failure is logged, for nothing better can be done about it."""
-        error, *_ = getattr(self._driver, function)(*arguments)
-        if error:
-            log.error("%s, while letting go of memory of %s", self._failed(function, error), self.name)
-        return not error
+        _values, problem, _error = self._attempt(function, *arguments)
+        if problem:
+            log.error("%s failed with %s, while letting go of memory of %s", function, problem, self.name)
+        return not problem
+
+    def _attempt(self, function: str, *arguments: Any) -> tuple[list[Any], str, str]:
+        """What a function gives; what went wrong, if something did; and the driver's name for that, if it has one."""
+        try:
+            error, *values = getattr(self._driver, function)(*arguments)
+        except (RuntimeError, OverflowError, ValueError) as problem:
+            # cuda-bindings: no driver, or too old for this function; no such size; an error that is news to it
+            return [], f"{type(problem).__name__}: {problem}", ""
+        if not error:
+            return values, "", ""
+        name, text = (self._word(what, error) for what in ("cuGetErrorName", "cuGetErrorString"))
+        return [], f"{name} ({text})", name
 
     def _locate(self, location: Any) -> None:
         location.type = self._driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         location.id = self.index
-
-    def _failed(self, function: str, error: Any) -> str:
-        name, text = (self._word(what, error) for what in ("cuGetErrorName", "cuGetErrorString"))
-        return f"{function} failed with {name} ({text})"
 
     def _word(self, function: str, error: Any) -> str:
         unknown, word = getattr(self._driver, function)(error)
         return f"error {int(error)}" if unknown else bytes(word).decode()
 
     def _free(self) -> str:
-        error, *values = self._driver.cuMemGetInfo()
-        if error:
+        values, problem, _error = self._attempt("cuMemGetInfo")
+        if problem:
             return ""  # there is no context yet, or the device does not answer any more
         free, total = values
         return f"; {free / 2**30:.2f} of {total / 2**30:.2f} GiB are free"
