@@ -112,7 +112,8 @@ class Driver:
         calls: the functions called so far.
         fail_at, failure: the call that fails, counted from 1, and how. A function that gives something back does so
             and then fails.
-        attributes: what the device has.
+        attributes: what each device has.
+        devices: those that anything was asked of; there are two.
     """
 
     CUdevice_attribute = CUdevice_attribute
@@ -127,7 +128,8 @@ class Driver:
         self.fail_at, self.failure = 0, CUresult.CUDA_ERROR_UNKNOWN
         self.attributes = {int(attribute): 1 for attribute in CUdevice_attribute}
         self._granularity, self._ready, self._last = granularity, False, 0
-        self._retained = 0
+        self.devices: set[int] = set()
+        self._retained: list[int] = []
         self.contexts: list[str] = []  # of the calling thread; nobody here has two
         self.handles: dict[int, int] = {}  # handle: memfd
         self.reserved: dict[int, int] = {}  # address: bytes
@@ -137,7 +139,7 @@ class Driver:
     def left(self) -> list[str]:
         """What has been handed out and not given back."""
         return [
-            *(["contexts"] * self._retained),
+            *(f"context of {device}" for device in self._retained),
             *(f"current {context}" for context in self.contexts),
             *(
                 f"{kind} {key:#x}"
@@ -168,8 +170,8 @@ class Driver:
     @_function(1)
     def cuDeviceGet(self, ordinal: int) -> int:
         _demand(self._ready, CUresult.CUDA_ERROR_NOT_INITIALIZED)
-        _demand(ordinal == 0, CUresult.CUDA_ERROR_INVALID_DEVICE)
-        return 0
+        _demand(ordinal in (0, 1), CUresult.CUDA_ERROR_INVALID_DEVICE)
+        return ordinal
 
     @_function(1)
     def cuDeviceGetName(self, length: int, device: int) -> bytes:
@@ -181,17 +183,19 @@ class Driver:
 
     @_function(1)
     def cuDevicePrimaryCtxRetain(self, device: int) -> str:
-        self._retained += 1
-        return "primary"
+        self.devices.add(device)
+        self._retained.append(device)
+        return f"primary of {device}"
 
     @_function(0)
     def cuDevicePrimaryCtxRelease(self, device: int) -> None:
-        _demand(self._retained > 0 and not self.contexts, CUresult.CUDA_ERROR_INVALID_CONTEXT)
-        self._retained -= 1
+        _demand(device in self._retained and not self.contexts, CUresult.CUDA_ERROR_INVALID_CONTEXT)
+        self._retained.remove(device)
 
     @_function(0)
     def cuCtxPushCurrent(self, context: str) -> None:
-        _demand(self._retained > 0 and context == "primary", CUresult.CUDA_ERROR_INVALID_CONTEXT)
+        known = [f"primary of {device}" for device in self._retained]
+        _demand(context in known, CUresult.CUDA_ERROR_INVALID_CONTEXT)
         self.contexts.append(context)
 
     @_function(1)
@@ -220,13 +224,13 @@ class Driver:
 
     @_function(1)
     def cuMemGetAllocationGranularity(self, properties: Any, option: int) -> int:
-        _demand_exportable(properties)
+        self._demand_exportable(properties)
         return self._granularity
 
     @_function(1)
     def cuMemCreate(self, size: int, properties: Any, flags: int) -> int:
         self._demand_size(size)
-        _demand_exportable(properties)
+        self._demand_exportable(properties)
         _demand(size <= CAPACITY - self._taken(), CUresult.CUDA_ERROR_OUT_OF_MEMORY)
         fd = os.memfd_create("fake-cuda")
         os.ftruncate(fd, size)
@@ -280,7 +284,8 @@ class Driver:
     @_function(0)
     def cuMemSetAccess(self, address: int, size: int, descriptions: list[Any], count: int) -> None:
         _demand(self.mapped.get(address) == size and len(descriptions) == count == 1)
-        _demand(descriptions[0].flags == 3 and vars(descriptions[0].location) == {"type": 1, "id": 0})
+        _demand(descriptions[0].flags == 3)
+        self._demand_location(descriptions[0].location)
         _libc.mprotect(address, size, mmap.PROT_READ | mmap.PROT_WRITE)
         self.accessible.add(address)
 
@@ -313,15 +318,18 @@ class Driver:
             raise OverflowError("Python int too large to convert to C size_t")  # as Cython says it
         _demand(size > 0 and size % self._granularity == 0)
 
+    def _demand_exportable(self, properties: Any) -> None:
+        _demand((properties.type, properties.requestedHandleTypes) == (1, 1))
+        self._demand_location(properties.location)
+
+    def _demand_location(self, location: Any) -> None:
+        _demand(location.type == 1 and location.id in (0, 1))
+        self.devices.add(location.id)
+
 
 def _demand(condition: bool, error: CUresult = CUresult.CUDA_ERROR_INVALID_VALUE) -> None:
     if not condition:
         raise _Refused(error)
-
-
-def _demand_exportable(properties: Any) -> None:
-    location = vars(properties.location)
-    _demand((properties.type, properties.requestedHandleTypes) == (1, 1) and location == {"type": 1, "id": 0})
 
 
 def wrap(mapping: Any) -> torch.Tensor:

@@ -7,6 +7,7 @@ the device have not run yet.
 
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -71,6 +72,13 @@ def test_sizes_are_rounded_up_to_what_the_driver_reports(monkeypatch, granularit
     assert mine.base != theirs.base
 
 
+@pytest.mark.parametrize("device", [0, 1])
+def test_memory_access_and_context_are_of_the_device_that_was_asked_for(driver, device):
+    segment = CudaSegment.allocate(NBYTES, device)
+    CudaSegment.from_fd(os.dup(segment.fd), NBYTES, device)
+    assert driver.devices == {device}
+
+
 def test_everything_is_given_back_once_and_in_order_when_the_last_tensor_is_gone(driver):
     before = open_descriptors()
     segment = CudaSegment.allocate(NBYTES)
@@ -89,6 +97,23 @@ def test_everything_is_given_back_once_and_in_order_when_the_last_tensor_is_gone
     assert driver.calls[made:] == LETTING_GO
     assert driver.left() == []
     assert driver.calls.count("cuMemRelease") == 1
+
+
+def test_at_exit_nothing_is_unmapped_under_threads_that_still_run():
+    script = (
+        "import test_arena_cuda as t\n"
+        "driver = t.Driver()\n"
+        "t.use_fake(driver)\n"
+        "segment = t.CudaSegment.allocate(t.NBYTES)\n"
+        "driver.cuMemUnmap = lambda *_: print('unmapped') or (0,)\n"
+    )
+    for end, said in (("del segment", "unmapped"), ("pass", "")):  # the first shows that the second can fail
+        ran = subprocess.run(
+            [sys.executable, "-c", script + end],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert ran.stdout.strip() == said
 
 
 @pytest.mark.usefixtures("driver")

@@ -5,7 +5,7 @@ same memory at an address of its own. Nobody owns it: it lives until the last ma
 process are gone. So the death of the process that made it, also by SIGKILL, leaves every other mapping valid, and a
 descriptor alone keeps the weights. (Legacy CUDA IPC promises neither.)
 
-One model is one allocation: `cuMemCreate` is known to give most of a device in one piece.
+One model is one allocation: the driver names no limit for one but the device's free memory.
 
 Written from the CUDA driver API's chapter on virtual memory management, NVIDIA's sample memMapIPCDrv and cuda-bindings
 13.5. It has not run on a device yet; `make gpu-check` is what will tell.
@@ -51,7 +51,7 @@ class CudaSegment:
             gpu.enter(kept, passing)
             size = gpu.round_up(nbytes)
             handle = gpu.call("cuMemCreate", size, gpu.properties(), 0)
-            passing.callback(gpu.undo, "cuMemRelease", handle)  # what is mapped stays: see the sample
+            passing.callback(gpu.undo, "cuMemRelease", handle)  # what is mapped stays, says the sample
             fd = int(gpu.call("cuMemExportToShareableHandle", handle, gpu.fd_type, 0))
             failed.callback(os.close, fd)
             os.set_inheritable(fd, False)
