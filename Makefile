@@ -41,8 +41,8 @@ faults: setup # SIGKILL, EIO, ENOSPC at every write, fsync, rename and unlink; p
 matrix: setup # every architecture of tests/architectures.py through one vLLM, weight by weight; ten minutes. MATRIX_ARGS: names
 	OMP_NUM_THREADS=1 $(BIN)/python tests/matrix.py $(MATRIX_ARGS)
 
-gpu-check:    # on a machine with a CUDA device and torch, triton and numba; vLLM is not needed
-	PYTHONPATH=daemon:kernels python3 -m pytest -m gpu tests/test_kernels_cuda.py
+gpu-check:    # on a machine with a CUDA device and torch, triton, numba and cuda-bindings; vLLM is not needed
+	PYTHONPATH=daemon:kernels python3 -m pytest -m gpu tests/test_kernels_cuda.py tests/test_arena_cuda.py
 
 bench-update: setup    # benchmarks/update.py: what one update costs, against the published form, AdamW and the floors
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/update.py

@@ -94,8 +94,10 @@ def chat_tokenizer(folder: Path) -> None:
 class Child:
     """A forked process that runs `work(pipe, ...)`."""
 
+    method = "fork"
+
     def __init__(self, work: Callable[..., None], *arguments: Any) -> None:
-        context = multiprocessing.get_context("fork")
+        context: Any = multiprocessing.get_context(self.method)
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(theirs, *arguments), daemon=True)
         self.process.start()

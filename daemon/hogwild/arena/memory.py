@@ -1,8 +1,7 @@
 """Memory that is held by a file descriptor, so that it outlives the process that made it.
 
 On a CPU that is a sealed memfd: mapped shared by every process that holds its descriptor, gone when the last mapping
-and the last descriptor are gone. (Its CUDA counterpart is an allocation made by `cuMemCreate` and exported as a POSIX
-descriptor: same interface, other allocator.)
+and the last descriptor are gone. (On a GPU: cuda_memory.py, the same interface with another allocator.)
 """
 
 import fcntl
