@@ -18,7 +18,7 @@ run() { # lines to show, command
   local shown=$1 began=$SECONDS code
   shift
   printf '```\n$ %s\n' "$*"
-  (eval "$*") > "$box/out" 2>&1 < /dev/null
+  (set +o pipefail; eval "$*") > "$box/out" 2>&1 < /dev/null
   code=$?
   tr '\r' '\n' < "$box/out" | grep -v '^\s*$' | tail -n "$shown" | sed -E "s/^(.{160}).*/\1/"
   printf '```\n%s s\n\n' "$((SECONDS - began))"
