@@ -20,16 +20,16 @@ from typing import Any
 import torch
 
 from hogwild.arena.cuda_driver import Gpu
+from hogwild.arena.memory import Held
 from hogwild.errors import ArenaError
 
 log = logging.getLogger(__name__)
 
 
-class CudaSegment:
+class CudaSegment(Held):
     """One shared allocation of a GPU, mapped into this process; the interface is that of `memory.Segment`.
 
     Attributes:
-        fd: the descriptor that keeps the memory alive; owned by this object.
         nbytes: size in bytes, as asked for; the driver rounds it up to its granularity (2 MiB as a rule).
     """
 
@@ -105,17 +105,6 @@ class CudaSegment:
         count = self.nbytes // dtype.itemsize
         flat = _wrap(self._mapping)[: count * dtype.itemsize].view(dtype)
         return torch.as_strided(flat, shape, stride, offset // dtype.itemsize)
-
-    def inode(self) -> tuple[int, int]:
-        """(device, inode) of the descriptor: of the driver's file, perhaps the same for every allocation; for logs."""
-        status = os.fstat(self.fd)
-        return status.st_dev, status.st_ino
-
-    def close(self) -> None:
-        """Let go of the descriptor. The mapping lives on until the last tensor made from it is gone."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
 
 
 class _Mapping:

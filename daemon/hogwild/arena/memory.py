@@ -15,11 +15,34 @@ from hogwild.errors import ArenaError
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW  # a truncated file would be SIGBUS in whoever reads it next
 
 
-class Segment:
-    """One shared allocation, mapped into this process.
+class Held:
+    """Memory behind a descriptor.
 
     Attributes:
         fd: the descriptor that keeps the memory alive; owned by this object.
+    """
+
+    fd: int
+
+    def inode(self) -> tuple[int, int]:
+        """(device, inode) of the memory behind the descriptor: the same in every process that maps it.
+
+        On a GPU it is the driver's file, perhaps the same for every allocation: for logs only.
+        """
+        status = os.fstat(self.fd)
+        return status.st_dev, status.st_ino
+
+    def close(self) -> None:
+        """Let go of the descriptor. The mapping lives on until the last tensor made from it is gone."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Segment(Held):
+    """One shared allocation, mapped into this process.
+
+    Attributes:
         nbytes: size in bytes.
         bytes: the whole segment, uint8 (nbytes,). Tensors made from it keep the mapping alive.
     """
@@ -90,14 +113,3 @@ class Segment:
         """
         flat = torch.frombuffer(self.mapping, dtype=dtype, count=self.nbytes // dtype.itemsize)
         return torch.as_strided(flat, shape, stride, offset // dtype.itemsize)
-
-    def inode(self) -> tuple[int, int]:
-        """(device, inode) of the memory behind the descriptor: the same in every process that maps it."""
-        status = os.fstat(self.fd)
-        return status.st_dev, status.st_ino
-
-    def close(self) -> None:
-        """Let go of the descriptor. The mapping lives on until the last tensor made from it is gone."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
