@@ -175,7 +175,7 @@ def test_an_example_whose_own_loss_grows_although_it_is_trained_is_set_aside(stu
         db.execute("UPDATE examples SET passes = 50")
     measured = iter([1.0, 1.5, 2.5, 3.5])
     monkeypatch.setattr(
-        "hogwild.learner.regroup", lambda groups, _result: [(next(measured), 5) for _ in groups]
+        "hogwild.turn.regroup", lambda groups, _result: [(next(measured), 5) for _ in groups]
     )
     studio.curriculum.wake()
     train(studio)

@@ -10,31 +10,31 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hogwild import checkpoint, generation, metrics, pulse, served, skeleton, step_report
+from hogwild import checkpoint, generation, metrics, pulse, served, skeleton
 from hogwild import log as logs
 from hogwild.apollo import Optimizer
 from hogwild.arena.client import Arena
 from hogwild.backward import TrainedLinear
-from hogwild.curriculum import Batch, Curriculum
+from hogwild.curriculum import Curriculum
 from hogwild.drift import Drift
 from hogwild.encoder import Encoder
-from hogwild.errors import CheckpointError, LossError, VerificationError
+from hogwild.errors import CheckpointError, VerificationError
 from hogwild.governor import Governor, lower_priority
-from hogwild.groups import Group, flat, regroup
+from hogwild.groups import Group
 from hogwild.guard import Guard, largest_loss
 from hogwild.history_report import layer
 from hogwild.judge import Judge
-from hogwild.ledger import Ledger, Pass, Pending
+from hogwild.ledger import Ledger
 from hogwild.preparation import Directions, Preparation
 from hogwild.settings import Config
-from hogwild.trainer import Item, Progress, Trainer
+from hogwild.trainer import Progress, Trainer
+from hogwild.turn import Turn
 from hogwild.weights import Weights
 from hogwild_kernels.cpu import warm_up
 
 log = logs.get(__name__)
 
 _IDLE_S = 0.5  # how long a trainer waits for an example before it looks at its stop flag again
-_RECENT = 4  # trained examples among the probes of `served equals trained`
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,6 @@ class Learner:
             between=self.governor.between_layers,
         )
         self.failure: BaseException | None = None
-        self._recent: list[list[int]] = []
         self._stopping = threading.Event()
         self._may_train = threading.Event()
         self._asked_for_own_texts = False
@@ -115,6 +114,9 @@ class Learner:
             config.probes, self.reader, ledger, self.progress, arena.control, self._preparation, self.pause
         )
         self.guard = Guard(config.guard, ledger, vocabulary, self.judge, curriculum.wake)
+        self.turn = Turn(
+            ledger, curriculum, self.encoder, self.guard, self.drift, arena.control, config.replay.self_weight
+        )
         self._threads: list[threading.Thread] = []
 
     @property
@@ -197,7 +199,7 @@ class Learner:
             ServerError: the server cannot be asked.
         """
         prompts = self.encoder.plain(served.PROBE_TEXTS)
-        prompts += [ids for ids in self._recent if 2 <= len(ids) <= served.MAX_PROBE_TOKENS]
+        prompts += [ids for ids in self.turn.recent if 2 <= len(ids) <= served.MAX_PROBE_TOKENS]
         loaded = Path(self.arena.layout.checkpoint or self.arena.layout.source.path)
         return served.check(server, self.reader, prompts, self.config.server.probe_tolerance, loaded)
 
@@ -342,7 +344,7 @@ class Learner:
                 self.judge.begin()
                 batch = self.curriculum.take(timeout=_IDLE_S, step=self.progress.steps)
                 if batch is not None:
-                    self._turn(trainer, index, batch)
+                    self.turn.take(trainer, index, batch)
                 elif not self.curriculum.in_flight:
                     self.progress.settle()
                 self.judge.look()
@@ -360,65 +362,6 @@ class Learner:
         except OSError as error:
             log.warning("priority.unchanged", error=str(error))
 
-    def _turn(self, trainer: Trainer, index: int, batch: Batch) -> None:
-        """Take, forward, backward and update, record: one step on new examples and on what is replayed beside them."""
-        new = [(one, group) for one in batch.new if (group := self.encoder.pending(one, sets_aside=True))]
-        old = [
-            (one, group) for one in batch.replayed if (group := self.encoder.pending(one, sets_aside=False))
-        ]
-        weight = self.config.replay.self_weight
-        own = [Group((Item(sample, weight, likeliest=sample.likeliest),)) for sample in batch.own]
-        if (batch.new and not new) or not (new or old or own):
-            self.curriculum.done(batch)  # nothing new is left, and replay was there for its sake
-            return
-        groups = [*(group for _, group in new), *(group for _, group in old), *own]
-        try:
-            result = trainer.step(flat(groups))
-        except LossError as error:  # nothing was written
-            self.guard.refused(trainer, new, str(error))
-            self.curriculum.done(batch)
-            self.curriculum.wake()
-            return
-        self.drift.after(result.step)
-        step_report.observe(result, new, old)
-        measured = regroup(groups, result)
-        passes = []
-        for number, (one, group) in enumerate([*new, *old]):
-            is_new = number < len(new)
-            loss, tokens = measured[number]
-            passes.append(
-                Pass(
-                    one.example_id,
-                    loss_before=loss,
-                    loss_after=group.loss(trainer) if is_new and _wants_loss_after(one) else None,
-                    tokens=tokens,
-                    step=result.step,
-                    thread=index,
-                    arena_id=self.arena.control.arena_id,
-                    replay=not is_new,
-                )
-            )
-        outcomes = self.ledger.record_passes(passes)
-        if not passes:  # a restart counts the steps that the ledger knows of
-            self.ledger.count_step_without_pass()
-        self.curriculum.done(batch)
-        if new:
-            self._recent = [new[0][1].ids, *self._recent[: _RECENT - 1]]
-        for (one, group), passed, outcome in zip(new, passes, outcomes, strict=False):
-            metrics.observe_loss(passed.loss_before)
-            step_report.say(one, passed, result, len(old), len(own), finished=outcome.state != "accepted")
-            if outcome.state == "accepted":
-                self.guard.watch(one, group, passed, result)
-        for (one, _), (loss, _) in zip(old, measured[len(new) :], strict=False):
-            log.debug("example.replayed", **one.who, loss=round(loss, 4), step=result.step, thread=index)
-            if self.curriculum.forgotten(one, loss):
-                log.info("example.reopened", **one.who, loss=round(loss, 4), until_loss=one.until_loss)
-
     def loss(self, group: Group) -> float:
         """The loss of an example with the weights as they are now, nats a trained token. Not while training runs."""
         return group.loss(self.trainers[0])
-
-
-def _wants_loss_after(pending: Pending) -> bool:
-    """A forward pass more: after the last pass, and wherever a target loss decides how many passes there are."""
-    return pending.until_loss is not None or pending.passes_done + 1 >= pending.passes
