@@ -210,8 +210,9 @@ def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
         for shift, share in ((-0.2, "p50"), (0.2, "p99")):
             values = [rows[name][f"{key}_{share}"] * 1000 for name in names]
             ax.bar([place + shift for place in places], values, 0.4, label=share)
-        ax.set(title=title, ylabel="ms")
-        ax.legend()
+        highest = max(rows[name][f"{key}_p99"] for name in names) * 1000
+        ax.set(title=title, ylabel="ms", ylim=(0, 1.25 * highest))
+        ax.legend(loc="upper right", ncols=2)
     axes[2].bar(places, [100 * rows[name]["training"] for name in names], 0.5, color="tab:green")
     axes[2].set(title="Training speed", ylabel="% of its speed without requests", ylim=(0, 110))
     for ax in axes:

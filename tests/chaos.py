@@ -156,6 +156,7 @@ class Chaos:
 
     def __init__(self, root: Path, seed: int, say: Callable[[str], None] = print) -> None:
         self.root, self.state, self._say = root, root / "state", say
+        self.settings = dict(SETTINGS)
         self._random = random.Random(seed)
         self.model = chat_model(root / "model")
         self.tally = Tally()
@@ -183,7 +184,7 @@ class Chaos:
     def start_daemon(self) -> None:
         env = {
             **self._base,
-            **SETTINGS,
+            **self.settings,
             "HOGWILD_STATE_DIR": str(self.state),
             "HOGWILD_SOCKET": str(self.root / "arena.sock"),
         }

@@ -139,7 +139,7 @@ class Soak(chaos.Chaos):
     def __init__(self, root: Path, seed: int, say: Callable[[str], None] = print) -> None:
         super().__init__(root, seed, say)
         self._metrics = free_port()
-        chaos.SETTINGS |= {**SETTINGS, "HOGWILD_METRICS__PORT": str(self._metrics)}
+        self.settings |= {**SETTINGS, "HOGWILD_METRICS__PORT": str(self._metrics)}
         self._server_up = threading.Event()
         self.clients = [Requests(self.url, seed + n, self._server_up) for n in range(CLIENTS)]
         self.lives: list[Life] = []
