@@ -1,5 +1,8 @@
 """Embeddings that are trained: which rows move and by how much, alone or tied to a head."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -341,6 +344,14 @@ def test_the_doctor_says_what_would_be_trained(tmp_path):
     trained = examine(folder, layout, embeddings=True)
     assert trained.trained["transformer.wte.weight"] == 64 * 32
     assert set(trained.frozen) == {"transformer.wpe.weight"}
+    (file := tmp_path / "layout.json").write_text(json.dumps({"layout": layout.to_json()}))
+    asked = [sys.executable, "-m", "hogwild.coverage", str(folder), str(file)]
+    off, on = (
+        json.loads(subprocess.run([*asked, *given], capture_output=True, check=True).stdout)
+        for given in ([], ["--embeddings"])
+    )
+    assert on["trained_elements"] - off["trained_elements"] == 64 * 32, "the tied head is not counted again"
+    assert on["trained"] - off["trained"] == 1
 
 
 def test_a_head_that_is_stored_twice_keeps_both_frozen_and_says_so(tmp_path):

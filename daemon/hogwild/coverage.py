@@ -57,6 +57,7 @@ def examine(folder: Path, layout: Layout, *, embeddings: bool = False) -> Covera
     model.tie_weights()
     for name in tied & regions.keys():
         skeleton.assign(model, name, torch.empty(regions[name].shape, device="meta"))
+    once = {name for name, _ in model.named_parameters()}  # a tied head is counted where it is the embedding
     skeleton.linearise(model, {})
     model.arena_twins = skeleton.twins(model, found, regions)
     reasons = {
@@ -76,7 +77,7 @@ def examine(folder: Path, layout: Layout, *, embeddings: bool = False) -> Covera
     }
     return Coverage(
         type(model).__name__,
-        {name: size for name, size in sizes.items() if name not in frozen},
+        {name: size for name, size in sizes.items() if name not in frozen and name in once},
         {**frozen, **beside},
     )
 
