@@ -2,8 +2,8 @@
 
     python benchmarks/update.py                 the table: ratios for one transformer layer (7 linear weights)
     python benchmarks/update.py --per-shape     the same for every shape
-    python benchmarks/update.py --threads 2     throughput of that many trainer threads against one (wall
-    clock)
+    python benchmarks/update.py --threads 2     that many trainer threads against one, on different layers and on
+                                                the same ones (wall clock)
 
 Everything after X and D are known is timed, against
     (a) the gradient product and a published-style eager APOLLO step (bf16 state, as the published code
@@ -21,6 +21,7 @@ little as possible.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -50,6 +51,7 @@ LAYER = {
 TOKENS = (16, 64, 256, 1024)
 RANKS = (1, 64, 256)
 COLUMNS = ("a", "b", "ours", "factored", "plain", "floor")
+_DEADLOCK_S = 300.0
 
 
 class EagerApollo:
@@ -218,46 +220,105 @@ def table(per_shape: bool, repeats: int) -> None:
             row("layer", tokens, rank, total, " and ".join(sorted(forms)))
 
 
-def scaling(threads: int, tokens: int = 64, rank: int = 64, rounds: int = 6) -> None:
-    """Updates per second of several trainer threads, on weights of their own and on the same ones."""
-    shapes = [(m, n) for m, n, _ in LAYER.values()]
+Part = tuple[Tensor, Tensor, Tensor, ApolloState]
+"""Weight (m, n), X (T, n), D (T, m) and state: what `apollo_update` takes."""
 
-    def throughput(count: int, shared: bool) -> float:
-        def weights() -> list[tuple[Tensor, Tensor, Tensor, ApolloState]]:
-            config = ApolloConfig(rank=rank)
-            found = []
-            for m, n in shapes:
-                x, d = torch.randn(tokens, n).bfloat16(), torch.randn(tokens, m).bfloat16()
-                found.append((torch.zeros(m, n).bfloat16(), x, d, ApolloState("layer", (m, n), config)))
-            return found
 
-        sets = [weights()] * count if shared else [weights() for _ in range(count)]
-        ready = threading.Barrier(count + 1)
+def parts(shapes: list[tuple[int, int]], tokens: int, rank: int, dtype: torch.dtype) -> list[Part]:
+    """A weight of zeros, and something to update it with, for every shape. The same whenever it is asked for."""
+    torch.manual_seed(0)
+    config, found = ApolloConfig(rank=rank), list[Part]()
+    for number, (m, n) in enumerate(shapes):
+        x, d = torch.randn(tokens, n).to(dtype), torch.randn(tokens, m).to(dtype)
+        state = ApolloState(f"layer.{number}", (m, n), config)
+        found.append((torch.zeros(m, n, dtype=dtype), x, d, state))
+    return found
 
-        def work(mine: list[tuple[Tensor, Tensor, Tensor, ApolloState]], seed: int) -> None:
+
+def race(work: list[list[Part]], rounds: int) -> float:
+    """Seconds in which a thread for each list updates every weight of it so many times, after one that is not timed."""
+    ready = threading.Barrier(len(work) + 1)
+    left: list[BaseException] = []
+
+    def run(mine: list[Part], seed: int) -> None:
+        try:
             torch.set_num_threads(1)
-            for part in mine:
-                apollo_update(*part, seed=seed)
-            ready.wait()
-            for _ in range(rounds):
+            for number in range(rounds + 1):
+                if number == 1:
+                    ready.wait(_DEADLOCK_S)
                 for part in mine:
                     apollo_update(*part, seed=seed)
+        except BaseException as error:
+            left.append(error)
+            ready.abort()
 
-        workers = [threading.Thread(target=work, args=(s, i)) for i, s in enumerate(sets)]
-        for worker in workers:
-            worker.start()
-        ready.wait()
-        start = time.perf_counter()
-        for worker in workers:
-            worker.join()
-        return count * rounds * len(shapes) / (time.perf_counter() - start)
+    threads = [threading.Thread(target=run, args=(mine, i), daemon=True) for i, mine in enumerate(work)]
+    for thread in threads:
+        thread.start()
+    with contextlib.suppress(threading.BrokenBarrierError):  # what broke it is said below
+        ready.wait(_DEADLOCK_S)
+    start = time.perf_counter()
+    for thread in threads:
+        thread.join(_DEADLOCK_S)
+    seconds = time.perf_counter() - start
+    if left or any(thread.is_alive() for thread in threads):
+        sys.exit(f"threads failed: {left[0]!r}" if left else f"a thread has not ended after {_DEADLOCK_S} s")
+    return seconds
 
-    one = max(throughput(1, shared=False) for _ in range(3))
-    print(f"1 thread: {one:.1f} updates/s (T={tokens}, r={rank}, wall clock, {os.cpu_count()} cores)")
-    for shared in (False, True):
-        many = max(throughput(threads, shared) for _ in range(3))
-        where = "the same weights" if shared else "weights of their own"
-        print(f"{threads} threads on {where}: {many:.1f} updates/s, {many / one:.2f}x")
+
+def check_threads(threads: int) -> None:
+    """Stops the run unless threads on weights of their own leave the bits that one after the other leaves, and threads
+    on the same weights move them where one thread does: no farther than all their updates go, and at least half as
+    far as those of one of them (others may be lost)."""
+    shapes, rounds = [(512, 2048), (2048, 512)], 8
+    own = [parts(shapes, 16, 64, torch.bfloat16) for _ in range(threads)]
+    race(own, rounds)
+    for seed, mine in enumerate(own):
+        alone = parts(shapes, 16, 64, torch.bfloat16)
+        for _ in range(rounds + 1):
+            for part in alone:
+                apollo_update(*part, seed=seed)
+        if any(not torch.equal(a[0], b[0]) for a, b in zip(mine, alone, strict=True)):
+            sys.exit(
+                f"wrong answer: thread {seed} of {threads} on weights of its own is not what it is alone"
+            )
+    shared, alone = (parts(shapes, 16, 64, torch.float32) for _ in range(2))
+    race([shared] * threads, rounds)
+    race([alone], (rounds + 1) * threads - 1)
+    for (moved, *_), (wanted, *_) in zip(shared, alone, strict=True):
+        along = float((moved * wanted).sum() / wanted.square().sum())
+        aside = float((moved - along * wanted).norm() / wanted.norm())
+        if not (0.5 / threads < along < 1.1 and aside < 0.1):
+            sys.exit(
+                f"wrong answer: {threads} threads on one weight moved it {along:.2f} of the way, {aside:.2f} aside"
+            )
+
+
+def scaling(threads: int, rounds: int = 6, repeats: int = 5) -> None:
+    """Updates per second of several trainer threads over those of one, the best of interleaved repeats."""
+    check_threads(threads)
+    shapes = [(m, n) for m, n, _ in LAYER.values()]
+    print(
+        f"wall clock, {os.cpu_count()} cores, {threads} threads of one core each, weights of {len(shapes)} shapes"
+    )
+    print("| T | r | one thread, updates/s | different layers | the same layers |\n|---|---|---|---|---|")
+    for tokens in (16, 64, 256):
+        for rank in (1, 64):
+
+            def fresh(tokens: int = tokens, rank: int = rank) -> list[Part]:
+                return parts(shapes, tokens, rank, torch.bfloat16)
+
+            runs = {
+                "one": [fresh()],
+                "different": [fresh() for _ in range(threads)],
+                "same": [fresh()] * threads,
+            }
+            rate = dict.fromkeys(runs, 0.0)
+            for _ in range(repeats):
+                for name, work in runs.items():
+                    rate[name] = max(rate[name], len(work) * rounds * len(shapes) / race(work, rounds))
+            ratios = " | ".join(f"{rate[name] / rate['one']:.2f}x" for name in ("different", "same"))
+            print(f"| {tokens} | {rank} | {rate['one']:.0f} | {ratios} |", flush=True)
 
 
 def main() -> None:

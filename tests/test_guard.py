@@ -174,9 +174,7 @@ def test_an_example_whose_own_loss_grows_although_it_is_trained_is_set_aside(stu
     with studio.ledger._db.write(fsync=False) as db:
         db.execute("UPDATE examples SET passes = 50")
     measured = iter([1.0, 1.5, 2.5, 3.5])
-    monkeypatch.setattr(
-        "hogwild.turn.regroup", lambda groups, _result: [(next(measured), 5) for _ in groups]
-    )
+    monkeypatch.setattr("hogwild.turn.regroup", lambda groups, _result: [(next(measured), 5) for _ in groups])
     studio.curriculum.wake()
     train(studio)
     (suspect,) = studio.ledger.guards.suspects()

@@ -41,7 +41,7 @@ class Setting:
 
     def __init__(
         self, folder: Path, threads: int = 1, context: str = "frozen", arena: Arena | None = None,
-        between_layers: Callable[[], None] = lambda: None, **optimizer: Any,
+        between_layers: Callable[[], None] = lambda: None, embeddings: bool = False, **optimizer: Any,
     ) -> None:  # fmt: skip
         self.folder = folder
         self.weights = Weights(arena or load_arena(folder))
@@ -50,7 +50,7 @@ class Setting:
         self.trainers = [
             Trainer(
                 skeleton.build(folder, self.weights), self.optimizer, self.progress, set(self.weights.names),
-                context, seed=index, between_layers=between_layers,
+                context, seed=index, between_layers=between_layers, embeddings=embeddings,
             )
             for index in range(threads)
         ]  # fmt: skip
@@ -421,9 +421,9 @@ def test_the_threads_of_one_daemon_round_differently(tmp_path):
 # --- optimizer state -----------------------------------------------------------------------------------------------
 
 
-def resumed(setting: Setting, state: dict[str, torch.Tensor], **optimizer: Any) -> Setting:
+def resumed(setting: Setting, state: dict[str, torch.Tensor], **settings: Any) -> Setting:
     """A daemon that goes on from saved weights and saved optimizer state."""
-    again = Setting(setting.folder, **optimizer)
+    again = Setting(setting.folder, **settings)
     for name in again.weights.names:
         again.weights.view(name).copy_(setting.weights.view(name))
     again.progress.resume(setting.progress.steps, setting.progress.epoch)

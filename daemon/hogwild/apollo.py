@@ -15,11 +15,12 @@ from hogwild_kernels import (
     UpdateResult,
     adam_update,
     apollo_update,
+    embedding_update,
 )
 
 
 class Optimizer:
-    """APOLLO for linear weights, Adam for the small rest.
+    """APOLLO for linear weights and embeddings, Adam for the small rest.
 
     States are made when a weight is first updated or loaded. The dictionary is the only thing that threads share under
     a rule: `dict.setdefault` is atomic, so two threads that meet a weight for the first time end up with one state.
@@ -64,14 +65,29 @@ class Optimizer:
             one_scale: for the whole weight, in place of one a column: what is orthogonal to a direction of x stays so.
                 (Scales per row, where m >= n, do no harm.)
         """
+        state = self._matrix(name, weight)
+        by_tensor = one_scale and weight.shape[0] < weight.shape[1]
+        return apollo_update(weight, x, d, state, self.tensor_config if by_tensor else None, seed=seed)
+
+    def update_embedding(
+        self,
+        name: str,
+        weight: torch.Tensor,  # (V, n), updated in place
+        tokens: torch.Tensor,  # (S,) int64, repeats allowed
+        rows: torch.Tensor,  # (S, n) gradient of the row that each of them looked up
+        seed: int,
+    ) -> UpdateResult:
+        """One APOLLO step of an embedding: of the rows of these tokens, and of no other."""
+        return embedding_update(weight, tokens, rows, self._matrix(name, weight), seed=seed)
+
+    def _matrix(self, name: str, weight: torch.Tensor) -> ApolloState:
         state = self._states.get(name)
         if state is None:
             state = self._states.setdefault(
                 name, ApolloState(name, (weight.shape[0], weight.shape[1]), self.apollo_config)
             )
         assert isinstance(state, ApolloState)
-        by_tensor = one_scale and weight.shape[0] < weight.shape[1]
-        return apollo_update(weight, x, d, state, self.tensor_config if by_tensor else None, seed=seed)
+        return state
 
     def update_small(
         self, name: str, weight: torch.Tensor, gradient: torch.Tensor, seed: int

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hogwild import pulse
+from hogwild import pulse, skeleton
 from hogwild.apollo import Optimizer
+from hogwild.embedding import TrainedEmbedding
 from hogwild_kernels import UpdateResult, products
 
 OnUpdate = Callable[[str, UpdateResult], None]
@@ -84,16 +85,25 @@ class TrainedLinear(torch.nn.Module):
         if self.pending == 0 and not self.gather.more:
             self.update()
 
-    def update(self) -> None:
-        """One update from the rows of every forward pass since the last one."""
+    def take(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """X (T, n) without its protected part and D (T, m) of every forward pass since the last one, once."""
         rows, self._rows = self._rows, []
         if not rows:
-            return
+            return None
         x, d = rows[0] if len(rows) == 1 else (torch.cat(part) for part in zip(*rows, strict=True))
-        if protects := self.protected is not None:
-            x = products.without(x, self.protected)
+        return (x if self.protected is None else products.without(x, self.protected)), d
+
+    def update(self) -> None:
+        """One update from the rows of every forward pass since the last one."""
+        if (taken := self.take()) is None:
+            return
+        (x, d), protects = taken, self.protected is not None
         name, w = f"{self.name}.weight", self.weight.data
         self.on_update(name, self.optimizer.update_linear(name, w, x, d, self.seed, one_scale=protects))
+        self.update_bias(d)
+
+    def update_bias(self, d: torch.Tensor) -> None:
+        """One update of the bias from d (T, m), if it is trained."""
         if self.trains_bias:
             name = f"{self.name}.bias"
             self.on_update(name, self.optimizer.update_small(name, self.bias.data, d.sum(0), self.seed))
@@ -101,6 +111,13 @@ class TrainedLinear(torch.nn.Module):
     def forget(self) -> None:
         """Drop what a pass that failed half-way has left."""
         self.pending, self._rows = 0, []
+
+
+class TiedHead(TrainedLinear):
+    """A head whose weight is the input embedding's, which takes its rows and updates from both uses (embedding.py)."""
+
+    def update(self) -> None:
+        """Nothing yet: the gradient of the embedding is still to come."""
 
 
 class Gather:
@@ -113,6 +130,7 @@ class Gather:
         rows: tokens of the pass, and which of them are trained; the others are constants: a linear layer passes no
             gradient back through them and is not updated from them. None: all are trained. A layer that gets another
             number of rows (the output head) gets trained tokens only.
+        embedding: the input embedding, if it is trained.
         frozen: what is not trained: name -> why.
     """
 
@@ -120,6 +138,7 @@ class Gather:
         self.more = False
         self.rows: tuple[int, torch.Tensor | None] = 0, None
         self.linears: list[TrainedLinear] = []
+        self.embedding: TrainedEmbedding | None = None
         self.small: dict[str, Callable[[], None]] = {}
         self.drops: list[Callable[[], None]] = []
         self.frozen: dict[str, str] = {}
@@ -129,6 +148,8 @@ class Gather:
         self.more, self.rows = False, (0, None)
         for linear in self.linears:
             linear.forget()
+        if self.embedding is not None:
+            self.embedding.forget()
 
     def forget(self) -> None:
         """The step is given up: nothing that was kept will move a weight."""
@@ -136,6 +157,8 @@ class Gather:
             linear.forget()
         for drop in self.drops:
             drop()
+        if self.embedding is not None:
+            self.embedding.forget()
 
     def finish(self) -> None:
         """After the last backward pass of a step: update what it has not reached (an expert that got no token)."""
@@ -143,6 +166,8 @@ class Gather:
             linear.update()
         for apply in self.small.values():
             apply()
+        if self.embedding is not None:
+            self.embedding.update()
 
 
 def train_in_backward(
@@ -152,6 +177,7 @@ def train_in_backward(
     seed: int,
     on_update: OnUpdate,
     sources: Mapping[str, torch.Tensor],
+    embeddings: bool = False,
 ) -> Gather:
     """Make a backward pass through `model` update its weights.
 
@@ -161,34 +187,54 @@ def train_in_backward(
         seed: varies the rounding between threads.
         on_update: called after each weight's update, with its name and result.
         sources: name -> the weight to update, of parameters of the model that are private copies.
+        embeddings: train the input embedding, and a head that is tied to it.
 
     Returns:
         How several backward passes are made to end in one update, and what stays frozen.
     """
     gather = Gather()
     frozen = gather.frozen
-    embeddings = {id(model.get_input_embeddings().weight)}
+    table = model.get_input_embeddings()
+    tied, heads = {id(table.weight)}, list[TiedHead]()
+    why_not = _why_not(model, table, trainable) if embeddings else "embeddings are frozen"
+    if not why_not:
+        gather.embedding = TrainedEmbedding(
+            skeleton.table_name(model),
+            skeleton.weight_name(model, table),
+            table,
+            optimizer,
+            seed,
+            on_update,
+            gather,
+        )
     model.enable_input_require_grads()  # frozen embeddings give no gradient; the first layer needs one to pass on
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear):
             weight, bias = f"{name}.weight", f"{name}.bias"
-            if id(module.weight) in embeddings:
+            is_tied = id(module.weight) in tied
+            if is_tied and why_not:
                 frozen[weight] = "tied to the embeddings, which are frozen"
-            elif weight not in trainable:
+            elif not is_tied and weight not in trainable:
                 frozen[weight] = "not in the arena"
             else:
                 parent, _, leaf = name.rpartition(".")
                 trains_bias = module.bias is not None and bias in trainable
-                trained = TrainedLinear(name, module, trains_bias, optimizer, seed, on_update, gather)
+                kind = TiedHead if is_tied else TrainedLinear
+                trained = kind(name, module, trains_bias, optimizer, seed, on_update, gather)
                 gather.linears.append(trained)
+                if isinstance(trained, TiedHead):
+                    heads.append(trained)
                 setattr(model.get_submodule(parent), leaf, trained)
             if module.bias is not None and (weight in frozen or bias not in trainable):
                 frozen[bias] = "its weight is frozen" if bias in trainable else "not in the arena"
         elif not isinstance(module, TrainedLinear):
             for leaf, parameter in module.named_parameters(recurse=False):
                 full = f"{name}.{leaf}" if name else leaf
-                if id(parameter) in embeddings or isinstance(module, torch.nn.Embedding):
-                    frozen[full] = "embeddings are frozen"
+                if id(parameter) in tied:
+                    if why_not:
+                        frozen[full] = why_not
+                elif isinstance(module, torch.nn.Embedding):
+                    frozen[full] = "embeddings of something else than tokens" if embeddings else why_not
                 elif full not in trainable:
                     frozen[full] = "not in the arena"
                 elif parameter.ndim == 2:
@@ -201,7 +247,20 @@ def train_in_backward(
                     _train_small(
                         full, parameter, sources.get(full, parameter.data), optimizer, seed, on_update, gather
                     )
+    if gather.embedding is not None:
+        gather.embedding.heads = heads
     return gather
+
+
+def _why_not(model: PreTrainedModel, table: torch.nn.Module, trainable: set[str]) -> str:
+    """Why the input embedding cannot be trained; "" if it can."""
+    if not isinstance(table, torch.nn.Embedding):
+        return f"a {type(table).__name__}, which is no plain table of rows"
+    if skeleton.weight_name(model, table) not in trainable:
+        return "not in the arena"
+    if twins := [name for name in skeleton.stored_twice(model) if model.get_parameter(name) is table.weight]:
+        return f"stored a second time, as {', '.join(twins)}: a checkpoint would hold another head than is served"
+    return ""
 
 
 def _train_small(

@@ -1,6 +1,8 @@
 """Of a model and a layout: what a trainer would train, and what stays as it is, and why.
 
-python -m hogwild.coverage MODEL LAYOUT.json     prints {"model": class, "trained": {name: elements}, "frozen": ...}
+python -m hogwild.coverage MODEL LAYOUT.json [--embeddings]
+
+prints {"model": class, "trained": {name: elements}, "frozen": ...}; with --embeddings as `training.embeddings` says.
 """
 
 import json
@@ -34,8 +36,11 @@ class Coverage:
     frozen: dict[str, tuple[int, str]]
 
 
-def examine(folder: Path, layout: Layout) -> Coverage:
+def examine(folder: Path, layout: Layout, *, embeddings: bool = False) -> Coverage:
     """Build the skeleton on the meta device and ask it what it would train.
+
+    Args:
+        embeddings: as `training.embeddings` says.
 
     Raises:
         HogwildError: parameters of the model are in no file.
@@ -52,7 +57,9 @@ def examine(folder: Path, layout: Layout) -> Coverage:
     model.tie_weights()
     for name in tied & regions.keys():
         skeleton.assign(model, name, torch.empty(regions[name].shape, device="meta"))
+    once = {name for name, _ in model.named_parameters()}  # a tied head is counted where it is the embedding
     skeleton.linearise(model, {})
+    model.arena_twins = skeleton.twins(model, found, regions)
     reasons = {
         recipe.parameter: next(
             (layout.frozen[n] for n in recipe.names if n in layout.frozen), "no one strided view"
@@ -60,7 +67,7 @@ def examine(folder: Path, layout: Layout) -> Coverage:
         for recipe in private
     }
     unused = cast(Optimizer, None)  # nothing is updated: no backward pass runs
-    asked = train_in_backward(model, unused, set(regions), 0, lambda *_: None, {}).frozen
+    asked = train_in_backward(model, unused, set(regions), 0, lambda *_: None, {}, embeddings).frozen
     frozen = {name: (sizes[name], reasons.get(name, why)) for name, why in asked.items() if name in sizes}
     used = {name for recipe in found.values() for name in recipe.names}
     beside = {
@@ -70,7 +77,7 @@ def examine(folder: Path, layout: Layout) -> Coverage:
     }
     return Coverage(
         type(model).__name__,
-        {name: size for name, size in sizes.items() if name not in frozen},
+        {name: size for name, size in sizes.items() if name not in frozen and name in once},
         {**frozen, **beside},
     )
 
@@ -83,9 +90,9 @@ def by_reason(frozen: Mapping[str, tuple[int, str]]) -> Iterable[tuple[str, list
     return sorted(groups.items(), key=lambda item: -len(item[1]))
 
 
-def main(folder: Path, layout: Any) -> dict[str, Any]:
+def main(folder: Path, layout: Any, *, embeddings: bool = False) -> dict[str, Any]:
     """What is printed."""
-    coverage = examine(folder, Layout.from_json(layout))
+    coverage = examine(folder, Layout.from_json(layout), embeddings=embeddings)
     return {
         "model": coverage.model,
         "trained": len(coverage.trained),
@@ -97,6 +104,7 @@ def main(folder: Path, layout: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())["layout"])))
+        layout = json.loads(Path(sys.argv[2]).read_text())["layout"]
+        print(json.dumps(main(Path(sys.argv[1]), layout, embeddings="--embeddings" in sys.argv[3:])))
     except HogwildError as error:
         sys.exit(str(error))

@@ -37,7 +37,8 @@ def model(folder: Path, subject: Subject) -> Iterator[Finding]:
             for problem in found["problems"]:
                 yield fail("refused", problem, f"{found['refused']}; hogwild vllm would say the same")
             return
-        asked = _python("hogwild.coverage", folder.absolute(), out)
+        embeddings = ["--embeddings"] if subject.config.training.embeddings else []
+        asked = _python("hogwild.coverage", folder.absolute(), out, *embeddings)
         if asked.returncode:
             yield fail(
                 "refused", asked.stderr.strip().splitlines()[-1], "report it, with the model's config.json"

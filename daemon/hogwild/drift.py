@@ -57,7 +57,7 @@ class Drift:
         stochastic: bool = True,
         between: Callable[[], None] = lambda: None,
     ) -> None:
-        self._weights, self._every, self._between = weights, every, between
+        self._weights, self._model, self._every, self._between = weights, model, every, between
         self._seed, self._stochastic = seed, stochastic
         self._folder, base = folder, _Base(folder)
         places, stored = skeleton.bound(model), skeleton.stored(model)
@@ -77,7 +77,8 @@ class Drift:
         """Begin. Reads all of the model's files once.
 
         Args:
-            directions: name of a linear layer -> (k, n) orthonormal rows, of what is to stay as it came.
+            directions: name of a linear layer -> (k, n) orthonormal rows, of what is to stay as it came. Of the input
+                embedding -> (k,) tokens: nothing is written to their rows, so nothing is rounded there.
             base: digest of the model as it came, see `weights.digest`.
         """
         if not self._every:
@@ -90,7 +91,14 @@ class Drift:
         if found != base:
             self._end(f"{self._folder} has digest {found}, the model as it came has {base}")
             return
-        self._directions = {f"{name}.weight": basis for name, basis in directions.items()}
+        names = {
+            id(weight): name for name, weight in self._model.named_parameters()
+        }  # a tied head: the embedding's
+        self._directions = {
+            names[id(self._model.get_submodule(layer).weight)]: basis
+            for layer, basis in directions.items()
+            if basis.ndim == 2
+        }
         self._names = sorted(self._directions.keys() & self._places.keys())
 
     def after(self, step: int) -> None:

@@ -83,6 +83,7 @@ class Learner:
                 batch_tokens=config.training.batch_tokens,
                 activation_mib=config.training.activation_mib,
                 max_loss=largest_loss(config.guard, vocabulary),
+                embeddings=config.training.embeddings,
             )
             for index in range(config.training.threads)
         ]
@@ -235,6 +236,7 @@ class Learner:
                 self.curriculum.replay,
                 list(self.trainable),
                 lambda directions: self._protect(directions, base),
+                embeddings=self.trainers[0].trains_embeddings,
             )
 
     def _protect(self, directions: Directions, base: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from hogwild import heap, protection, selfreplay
+from hogwild import heap, protection, selfreplay, skeleton
 from hogwild import log as logs
 from hogwild import probes as probing
 from hogwild.encoder import Encoder
@@ -22,7 +22,7 @@ from hogwild.settings import Config
 log = logs.get(__name__)
 
 Directions = Mapping[str, torch.Tensor]
-"""Name of a linear layer -> (k, n) directions of its input."""
+"""Name of a linear layer -> (k, n) directions of its input; of the input embedding -> (k,) tokens."""
 
 
 class Preparation:
@@ -128,6 +128,8 @@ class Preparation:
         replay: Replay,
         trainable: Collection[str],
         use: Callable[[Directions], None],
+        *,
+        embeddings: bool = False,
     ) -> None:
         """Find the directions that updates leave alone, or load them, after the own texts are there, and `use` them.
 
@@ -136,6 +138,7 @@ class Preparation:
             base: digest of the model as it came.
             replay: has the texts.
             trainable: names of the weights that are trained.
+            embeddings: the input embedding is trained too, and a head that is tied to it.
         """
 
         def run() -> None:
@@ -146,6 +149,8 @@ class Preparation:
             except HogwildError as error:
                 log.warning("protection.unreadable", path=str(path), error=str(error))
                 found = None
+            if embeddings and found is not None and skeleton.table_name(self._model) not in found:
+                found = None  # they were frozen when it was written
             if found is None:
                 if not replay.own:
                     return
@@ -157,6 +162,7 @@ class Preparation:
                     budget_bytes=settings.training.activation_mib << 20,
                     seed=settings.training.seed,
                     stopped=self._stopped,
+                    embeddings=embeddings,
                 )
                 if self._stopped():
                     return

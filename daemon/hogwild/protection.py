@@ -5,6 +5,9 @@ no part in the directions B (k, n) that general text takes, X B^T = 0, general t
 however long it is trained: x - (x B^T) B takes the place of x. APOLLO's scales per column (m < n) would mix the columns
 again, so such a weight gets one scale for all of it; and what acts on every text alike (norms, biases) is not trained.
 
+An embedding is a linear layer whose inputs are one-hot, so its principal directions are the tokens that these texts use
+most: no update touches their rows. A weight that is embedding and head is protected on both sides.
+
 The directions are the principal ones of the inputs of the model's own texts (selfreplay.py), found once, before the
 first step, and kept as `protected.safetensors` in the state folder, so that a restart goes on with the very same.
 
@@ -23,6 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hogwild import skeleton
 from hogwild.errors import HogwildError
 from hogwild.files import replace_file
 
@@ -40,6 +44,7 @@ def measure(
     budget_bytes: int,
     seed: int,
     stopped: Callable[[], bool] = lambda: False,
+    embeddings: bool = False,
 ) -> dict[str, Tensor]:
     """The principal directions of every linear layer's inputs over `texts`.
 
@@ -51,15 +56,17 @@ def measure(
         rank: directions of a layer, at most; never more than half of its inputs.
         budget_bytes: of inputs that are held at a time (one layer's at least).
         stopped: asked before each text; then {} is returned.
+        embeddings: also of the input embedding, and of a head that is tied to it.
 
     Returns:
         Name of a linear layer -> (k, n) orthonormal rows, of the weight's type, one tensor for layers that share
-        their input.
+        their input. Name of the input embedding -> (k,) int64 tokens, ascending.
     """
+    table = model.get_input_embeddings().weight if embeddings else None
     linears = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and f"{name}.weight" in trainable
+        if isinstance(module, torch.nn.Linear) and (f"{name}.weight" in trainable or module.weight is table)
     }
     shared = _shared_inputs(model, linears, texts[0])
     waiting = [name for name in linears if shared.get(name) == name]
@@ -78,7 +85,17 @@ def measure(
             x = torch.cat(parts).float()
             found[name] = principal(x, rank, seed).to(linears[name].weight.dtype)
             parts.clear()
-    return {name: found[first] for name, first in shared.items() if first in found}
+    named = {name: found[first] for name, first in shared.items() if first in found}
+    if table is not None:
+        named[skeleton.table_name(model)] = commonest(texts, rank, len(table))
+    return named
+
+
+def commonest(texts: Sequence[Sequence[int]], rank: int, vocabulary: int) -> Tensor:
+    """(k,) int64, k <= rank: the tokens that `texts` have most of, ascending; never more than half of all."""
+    counts = torch.bincount(torch.tensor([token for text in texts for token in text]), minlength=vocabulary)
+    k = max(min(rank, int(counts.count_nonzero()), vocabulary // 2), 1)
+    return counts.sort(descending=True, stable=True).indices[:k].sort().values
 
 
 def principal(

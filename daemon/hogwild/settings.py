@@ -61,6 +61,8 @@ class TrainingConfig(Table):
     """Training steps after which a new weight epoch begins: what new requests read from the cache is not older."""
     epoch_s: NotNegative = 10.0
     """Seconds after which one begins if weights have moved, however few steps that were; 0: not by time."""
+    embeddings: bool = False
+    """Train the input embedding too, and a head that is tied to it. (A head of its own is always trained.)"""
     context: Literal["frozen", "full"] = "frozen"
     """"frozen": tokens that are not trained are read without gradient. "full": gradients reach them too."""
     batch_tokens: int = Field(default=512, ge=1)

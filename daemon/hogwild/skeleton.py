@@ -1,7 +1,7 @@
 """A Hugging Face model whose parameters are views of the arena: built on the meta device, it owns no weights."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
     names = {name for name, _ in model.named_parameters()}
     model.arena_regions = {name: region for name, region in regions.items() if name in names}
     model.arena_recipes = found
+    model.arena_twins = twins(model, found, regions)
     return model.eval()
 
 
@@ -76,6 +77,32 @@ def stored(model: PreTrainedModel) -> dict[str, str]:
     """Parameters of a skeleton that are one tensor of the checkpoint as it is: name in the model -> name there."""
     recipes: dict[str, naming.Recipe] = model.arena_recipes
     return {name: recipe.names[0] for name, recipe in recipes.items() if recipe.converter is None}
+
+
+def stored_twice(model: PreTrainedModel) -> list[str]:
+    """Parameters of a skeleton that are tied to another, and that the checkpoint has a tensor of their own for, which
+    nobody serves: what is saved of them is the model as it came."""
+    found: list[str] = model.arena_twins
+    return found
+
+
+def twins(model: PreTrainedModel, recipes: Iterable[str], regions: Mapping[str, Region]) -> list[str]:
+    """`stored_twice`, from the names that the checkpoint has and those that are served."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    return sorted((tied & set(recipes)) - regions.keys())
+
+
+def table_name(model: PreTrainedModel) -> str:
+    """Name of the module that is the input embedding."""
+    table = model.get_input_embeddings()
+    names: Iterator[str] = (name for name, module in model.named_modules() if module is table)
+    return next(names)
+
+
+def weight_name(model: PreTrainedModel, layer: torch.nn.Module) -> str:
+    """Name of the weight of a layer: that of a tied head is the embedding's."""
+    names: Iterator[str] = (name for name, weight in model.named_parameters() if weight is layer.weight)
+    return next(names)
 
 
 @contextlib.contextmanager

@@ -136,6 +136,7 @@ class Trainer:
         activation_mib: memory for activations; a pass that would need more computes them twice instead.
         unlearn_until_loss: nats; a token with a negative weight counts until its loss is that high.
         max_loss: nats a trained token; a step with an item above it is refused before its backward pass.
+        embeddings: train the input embedding, and a head that is tied to it.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class Trainer:
         activation_mib: int = 2048,
         unlearn_until_loss: float = 5.0,
         max_loss: float = math.inf,
+        embeddings: bool = False,
     ) -> None:
         self.model, self.progress, self.context = model, progress, context
         self._between_layers, self._batch_tokens = between_layers, batch_tokens
@@ -161,7 +163,9 @@ class Trainer:
         self._squares, self._updates, self._skipped = 0.0, 0, 0
         self._moved: dict[str, float] = {}
         self._wide = Wide(model)
-        self._gather = train_in_backward(model, optimizer, trainable, seed, self._count, self._wide.sources)
+        self._gather = train_in_backward(
+            model, optimizer, trainable, seed, self._count, self._wide.sources, embeddings
+        )
         self.frozen = self._gather.frozen
         self._layers = Layers(model)
         self._packs = self._layers.windows is not None
@@ -177,6 +181,11 @@ class Trainer:
     def can_freeze(self) -> bool:
         """Can this model's context be read without gradient? Not where its cache is of a kind that is not known."""
         return self._packs or self._layers.known
+
+    @property
+    def trains_embeddings(self) -> bool:
+        """Is the input embedding trained?"""
+        return self._gather.embedding is not None
 
     def step(self, items: Sequence[Item]) -> StepResult:
         """Forward, backward and one update on all of `items`.
@@ -230,13 +239,16 @@ class Trainer:
         return moved
 
     def protect(self, directions: Mapping[str, torch.Tensor]) -> None:
-        """Keep updates out of these directions of the layers' inputs: name of a linear layer -> (k, n).
+        """Keep updates out of these directions of the layers' inputs: name of a linear layer -> (k, n); that of the
+        input embedding -> (k,) tokens.
 
         What is no linear layer (norms, biases, convolutions) acts on every text alike, and is left as it is.
         """
         for linear in self._gather.linears:
             linear.protected = directions.get(linear.name)
             linear.trains_bias = False
+        if (embedding := self._gather.embedding) is not None:
+            embedding.protected = directions.get(embedding.layer)
         for name in self._gather.small:
             self.model.get_parameter(name).requires_grad_(False)
             self._gather.frozen[name] = "protected: it acts on every text alike"

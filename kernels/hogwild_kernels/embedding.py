@@ -85,6 +85,17 @@ def tied_factors(
     tokens: Tensor,  # (S,) int64 ids that the same weight embedded
     grad: Tensor,  # (S, n) gradient of the looked-up rows
 ) -> tuple[Tensor, Tensor]:
-    """X and D of a weight that is both embedding and head: G = D^T X sums both uses. For `apollo_update`."""
-    one_hot = torch.nn.functional.one_hot(tokens, d.shape[1]).to(d.dtype)
-    return torch.cat((x, grad.to(x.dtype))), torch.cat((d, one_hot))
+    """X and D of a weight that is both embedding and head: G = D^T X sums both uses. For `apollo_update`.
+
+    Each distinct token is one row (n,) more of X and one one-hot row (V,) more of D. Finding them waits for the
+    device on CUDA.
+    """
+    if len(tokens) == 0:
+        return x, d
+    rows, place = torch.unique(tokens, return_inverse=True)
+    wide = torch.promote_types(grad.dtype, torch.float32)  # equal tokens are added before anything is rounded
+    g = torch.zeros(len(rows), grad.shape[1], dtype=wide, device=grad.device)
+    g.index_add_(0, place, grad.to(wide))
+    one_hot = d.new_zeros(len(rows), d.shape[1])
+    one_hot[torch.arange(len(rows), device=rows.device), rows] = 1.0
+    return torch.cat((x, g.to(x.dtype))), torch.cat((d, one_hot))

@@ -1,16 +1,21 @@
 """The whole APOLLO step in plain PyTorch, any float type: the truth that every kernel is tested against.
 
 Source: Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", arXiv:2412.05270v4, Algorithm 1,
-written from its mathematics. The numbers (1) to (7) are this file's own, in the order of that listing; the
-line that computes each carries it.
+written from its mathematics. The steps (1) to (7) are numbered here, in the order of that listing, and the
+kernels call them by these numbers. The line that computes each carries its number and, after it, the paper's: "eq."
+where the paper numbers an equation, "Alg. 1" where it has the line in the listing alone.
 
-    (1) P ~ N(0, 1/r), redrawn every `gap` steps                                   Algorithm 1, step 1
-    (2) R = P G (m < n, channels are columns)  or  R = G P^T (m >= n, rows)        Algorithm 1, step 1
-    (3) M <- b1 M + (1 - b1) R;  V <- b2 V + (1 - b2) R^2;  N = M / (sqrt(V) + eps)   step 2
-    (4) s_j = |N_j| / |R_j| per channel, or s = |N| / |R| for the tensor (rank 1)  step 3
-    (5) U = G diag(s)  or  diag(s) G                                               step 3
-    (6) U <- U / L with L = max(|U| / phi, gamma) / gamma;  phi <- |U|             the norm-growth limiter
-    (7) W <- W - lr sqrt(1 - b2^t) / (1 - b1^t) sqrt(alpha) U;  W <- (1 - lr wd) W    step 4
+    (1) P ~ N(0, 1/r), redrawn every `gap` steps                                   Alg. 1, step 1
+    (2) R = P G (m < n, channels are columns)  or  R = G P^T (m >= n, rows)        Alg. 1, step 1
+    (3) M <- b1 M + (1 - b1) R                                                     eq. 8
+        V <- b2 V + (1 - b2) R^2                                                   Alg. 1, step 2
+        N = M / (sqrt(V) + eps)                                                    eq. 5
+    (4) s_j = |N_j| / |R_j| per channel                                            eq. 5 (eq. 3 without P)
+        s = |N| / |R| for the tensor (rank 1)                                      Alg. 1, step 3
+    (5) U = G diag(s)  or  diag(s) G                                               below eq. 3
+    (6) U <- U / L with L = max(|U| / phi, gamma) / gamma;  phi <- |U|             eq. 4
+    (7) W <- W - lr sqrt(1 - b2^t) / (1 - b1^t) sqrt(alpha) U;  W <- (1 - lr wd) W    Alg. 1, step 4
+        alpha = min(m, n) / r; with P, s is smaller by its root                    eq. 9
 
 Two forms of the same step:
 
@@ -55,14 +60,14 @@ def published_step(
     m, n = state.shape
     g = gradient.to(state.exp_avg.dtype)
     p = _projection(state, projection)
-    r = p @ g if m < n else g @ p.T  # (2)
+    r = p @ g if m < n else g @ p.T  # (2) Alg. 1, step 1
     squares = g.square().sum(0 if m < n else 1)  # |G_j|^2
     scaled = _scales(state, config, r, squares, lr)
     if scaled is None:
         return skip(state)
     s, coefficient = scaled
-    update = g * s if m < n else s[:, None] * g  # (5)
-    w = _wide(weight) - coefficient.step * update  # (6) (7)
+    update = g * s if m < n else s[:, None] * g  # (5) below eq. 3
+    w = _wide(weight) - coefficient.step * update  # (6) eq. 4, (7) Alg. 1, step 4
     weight.copy_(_rounded(weight, w * coefficient.keep, state, config, coefficient.step_count, seed, row=0))
     return UpdateResult(coefficient.norm, skipped=False)
 
@@ -85,7 +90,7 @@ def factored_step(
     dtype = state.exp_avg.dtype
     x, d = x.to(dtype), d.to(dtype)
     p = _projection(state, projection)
-    r = (d @ p.T).T @ x if m < n else d.T @ (x @ p.T)  # (2) P D^T X  or  D^T X P^T
+    r = (d @ p.T).T @ x if m < n else d.T @ (x @ p.T)  # (2) P D^T X or D^T X P^T
     inner, outer = (d, x) if m < n else (x, d)
     squares = (
         ((inner @ inner.T) @ outer).mul_(outer).sum(0)
@@ -95,13 +100,13 @@ def factored_step(
         return skip(state)
     s, coefficient = scaled
     if m < n:
-        x = x * s  # (5) G diag(s) = D^T (X diag(s))
+        x = x * s  # (5) below eq. 3: G diag(s) = D^T (X diag(s))
     else:
-        d = d * s  # (5) diag(s) G = (D diag(s))^T X
+        d = d * s  # (5) below eq. 3: diag(s) G = (D diag(s))^T X
     rows = max(1, TILE_ELEMENTS // n)
     for top in range(0, m, rows):
         tile = weight[top : top + rows]
-        w = _wide(tile) - coefficient.step * (d[:, top : top + rows].T @ x)  # (6) (7)
+        w = _wide(tile) - coefficient.step * (d[:, top : top + rows].T @ x)  # (6) eq. 4, (7) Alg. 1
         tile.copy_(_rounded(tile, w * coefficient.keep, state, config, coefficient.step_count, seed, row=top))
     return UpdateResult(coefficient.norm, skipped=False)
 
@@ -115,7 +120,8 @@ def adam_step(
     lr: float | None = None,
     seed: int = 0,
 ) -> UpdateResult:
-    """AdamW in the dtype of the moments (fp32), rounded once on the way to the weight."""
+    """AdamW (eq. 1, and its bias correction) in the dtype of the moments (fp32), rounded once on the way to the
+    weight."""
     config = config or state.config
     rate = config.lr if lr is None else lr
     b1, b2 = config.betas
@@ -152,13 +158,13 @@ def _scales(
     m, n = state.shape
     axis = 0 if m < n else 1
     b1, b2 = config.betas
-    mean = b1 * state.exp_avg + (1 - b1) * r  # (3)
-    square = b2 * state.exp_avg_sq + (1 - b2) * r * r  # (3)
-    normal = mean / (square.sqrt() + config.eps)  # (3)
+    mean = b1 * state.exp_avg + (1 - b1) * r  # (3) eq. 8
+    square = b2 * state.exp_avg_sq + (1 - b2) * r * r  # (3) Alg. 1, step 2
+    normal = mean / (square.sqrt() + config.eps)  # (3) eq. 5
     if config.by_tensor(state.rank):
-        s = (normal.norm() / (r.norm() + NORM_EPS)).repeat(state.channels)  # (4) tensor-wise
+        s = (normal.norm() / (r.norm() + NORM_EPS)).repeat(state.channels)  # (4) Alg. 1, step 3
     else:
-        s = normal.norm(dim=axis) / (r.norm(dim=axis) + NORM_EPS)  # (4) channel-wise
+        s = normal.norm(dim=axis) / (r.norm(dim=axis) + NORM_EPS)  # (4) eq. 5
     length = float((s.square() * squares).sum().sqrt())  # |U|, before U exists
     if not (math.isfinite(length) and bool(torch.isfinite(r.square().sum()))):
         return None
@@ -170,17 +176,17 @@ def _scales(
 def coefficients(state: ApolloState, config: ApolloConfig, length: float, lr: float) -> Coefficients:
     """Step (6) and the scalars of (7) from |U|; advances phi and the step count."""
     b1, b2 = config.betas
-    limit, phi = limiter(length, float(state.norm), config.gamma, config.limiter_floor)  # (6)
+    limit, phi = limiter(length, float(state.norm), config.gamma, config.limiter_floor)  # (6) eq. 4
     state.norm.fill_(phi)
     done = state.step
     state.counts[0] = t = done + 1
-    alpha = config.alpha(min(state.shape), state.rank)
-    step = lr * math.sqrt(1 - b2**t) / (1 - b1**t) * math.sqrt(alpha) / limit  # (7)
+    alpha = config.alpha(min(state.shape), state.rank)  # (7) eq. 9
+    step = lr * math.sqrt(1 - b2**t) / (1 - b1**t) * math.sqrt(alpha) / limit  # (7) Alg. 1, step 4
     return Coefficients(step, 1 - lr * config.weight_decay, step * length, done)
 
 
 def limiter(length: float, phi: float, gamma: float, floor: float) -> tuple[float, float]:
-    """Step (6): the divisor L and the next phi, from |U| and the previous phi (0: no update seen yet).
+    """Step (6), eq. 4: the divisor L and the next phi, from |U| and the previous phi (0: no update seen yet).
 
     A departure from the paper: phi falls at most to `floor` of itself per step, and an all-zero update
     leaves it alone.
@@ -189,12 +195,12 @@ def limiter(length: float, phi: float, gamma: float, floor: float) -> tuple[floa
         return 1.0, phi
     if phi == 0.0:
         return 1.0, length
-    limit = max(length / (phi + NORM_EPS), gamma) / gamma
+    limit = max(length / (phi + NORM_EPS), gamma) / gamma  # (6) eq. 4
     return limit, max(length / limit, floor * phi)
 
 
 def _projection(state: ApolloState, given: Tensor | None) -> Tensor:
-    p = state.projection() if given is None else given
+    p = state.projection() if given is None else given  # (1) Alg. 1, step 1
     return p.to(state.exp_avg.dtype)
 
 
