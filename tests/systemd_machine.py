@@ -154,14 +154,13 @@ import ctypes, os, sys, time
 libc = ctypes.CDLL(None, use_errno=True)
 libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 pid, tid = sys.argv[1:3]
-others = [pid]
-for one in set(os.listdir(f"/proc/{pid}/task")) - {tid}:
+named = {}
+for one in sorted(os.listdir(f"/proc/{pid}/task"), key=int):
     try:
-        name = open(f"/proc/{pid}/task/{one}/comm").read()
+        named.setdefault(open(f"/proc/{pid}/task/{one}/comm").read(), one)  # its children may be called so, too
     except OSError:
         continue  # it ended
-    others += [one] * name.startswith("trainer-")
-assert len(others) == 2, others
+others = [pid, *(one for name, one in named.items() if name.startswith("trainer-") and one != tid)]
 
 
 def turns():

@@ -78,3 +78,18 @@ def test_the_tolerance_follows_what_rounding_makes(tmp_path):
     model.get_parameter("model.norm.weight").data.mul_(10)
     loud = disagreement.tolerance(model, [PROMPT], trained_log_probabilities)
     assert loud > 3 * quiet
+
+
+def test_rounding_alone_does_not_trip_on_a_short_text(tmp_path):
+    """Eight tokens, as a short example has: their mean scatters, and every checkpoint is compared anew."""
+    folder = llama(tmp_path / "model", torch.bfloat16)
+    model = skeleton.build(folder, Weights(load_arena(folder)))
+    choose = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 60, (9,), generator=choose).tolist() for _ in range(400)]
+    tolerance = disagreement.FACTOR * disagreement.noise(model, prompts, trained_log_probabilities)
+    plain = [trained_log_probabilities(model, prompt) for prompt in prompts]
+    with disagreement.rounded(model):
+        off = [trained_log_probabilities(model, prompt) for prompt in prompts]
+    means = torch.stack([(a - b).abs().mean() for a, b in zip(plain, off, strict=True)])
+    assert float(1.2 * means.max()) < disagreement.allowed(tolerance, 8) < 1.6 * tolerance
+    assert disagreement.allowed(tolerance, 100) < 1.2 * tolerance

@@ -243,7 +243,8 @@ def test_a_thread_that_hangs_restarts_the_daemon_and_nothing_else(story: Story) 
     machine.write("/run/stop_thread.py", systemd_machine.STOPS_A_THREAD)
     tracer = machine.start("/opt/hogwild/bin/python", "/run/stop_thread.py", str(daemon), tid)
     assert tracer.stdout is not None
-    assert tracer.stdout.readline() == "stopped\n"
+    if (said := tracer.stdout.readline()) != "stopped\n":
+        raise AssertionError(said + tracer.stdout.read())
     fresh = story.active("hogwild", daemon)
     tracer.wait(timeout=60)
     machine.wait_for("thread.hangs", daemon)  # the journal may lag behind

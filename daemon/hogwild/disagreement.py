@@ -21,6 +21,9 @@ FLOOR = 0.03
 FACTOR = 2.0
 """How many times the difference that rounding makes is accepted. Over the rows of
 the architecture matrix whose figures were kept, on one machine: up to 1.2."""
+_SCATTER = 1.5
+"""A mean over n tokens lies above that over all by this over sqrt(n) at most, relatively: four standard deviations of
+a normal rounding's size (0.76 of its mean), over FACTOR."""
 _EXPLAINS, _RESOLVED = 0.25, 0.1
 """Shares of the difference that may be left for modules to be named, and at which no more are looked for."""
 _TOGETHER = 12
@@ -54,12 +57,21 @@ def rounded(model: PreTrainedModel) -> Iterator[None]:
 
 
 def tolerance(model: PreTrainedModel, prompts: Sequence[Sequence[int]], forward: Forward) -> float:
-    """Mean difference in nats that is no more than rounding, for this model and these texts."""
+    """Mean difference in nats over all of these texts that is no more than rounding, for this model."""
+    return max(FLOOR, FACTOR * noise(model, prompts, forward))
+
+
+def noise(model: PreTrainedModel, prompts: Sequence[Sequence[int]], forward: Forward) -> float:
+    """Mean difference in nats that roundings at other places make."""
     plain = [forward(model, prompt) for prompt in prompts]
     with rounded(model):
         again = [forward(model, prompt) for prompt in prompts]
-    noise = torch.cat([(a - b).abs() for a, b in zip(plain, again, strict=True)]).mean()
-    return max(FLOOR, FACTOR * float(noise))
+    return float(torch.cat([(a - b).abs() for a, b in zip(plain, again, strict=True)]).mean())
+
+
+def allowed(tolerance: float, tokens: int) -> float:
+    """The tolerance, in nats, for the mean over a text of so many tokens: it scatters the more the fewer they are."""
+    return tolerance * (1 + _SCATTER / tokens**0.5)
 
 
 def suspects(

@@ -91,6 +91,7 @@ class Agreement:
     largest: float
     tokens: int
     tolerance: float
+    """For all tokens together."""
 
 
 def check(
@@ -101,7 +102,8 @@ def check(
     The trainer runs before and after the server: while threads train, the server's value may lie anywhere between.
 
     Args:
-        tolerance: mean difference in nats that is accepted; 0: measured, see `disagreement.tolerance`.
+        tolerance: mean difference in nats that is accepted; 0: measured, see `disagreement.tolerance` and
+            `allowed`.
         loaded: folder of the checkpoint that the server was filled from: what a module has that it no longer reads.
 
     Raises:
@@ -113,16 +115,18 @@ def check(
     before = [trained_log_probabilities(model, prompt) for prompt in prompts]
     served = server.log_probabilities(prompts)
     after = [trained_log_probabilities(model, prompt) for prompt in prompts]
+    given = tolerance
     tolerance = tolerance or disagreement.tolerance(model, prompts, trained_log_probabilities)
     problems, distances = [], []
     for number, (b, s, a) in enumerate(zip(before, served, after, strict=True)):
         distance = torch.maximum(torch.minimum(b, a) - s, s - torch.maximum(b, a)).clamp_(min=0)
         distances.append(distance)
-        if not float(distance.mean()) <= tolerance:  # also true for NaN
+        allowed = given or disagreement.allowed(tolerance, len(s))
+        if not float(distance.mean()) <= allowed:  # also true for NaN
             worst = int(distance.argmax())
             problems.append(
                 f"probe {number}: mean difference {float(distance.mean()):.3f} nats over {len(s)} tokens "
-                f"(tolerance {tolerance:.3f}), worst at token {worst}: served {float(s[worst]):.3f}, "
+                f"(tolerance {allowed:.3f}), worst at token {worst}: served {float(s[worst]):.3f}, "
                 f"trained {float(b[worst]):.3f}"
             )
     if problems:
