@@ -1,12 +1,14 @@
 """How far server and trainer may differ, and which module is named when they differ more."""
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 
 from architectures import ARCHITECTURES
-from hogwild import disagreement, skeleton
+from hogwild import disagreement, served, skeleton
+from hogwild.errors import VerificationError
 from hogwild.served import trained_log_probabilities
 from hogwild.weights import Weights, load_arena
 from tiny import llama
@@ -93,3 +95,42 @@ def test_rounding_alone_does_not_trip_on_a_short_text(tmp_path):
     means = torch.stack([(a - b).abs().mean() for a, b in zip(plain, off, strict=True)])
     assert float(1.2 * means.max()) < disagreement.allowed(tolerance, 8) < 1.6 * tolerance
     assert disagreement.allowed(tolerance, 100) < 1.2 * tolerance
+
+
+class Off:
+    """Answers what the trainer computes, off by so many nats for each text."""
+
+    url = "http://off"
+
+    def __init__(self, model: skeleton.PreTrainedModel, nats: list[float]) -> None:
+        self._model, self._nats = model, nats
+
+    def log_probabilities(self, prompts: list[list[int]]) -> list[torch.Tensor]:
+        return [
+            trained_log_probabilities(self._model, prompt) + off
+            for prompt, off in zip(prompts, self._nats, strict=True)
+        ]
+
+
+def test_short_texts_are_judged_together(tmp_path):
+    folder = llama(tmp_path / "model", torch.bfloat16)
+    model = skeleton.build(folder, Weights(load_arena(folder)))
+    fixed, recent = [PROMPT], [PROMPT[i : i + 9] for i in range(4)]
+    allowed = disagreement.allowed(disagreement.FLOOR, 32)
+
+    def check(*nats: float, tolerance: float = 0.0) -> served.Agreement:
+        server = cast(served.Server, Off(model, list(nats)))
+        return served.check(server, model, [fixed, recent, []], tolerance, folder)
+
+    noise = disagreement.tolerance(model, [*fixed, *recent], trained_log_probabilities)
+    assert noise < 2 * disagreement.FLOOR
+    check(0, 2 * allowed, 0, 0, 0)
+    with pytest.raises(VerificationError) as caught:
+        check(0, 3 * noise, 0, 3 * noise, 3 * noise)
+    assert [problem[:8] for problem in caught.value.problems[:-1]] == ["probe 1:", "probe 3:", "probe 4:"]
+    with pytest.raises(VerificationError):
+        check(3 * noise, 0, 0, 0, 0)
+    with pytest.raises(VerificationError):
+        check(0, 0, 0, 0, float("nan"))
+    with pytest.raises(VerificationError, match="does not serve"):
+        check(0, 0.02, 0.02, 0.02, 0.02, tolerance=0.01)

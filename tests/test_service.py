@@ -194,7 +194,7 @@ def test_a_module_that_the_server_does_not_read_is_found(story: Story) -> None:
     )
     server = served.Server(story.server.url, "HOGWILD_API_KEY")
     prompts = [example.ids]
-    agreement = served.check(server, reader, prompts, tolerance=0, loaded=story.model)
+    agreement = served.check(server, reader, [prompts], tolerance=0, loaded=story.model)
     assert agreement.mean < 0.1
     assert agreement.mean < agreement.tolerance < 0.15
 
@@ -205,7 +205,7 @@ def test_a_module_that_the_server_does_not_read_is_found(story: Story) -> None:
     for _ in range(24):
         trainer.step([Item(example)])
     with pytest.raises(VerificationError, match="does not serve the weights that are trained") as caught:
-        served.check(server, reader, prompts, tolerance=0, loaded=story.model)
+        served.check(server, reader, [prompts], tolerance=0, loaded=story.model)
     assert "probe 0" in caught.value.problems[0]
     assert "older weights of model.layers.14.mlp" in caught.value.problems[-1]
 

@@ -22,8 +22,8 @@ FACTOR = 2.0
 """How many times the difference that rounding makes is accepted. Over the rows of
 the architecture matrix whose figures were kept, on one machine: up to 1.2."""
 _SCATTER = 1.5
-"""A mean over n tokens lies above that over all by this over sqrt(n) at most, relatively: four standard deviations of
-a normal rounding's size (0.76 of its mean), over FACTOR."""
+"""The mean over n tokens may lie above FACTOR by this over sqrt(n), relatively: four standard deviations of a normal
+rounding's size (0.76 of its mean)."""
 _EXPLAINS, _RESOLVED = 0.25, 0.1
 """Shares of the difference that may be left for modules to be named, and at which no more are looked for."""
 _TOGETHER = 12
@@ -70,7 +70,7 @@ def noise(model: PreTrainedModel, prompts: Sequence[Sequence[int]], forward: For
 
 
 def allowed(tolerance: float, tokens: int) -> float:
-    """The tolerance, in nats, for the mean over a text of so many tokens: it scatters the more the fewer they are."""
+    """The tolerance, in nats, for the mean over so many tokens: it scatters the more the fewer they are."""
     return tolerance * (1 + _SCATTER / tokens**0.5)
 
 

@@ -199,10 +199,10 @@ class Learner:
             VerificationError: they differ.
             ServerError: the server cannot be asked.
         """
-        prompts = self.encoder.plain(served.PROBE_TEXTS)
-        prompts += [ids for ids in self.turn.recent if 2 <= len(ids) <= served.MAX_PROBE_TOKENS]
+        fixed = self.encoder.plain(served.PROBE_TEXTS)
+        recent = [ids for ids in self.turn.recent if 2 <= len(ids) <= served.MAX_PROBE_TOKENS]
         loaded = Path(self.arena.layout.checkpoint or self.arena.layout.source.path)
-        return served.check(server, self.reader, prompts, self.config.server.probe_tolerance, loaded)
+        return served.check(server, self.reader, [fixed, recent], self.config.server.probe_tolerance, loaded)
 
     def start(self) -> None:
         """Let the trainer threads take examples, starting them if need be."""

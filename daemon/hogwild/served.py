@@ -95,40 +95,54 @@ class Agreement:
 
 
 def check(
-    server: Server, model: PreTrainedModel, prompts: Sequence[Sequence[int]], tolerance: float, loaded: Path
+    server: Server,
+    model: PreTrainedModel,
+    groups: Sequence[Sequence[Sequence[int]]],
+    tolerance: float,
+    loaded: Path,
 ) -> Agreement:
-    """Compare the server with the trainer's forward pass on `prompts` (token ids).
+    """Compare the server with the trainer's forward pass on groups of texts, each group as a whole.
 
     The trainer runs before and after the server: while threads train, the server's value may lie anywhere between.
 
     Args:
+        groups: of token ids. A short text alone says little: its mean scatters.
         tolerance: mean difference in nats that is accepted; 0: measured, see `disagreement.tolerance` and
             `allowed`.
         loaded: folder of the checkpoint that the server was filled from: what a module has that it no longer reads.
 
     Raises:
-        VerificationError: a prompt's mean difference exceeds the tolerance; all such prompts are listed, and the
-        modules
-            that explain it.
+        VerificationError: a group's mean difference exceeds the tolerance; its texts that do are listed, and the
+            modules that explain it.
         ServerError: the server cannot be asked.
     """
+    groups = [group for group in groups if group]
+    prompts = [prompt for group in groups for prompt in group]
     before = [trained_log_probabilities(model, prompt) for prompt in prompts]
     served = server.log_probabilities(prompts)
     after = [trained_log_probabilities(model, prompt) for prompt in prompts]
     given = tolerance
     tolerance = tolerance or disagreement.tolerance(model, prompts, trained_log_probabilities)
-    problems, distances = [], []
-    for number, (b, s, a) in enumerate(zip(before, served, after, strict=True)):
-        distance = torch.maximum(torch.minimum(b, a) - s, s - torch.maximum(b, a)).clamp_(min=0)
-        distances.append(distance)
-        allowed = given or disagreement.allowed(tolerance, len(s))
-        if not float(distance.mean()) <= allowed:  # also true for NaN
-            worst = int(distance.argmax())
-            problems.append(
-                f"probe {number}: mean difference {float(distance.mean()):.3f} nats over {len(s)} tokens "
-                f"(tolerance {allowed:.3f}), worst at token {worst}: served {float(s[worst]):.3f}, "
-                f"trained {float(b[worst]):.3f}"
-            )
+    distances = [
+        torch.maximum(torch.minimum(b, a) - s, s - torch.maximum(b, a)).clamp_(min=0)
+        for b, s, a in zip(before, served, after, strict=True)
+    ]
+    problems, start = [], 0
+    for group in groups:
+        numbers = range(start, start := start + len(group))
+        together = torch.cat([distances[number] for number in numbers])
+        allowed = given or disagreement.allowed(tolerance, together.numel())
+        if float(together.mean()) <= allowed:
+            continue  # not so for NaN
+        for number in numbers:
+            distance, s = distances[number], served[number]
+            if not float(distance.mean()) <= allowed:
+                worst = int(distance.argmax())
+                problems.append(
+                    f"probe {number}: mean difference {float(distance.mean()):.3f} nats over {len(s)} tokens "
+                    f"(tolerance {allowed:.3f}), worst at token {worst}: served {float(s[worst]):.3f}, "
+                    f"trained {float(before[number][worst]):.3f}"
+                )
     if problems:
         worst = max(range(len(prompts)), key=lambda number: float(distances[number].mean()))
         problems.append(_blame(model, loaded, prompts[worst], served[worst]))
