@@ -101,25 +101,32 @@ def test_a_vacant_model_that_does_not_fit_the_arena_is_refused():
 
 
 class Late(nn.Module):
-    """Initialises a part of it that is finished, as some models do."""
+    """Touches a part of it that is finished, as some models do, and vLLM does with all of them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.part = nn.Linear(WIDE, WIDE, bias=False)
-        self.before = self.part.weight.untyped_storage().nbytes()
-        self.view = self.part.weight.data.view(-1)[: WIDE * 8]
-        nn.init.zeros_(self.part.weight)
-        self.total = float(self.part.weight.detach().sum())
-        self.after = self.part.weight.untyped_storage().nbytes()
+        weight = self.part.weight
+        self.view = weight.data.view(-1)[: WIDE * 8]
+        nn.init.zeros_(weight)
+        self.copy = weight.detach().clone()
+        self.noted = weight.data.to("meta")
+        self.pair = torch.cat([weight.data, weight.data])
+        with pytest.raises(RuntimeError, match="must match the size"):
+            weight.data.add_(torch.ones(3, WIDE))  # an operator that fails
 
 
-def test_what_is_touched_after_all_has_memory_again_until_it_is_put_away():
+def test_an_operator_has_the_memory_of_what_it_is_given_and_only_while_it_runs():
     with building() as vacancies:
         late = Late()
-        assert (late.before, late.total, late.after) == (0, 0.0, 4 * WIDE * WIDE)
+        assert resident(late) == 0
         outer = nn.Sequential(late)
     assert resident(outer) == 0
     assert vacancies.nbytes(late.part.weight.untyped_storage()) == 4 * WIDE * WIDE
+    assert late.view.untyped_storage()._cdata == late.part.weight.untyped_storage()._cdata
+    assert late.copy.untyped_storage().nbytes() == 4 * WIDE * WIDE, (
+        "what an operator makes is an ordinary tensor"
+    )
 
 
 def test_afterwards_modules_are_as_ever():

@@ -3,8 +3,9 @@
 vLLM makes every parameter with memory behind it, all of the weights' size, before a loader is given the model. Beside
 an arena, which a server that is started again finds on the GPU already, there is no room for that. So the memory of a
 module's parameters is given back as soon as the module is finished and put into another one; shapes, strides and shared
-storages stay, which is all that place.py looks at. An operator that is given one of them after all, to initialise
-it, finds memory there, of undefined content: what a parameter holds before it is loaded counts for nothing.
+storages stay, which is all that place.py looks at. An operator that is given one of them after all (to
+initialise it, or by vLLM when it notes what all of them look like) finds memory there while it runs, of undefined
+content: what a parameter holds before it is loaded counts for nothing.
 
 On a CPU none of it is needed: pages that nobody writes to are not there. Imports no vllm.
 """
@@ -22,7 +23,7 @@ _SMALL = 1 << 20  # bytes: what is smaller keeps its memory, and its content, wh
 
 
 class Vacancies(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """Storages whose memory has been given back. While active, an operator that is given one finds it refilled."""
+    """Storages whose memory has been given back. While active, each operator has those that it is given."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -46,19 +47,24 @@ class Vacancies(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, torch.Tensor):
-                self._refill(leaf)  # a view needs it too: a part of nothing is out of bounds
-        return func(*args, **(kwargs or {}))
-
-    def _refill(self, tensor: torch.Tensor) -> None:
+        # Also for a view: a part of nothing is out of bounds. On a GPU, what is freed here is used again in the order
+        # of the stream, so the operator need not have ended.
+        lent = [one for leaf in tree_leaves((args, kwargs)) if (one := self._vacancy(leaf)) is not None]
+        for storage, size in lent:
+            storage.resize_(size)
         try:
-            storage = tensor.untyped_storage()
+            return func(*args, **(kwargs or {}))
+        finally:
+            for storage, _ in lent:
+                storage.resize_(0)
+
+    def _vacancy(self, leaf: Any) -> tuple[torch.UntypedStorage, int] | None:
+        if not isinstance(leaf, torch.Tensor):
+            return None
+        try:
+            return self._vacant.get(leaf.untyped_storage()._cdata)
         except NotImplementedError:
-            return  # a tensor of a kind that has none
-        found = self._vacant.pop(storage._cdata, None)
-        if found is not None:
-            storage.resize_(found[1])
+            return None  # a tensor of a kind that has no storage
 
 
 @contextmanager
