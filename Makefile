@@ -42,7 +42,8 @@ matrix: setup # every architecture of tests/architectures.py through one vLLM, w
 	OMP_NUM_THREADS=1 $(BIN)/python tests/matrix.py $(MATRIX_ARGS)
 
 gpu-check:    # on a machine with a CUDA device and torch, triton, numba and cuda-bindings; vLLM is not needed
-	PYTHONPATH=daemon:kernels python3 -m pytest -m gpu tests/test_kernels_cuda.py tests/test_arena_cuda.py
+	PYTHONPATH=daemon:kernels python3 -m pytest -m gpu tests/test_kernels_cuda.py tests/test_arena_cuda.py \
+	  tests/test_arena_gpu.py tests/test_streams.py
 
 bench-update: setup    # benchmarks/update.py: what one update costs, against the published form, AdamW and the floors
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/update.py

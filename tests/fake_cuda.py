@@ -22,6 +22,7 @@ import torch
 GRANULARITY = 2 << 20
 CAPACITY = 1 << 30
 NAME = b"Fake GPU"
+UUIDS = [bytes([0xA0 + index] * 16) for index in range(2)]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -114,6 +115,7 @@ class Driver:
             and then fails.
         attributes: what each device has.
         devices: those that anything was asked of; there are two.
+        visible: which of the two this process sees, in that order, as CUDA_VISIBLE_DEVICES has it.
     """
 
     CUdevice_attribute = CUdevice_attribute
@@ -129,6 +131,7 @@ class Driver:
         self.attributes = {int(attribute): 1 for attribute in CUdevice_attribute}
         self._granularity, self._ready, self._last = granularity, False, 0
         self.devices: set[int] = set()
+        self.visible = [0, 1]
         self._retained: list[int] = []
         self.contexts: list[str] = []  # of the calling thread; nobody here has two
         self.handles: dict[int, int] = {}  # handle: memfd
@@ -168,10 +171,19 @@ class Driver:
         self._ready = True
 
     @_function(1)
+    def cuDeviceGetCount(self) -> int:
+        _demand(self._ready, CUresult.CUDA_ERROR_NOT_INITIALIZED)
+        return len(self.visible)
+
+    @_function(1)
     def cuDeviceGet(self, ordinal: int) -> int:
         _demand(self._ready, CUresult.CUDA_ERROR_NOT_INITIALIZED)
-        _demand(ordinal in (0, 1), CUresult.CUDA_ERROR_INVALID_DEVICE)
+        _demand(ordinal in range(len(self.visible)), CUresult.CUDA_ERROR_INVALID_DEVICE)
         return ordinal
+
+    @_function(1)
+    def cuDeviceGetUuid(self, device: int) -> SimpleNamespace:
+        return SimpleNamespace(bytes=UUIDS[self.visible[device]])
 
     @_function(1)
     def cuDeviceGetName(self, length: int, device: int) -> bytes:
@@ -269,14 +281,15 @@ class Driver:
 
     @_function(0)
     def cuMemAddressFree(self, address: int, size: int) -> None:
-        _demand(self.reserved.get(address) == size and address not in self.mapped)
+        _demand(self.reserved.get(address) == size and not self._overlapping(address, size))
         del self.reserved[address]
         _libc.munmap(address, size)
 
     @_function(0)
     def cuMemMap(self, address: int, size: int, offset: int, handle: int, flags: int) -> None:
         self._demand_size(size)
-        _demand(self.reserved.get(address) == size and address not in self.mapped and handle in self.handles)
+        _demand(any(start <= address and address + size <= start + n for start, n in self.reserved.items()))
+        _demand(not self._overlapping(address, size) and handle in self.handles)
         _demand(offset == flags == 0 and size <= os.fstat(self.handles[handle]).st_size)
         _libc.mmap(address, size, _NONE, mmap.MAP_SHARED | _FIXED, self.handles[handle], 0)
         self.mapped[address] = size
@@ -306,6 +319,9 @@ class Driver:
         self._last += 1
         self.handles[self._last] = fd
         return self._last
+
+    def _overlapping(self, address: int, size: int) -> bool:
+        return any(start < address + size and address < start + n for start, n in self.mapped.items())
 
     def _taken(self) -> int:
         return sum(self.mapped.values())

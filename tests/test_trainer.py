@@ -45,7 +45,8 @@ class Setting:
     ) -> None:  # fmt: skip
         self.folder = folder
         self.weights = Weights(arena or load_arena(folder))
-        self.optimizer = Optimizer(OptimizerConfig(**{"lr": 1e-3, "rank": 4, **optimizer}), seed=3)
+        config = OptimizerConfig(**{"lr": 1e-3, "rank": 4, **optimizer})
+        self.optimizer = Optimizer(config, seed=3, device=self.weights.arena.weights.device)
         self.progress = Progress(self.weights.arena.control, updates_per_epoch=4)
         self.trainers = [
             Trainer(

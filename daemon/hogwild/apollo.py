@@ -7,6 +7,7 @@ import torch
 
 from hogwild.errors import CheckpointError
 from hogwild.settings import OptimizerConfig
+from hogwild.streams import settle
 from hogwild_kernels import (
     AdamConfig,
     AdamState,
@@ -26,8 +27,9 @@ class Optimizer:
     a rule: `dict.setdefault` is atomic, so two threads that meet a weight for the first time end up with one state.
     """
 
-    def __init__(self, config: OptimizerConfig, seed: int) -> None:
-        self.config, self.seed = config, seed
+    def __init__(self, config: OptimizerConfig, seed: int, device: torch.device | str = "cpu") -> None:
+        """`device`: of the weights; the state is kept beside them."""
+        self.config, self.seed, self._device = config, seed, torch.device(device)
         self.apollo_config = ApolloConfig(
             rank=config.rank,
             lr=config.lr,
@@ -83,9 +85,8 @@ class Optimizer:
     def _matrix(self, name: str, weight: torch.Tensor) -> ApolloState:
         state = self._states.get(name)
         if state is None:
-            state = self._states.setdefault(
-                name, ApolloState(name, (weight.shape[0], weight.shape[1]), self.apollo_config)
-            )
+            shape = weight.shape[0], weight.shape[1]
+            state = self._share(name, ApolloState(name, shape, self.apollo_config, self._device))
         assert isinstance(state, ApolloState)
         return state
 
@@ -95,7 +96,8 @@ class Optimizer:
         """One Adam step of a norm, a bias or a 3-D convolution weight."""
         state = self._states.get(name)
         if state is None:
-            state = self._states.setdefault(name, AdamState(name, tuple(weight.shape), self.adam_config))
+            shape = tuple(weight.shape)
+            state = self._share(name, AdamState(name, shape, self.adam_config, self._device))
         assert isinstance(state, AdamState)
         return adam_update(weight, gradient, state, seed=seed)
 
@@ -124,9 +126,9 @@ class Optimizer:
                 continue
             state: ApolloState | AdamState
             if len(shape) == 2:
-                state = ApolloState(name, (shape[0], shape[1]), self.apollo_config)
+                state = ApolloState(name, (shape[0], shape[1]), self.apollo_config, self._device)
             else:
-                state = AdamState(name, shape, self.adam_config)
+                state = AdamState(name, shape, self.adam_config, self._device)
             try:
                 state.load(parts)
             except ValueError as error:
@@ -138,4 +140,10 @@ class Optimizer:
                 f"optimizer.rank than {self.config.rank}? Set it back, or move the checkpoint away"
             )
             raise CheckpointError("\n  - ".join([f"{heading}:", *problems]))
+        settle(self._device)
         self._states = states
+
+    def _share(self, name: str, state: ApolloState | AdamState) -> ApolloState | AdamState:
+        """Show a new state to all threads, once it is all zeros; theirs, if one was quicker."""
+        settle(self._device)
+        return self._states.setdefault(name, state)

@@ -45,7 +45,7 @@ def serve(
         signal.signal(number, signal.SIG_IGN)
     from hogwild import governor, log
 
-    governor.limit_gpu(settings.training, os.environ)
+    governor.prepare_gpu(settings.training, os.environ)
     from hogwild.supervisor import Supervisor  # torch and transformers: seconds that --help should not take
 
     log.configure(settings.log.level, settings.log.format)

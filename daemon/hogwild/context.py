@@ -33,6 +33,8 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
+from hogwild.streams import put
+
 ATTENTION = {"full_attention", "sliding_attention"}
 DISTANCE_FROM_MASK = {"bloom", "mpt"}
 """Models that bias attention by distance, counted from a mask of whole texts: no row of several."""
@@ -88,7 +90,7 @@ class Layers:
 
 def read_one(model: PreTrainedModel, layers: Layers, segment: Segment, chunk: int) -> State:
     """The state after a segment, `chunk` tokens at a time, which is exact and bounds the memory of a long one."""
-    cache, ids = layers.fresh(segment.after), torch.tensor([segment.ids], device=model.device)
+    cache, ids = layers.fresh(segment.after), put(list(segment.ids), model.device)[None]
     with torch.no_grad():
         for start in range(0, ids.shape[1], chunk):
             model.base_model(ids[:, start : start + chunk], past_key_values=cache, use_cache=True)
@@ -123,7 +125,7 @@ class Pack:
         """`constant` (L,) bool: tokens whose keys and values pass no gradient back. `keep`: `states` will be asked."""
         assert layers.windows is not None
         self.segments, self._windows = segments, layers.windows
-        self.ids = torch.tensor([[token for segment in segments for token in segment.ids]], device=device)
+        self.ids = put([token for segment in segments for token in segment.ids], device)[None]
         self.starts = [0]
         for segment in segments:
             self.starts.append(self.starts[-1] + len(segment.ids))
@@ -131,10 +133,8 @@ class Pack:
         if len(segments) == 1 and segments[0].after is None and constant is None and not keep:
             return  # the plainest case: the model's own causal mask does
         spans = [range(s.start, s.start + len(s.ids)) for s in segments]
-        positions = torch.tensor([place for span in spans for place in span], device=device)
-        owner = torch.repeat_interleave(
-            torch.arange(len(segments), device=device), torch.tensor([len(s) for s in spans], device=device)
-        )
+        positions = put([place for span in spans for place in span], device)
+        owner = put([number for number, span in enumerate(spans) for _ in span], device)
         masks: dict[str, Tensor] = {}
         for kind, window in zip(layers.types, layers.windows, strict=True):
             if kind not in masks:

@@ -8,13 +8,13 @@ prints {"model": class, "trained": {name: elements}, "frozen": ...}; with --embe
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from hogwild import naming, skeleton
+from hogwild import gpu_memory, naming, skeleton
 from hogwild.apollo import Optimizer
 from hogwild.backward import train_in_backward
 from hogwild.errors import HogwildError
@@ -29,11 +29,13 @@ class Coverage:
         model: class of transformers.
         trained: parameter -> its elements.
         frozen: parameter, or checkpoint tensor that the language model has no use for -> (its elements, why).
+        sizes: what its memory is reckoned from.
     """
 
     model: str
     trained: dict[str, int]
     frozen: dict[str, tuple[int, str]]
+    sizes: gpu_memory.Model
 
 
 def examine(folder: Path, layout: Layout, *, embeddings: bool = False) -> Coverage:
@@ -49,6 +51,8 @@ def examine(folder: Path, layout: Layout, *, embeddings: bool = False) -> Covera
     found = naming.recipes(model, [*layout.tensors, *layout.frozen])
     regions, private = skeleton.place(model, found, layout.tensors)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    text, itemsize = model.config.get_text_config(), model.dtype.itemsize
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     if missing := sorted(sizes.keys() - found.keys() - tied):
         raise HogwildError(
@@ -75,10 +79,19 @@ def examine(folder: Path, layout: Layout, *, embeddings: bool = False) -> Covera
         for name, why in layout.frozen.items()
         if name not in used
     }
+    trained = {name: size for name, size in sizes.items() if name not in frozen and name in once}
     return Coverage(
         type(model).__name__,
-        {name: size for name, size in sizes.items() if name not in frozen and name in once},
+        trained,
         {**frozen, **beside},
+        gpu_memory.Model(
+            trained={name: shapes[name] for name in trained},
+            copied=sum(sizes.get(recipe.parameter, 0) for recipe in private) * itemsize,
+            vocabulary=text.vocab_size,
+            hidden=text.hidden_size,
+            layers=text.num_hidden_layers,
+            itemsize=itemsize,
+        ),
     )
 
 
@@ -92,8 +105,14 @@ def by_reason(frozen: Mapping[str, tuple[int, str]]) -> Iterable[tuple[str, list
 
 def main(folder: Path, layout: Any, *, embeddings: bool = False) -> dict[str, Any]:
     """What is printed."""
-    coverage = examine(folder, Layout.from_json(layout), embeddings=embeddings)
+    placed = Layout.from_json(layout)
+    coverage = examine(folder, placed, embeddings=embeddings)
+    on_gpu = placed.device != "cpu" and torch.cuda.is_available()
     return {
+        "device": placed.device,
+        "weights_nbytes": placed.nbytes,
+        "gpu_nbytes": torch.cuda.mem_get_info()[1] if on_gpu else 0,
+        "sizes": asdict(coverage.sizes),
         "model": coverage.model,
         "trained": len(coverage.trained),
         "trained_elements": sum(coverage.trained.values()),

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hogwild import gpu_memory
 from hogwild.doctor import Finding, Subject, fail, ok, warn
+from hogwild.settings import Config
 
 _SHOWN = 3  # names of frozen tensors that are written out
 
@@ -44,7 +46,10 @@ def model(folder: Path, subject: Subject) -> Iterator[Finding]:
                 "refused", asked.stderr.strip().splitlines()[-1], "report it, with the model's config.json"
             )
             return
-        yield from _covered(json.loads(asked.stdout))
+        about = json.loads(asked.stdout)
+        yield from _covered(about)
+        if about["device"] != "cpu":
+            yield from _fits(about, subject.config)
 
 
 def _covered(about: dict[str, Any]) -> Iterator[Finding]:
@@ -64,6 +69,33 @@ def _covered(about: dict[str, Any]) -> Iterator[Finding]:
             if expected
             else warn("frozen", said, "it stays as it is; the rest learns without it")
         )
+
+
+def _fits(about: dict[str, Any], config: Config) -> Iterator[Finding]:
+    """What training will take of the GPU, against what it may take and what the server leaves."""
+    needs = gpu_memory.predict(gpu_memory.Model(**about["sizes"]), config)
+    found = f"beside {gpu_memory.gib(about['weights_nbytes'])} GiB of weights, training takes at most {needs}"
+    less = "lower training.threads, training.batch_tokens or training.activation_mib"
+    own = needs.total - needs.context  # what the setting is about
+    if 0 < config.training.gpu_memory_gib * 2**30 < own:
+        allowed = f"training.gpu_memory_gib allows {config.training.gpu_memory_gib:g}"
+        yield warn("gpu memory", f"{found}; {allowed}", f"allow {_up(own)}, or {less}")
+    elif about["gpu_nbytes"] and needs.total > (
+        left := gpu_memory.left(about["gpu_nbytes"], config.server.arguments)
+    ):
+        share = max(1 - needs.total / about["gpu_nbytes"], 0)
+        yield warn(
+            "gpu memory",
+            f"{found}; vLLM leaves {gpu_memory.gib(left)} of {gpu_memory.gib(about['gpu_nbytes'])}",
+            f"serve with --gpu-memory-utilization {int(share * 100) / 100:g}, or {less}",
+        )
+    else:
+        yield ok("gpu memory", found)
+
+
+def _up(nbytes: int) -> int:
+    """Whole GiB."""
+    return -(-nbytes // 2**30)
 
 
 _WHAT_VLLM_SAYS = "start `vllm serve` on it, which says more"

@@ -197,6 +197,19 @@ def lower_priority() -> None:
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
+def prepare_gpu(settings: TrainingConfig, environment: MutableMapping[str, str]) -> None:
+    """What CUDA and torch read from the environment once, as they start. What the operator has set himself stays.
+
+    Memory that torch has cached is kept in few pieces, so that a long pass finds room where short ones were. Under MPS,
+    kernels of training are of the lower of two priorities: streams of two processes are compared there alone.
+    """
+    limit_gpu(settings, environment)
+    if "PYTORCH_CUDA_ALLOC_CONF" not in environment:  # the older name of the same
+        environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if settings.low_priority:
+        environment.setdefault("CUDA_MPS_CLIENT_PRIORITY", "1")
+
+
 def limit_gpu(settings: TrainingConfig, environment: MutableMapping[str, str]) -> None:
     """Under CUDA's Multi-Process Service, give this process a part of the GPU's processors only.
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from hogwild.errors import CheckpointError, ProtocolError
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)
 }
+_DEVICE = re.compile(r"cpu|GPU-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,9 @@ class Layout:
             puts its parameters in the same places.
         source: the model that was asked for, as it came.
         checkpoint: the folder of ours that the arena was filled from instead (that model, trained); "": `source`.
+        device: where the arena is, as `Held.device_id`: "cpu", or "GPU-" and the UUID of a GPU.
+        parts: bytes of the allocations that make up the arena, one after the other, each with a descriptor of its own.
+            Empty: it is one allocation. Offsets are those in the whole.
     """
 
     nbytes: int
@@ -109,6 +114,13 @@ class Layout:
     source: Source
     versions: Mapping[str, str] = field(default_factory=dict)
     checkpoint: str = ""
+    device: str = "cpu"
+    parts: tuple[int, ...] = ()
+
+    @property
+    def allocations(self) -> tuple[int, ...]:
+        """Bytes of each, one a descriptor."""
+        return self.parts or (self.nbytes,)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -123,7 +135,8 @@ class Layout:
         """Check and convert what came over the socket.
 
         Raises:
-            ProtocolError: a field is missing or of the wrong type, or a region leaves the arena.
+            ProtocolError: a field is missing or of the wrong type, a region leaves the arena, or its parts do not
+                make it up.
         """
         try:
             layout = cls(
@@ -134,11 +147,20 @@ class Layout:
                 source=source_from_json(data["source"]),
                 versions={str(key): str(value) for key, value in data["versions"].items()},
                 checkpoint=str(data["checkpoint"]),
+                device=str(data["device"]),
+                parts=tuple(_integer(size) for size in data["parts"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ProtocolError(f"the peer sent a malformed layout: {error!r}") from error
         if layout.nbytes < 1:
             raise ProtocolError(f"the peer's layout is for an arena of {layout.nbytes} bytes")
+        if layout.parts and (min(layout.parts) < 1 or sum(layout.parts) != layout.nbytes):
+            raise ProtocolError(
+                f"the peer's layout is for an arena of {layout.nbytes} bytes in parts of {layout.parts}, "
+                "which do not make it up"
+            )
+        if not _DEVICE.fullmatch(layout.device):
+            raise ProtocolError(f"the peer's layout is for a device that is none: {layout.device!r:.80}")
         for name, region in (*layout.tensors.items(), *layout.parameters.items()):
             if not region.fits(layout.nbytes):
                 raise ProtocolError(f"the peer's layout puts {name} outside of the arena: {region}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hogwild import checkpoint, generation, metrics, pulse, served, skeleton
+from hogwild import checkpoint, generation, metrics, pulse, served, skeleton, streams
 from hogwild import log as logs
 from hogwild.apollo import Optimizer
 from hogwild.arena.client import Arena
@@ -54,6 +54,7 @@ class Learner:
         folder: the model's configuration, tokenizer and frozen tensors.
 
     Raises:
+        ConfigError: more of the GPU's memory is allowed than it has.
         VerificationError: the served tensors do not make up the model.
     """
 
@@ -63,7 +64,9 @@ class Learner:
         self.arena, self.folder, self.config = arena, folder, config
         self.ledger, self.curriculum = ledger, curriculum
         self.weights = Weights(arena)
-        self.optimizer = Optimizer(config.optimizer, config.training.seed)
+        device = arena.weights.device
+        streams.cap(device, config.training.gpu_memory_gib)
+        self.optimizer = Optimizer(config.optimizer, config.training.seed, device)
         self.progress = Progress(arena.control, config.training.epoch_updates, config.training.epoch_s)
         self.governor = Governor(config.governor, arena.control)
         self.encoder = Encoder(folder, config.training, ledger)
@@ -94,7 +97,8 @@ class Learner:
             )
         if config.training.context == "frozen" and not self.trainers[0].can_freeze:
             log.warning("context.not_frozen", model_type=self.reader.config.model_type)
-        warm_up(self.reader.dtype)  # compiles the update now, not in the middle of the first example
+        if device.type == "cpu":
+            warm_up(self.reader.dtype)  # compiles the update now, not in the middle of the first example
         self.drift = Drift(
             self.weights,
             self.reader,
@@ -240,6 +244,9 @@ class Learner:
             )
 
     def _protect(self, directions: Directions, base: str) -> None:
+        device = self.arena.weights.device
+        there = {id(basis): basis.to(device) for basis in directions.values()}  # layers share them
+        directions = {name: there[id(basis)] for name, basis in directions.items()}
         for trainer in self.trainers:
             trainer.protect(directions)
         self.drift.protect(directions, base)

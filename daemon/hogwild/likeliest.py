@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hogwild.streams import put
+
 COUNT = 8
 
 
@@ -29,7 +31,7 @@ class Likeliest:
         """(T,) nats: Kullback-Leibler divergence of what `logits` (T, V) say from what was thought, where all tokens
         that are not among the likeliest count as one."""
         logits = logits.float()
-        ids, logs = self.ids.to(logits.device), self.logs.to(logits.device)
+        ids, logs = put(self.ids, logits.device), put(self.logs, logits.device)
         total = logits.logsumexp(-1, keepdim=True)
         now = logits.gather(-1, ids) - total
         rest_now = logits.scatter(-1, ids, float("-inf")).logsumexp(-1) - total[:, 0]

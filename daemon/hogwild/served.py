@@ -171,8 +171,11 @@ def _blame(model: PreTrainedModel, loaded: Path, prompt: Sequence[int], answer: 
 
 @torch.no_grad()
 def trained_log_probabilities(model: PreTrainedModel, prompt: Sequence[int]) -> torch.Tensor:
-    """(L - 1,) log-probability of each token of `prompt` after the first, by the trainer's own forward pass."""
-    ids = torch.tensor([list(prompt)])
+    """(L - 1,) log-probability of each token of `prompt` after the first, by the trainer's own forward pass.
+
+    On the CPU, wherever the model is.
+    """
+    ids = torch.tensor([list(prompt)], device=model.device)
     logits = model(ids[:, :-1], use_cache=False).logits[0].float()
-    chosen: torch.Tensor = logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    chosen: torch.Tensor = logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].cpu()
     return chosen

@@ -73,6 +73,8 @@ class TrainingConfig(Table):
     """Trainer threads are of the scheduling class SCHED_IDLE: others of their session come first."""
     mps_percent: int = Field(default=0, ge=0, le=100)
     """Under CUDA's MPS: percent of the GPU's processors that training may use; 0: not limited."""
+    gpu_memory_gib: NotNegative = 0.0
+    """GiB of a GPU that training may take beside the weights; 0: whatever the server has left free."""
     unlearn_until_loss: Positive = 5.0
     """Nats at which a token of a line with a negative weight counts as unlearned and is left alone."""
 

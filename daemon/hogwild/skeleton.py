@@ -28,7 +28,7 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
         VerificationError: naming every parameter that has no view, or one of another shape.
     """
     model = empty(folder)
-    layout = weights.arena.layout
+    layout, device = weights.arena.layout, weights.arena.weights.device
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     found = naming.recipes(model, [*layout.tensors, *layout.frozen])
     regions, private = place(model, found, layout.tensors)
@@ -38,7 +38,7 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
         if name in regions:
             tensor = weights.at(regions[name])
         elif name in found:
-            tensor = found[name].make(copies.__getitem__, model)
+            tensor = found[name].make(copies.__getitem__, model).to(device)
         else:
             if name not in tied:
                 problems.append(f"{name}: needed by {type(model).__name__}, not served")
@@ -59,6 +59,9 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
             f"parts of {type(model).__name__} are tied to nothing that is served",
             [f"{name}: no tensor" for name in left],
         )
+    for module in model.modules():
+        for leaf, buffer in module._buffers.items():
+            module._buffers[leaf] = None if buffer is None else buffer.to(device)
     linearise(model, regions)
     names = {name for name, _ in model.named_parameters()}
     model.arena_regions = {name: region for name, region in regions.items() if name in names}
@@ -115,7 +118,7 @@ def older(model: PreTrainedModel, folder: Path, names: Iterable[str]) -> Iterato
     before = {name: model.get_parameter(name) for name in wanted}
     try:
         for name, live in before.items():
-            tensor = recipes[name].make(tensors.__getitem__, model).to(live.dtype)
+            tensor = recipes[name].make(tensors.__getitem__, model).to(live.device, live.dtype)
             assign(model, name, tensor if tensor.shape == live.shape else tensor.t())
         yield
     finally:

@@ -21,6 +21,7 @@ from hogwild.loss import bounded_loss, unlearning_limit
 from hogwild.precision import Wide
 from hogwild.prefixes import plan
 from hogwild.recompute import Recompute
+from hogwild.streams import Stream, put
 from hogwild_kernels import UpdateResult
 
 __all__ = ["Encoded", "Item", "Progress", "StepResult", "Trainer"]
@@ -160,7 +161,8 @@ class Trainer:
             unlearn_until_loss, model.config.get_text_config().vocab_size
         )
         self._max_loss = max_loss
-        self._squares, self._updates, self._skipped = 0.0, 0, 0
+        self._stream = Stream(model.device)
+        self._results: list[tuple[str, UpdateResult]] = []
         self._moved: dict[str, float] = {}
         self._wide = Wide(model)
         self._gather = train_in_backward(
@@ -196,8 +198,12 @@ class Trainer:
         Raises:
             LossError: an item's loss is not finite, or above `max_loss`; nothing has been written.
         """
+        with self._stream.current():
+            return self._step(items)
+
+    def _step(self, items: Sequence[Item]) -> StepResult:
         began, steps_before = time.perf_counter(), self.progress.steps
-        self._squares, self._updates, self._skipped = 0.0, 0, 0
+        self._results = []
         self._wide.refresh()
         work = [self._cut(index, item, item.context or self.context) for index, item in enumerate(items)]
         self._read(work)
@@ -217,15 +223,16 @@ class Trainer:
                     raise LossError(f"the loss of a training step is {loss:.4g} nats a token")
             torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
         self._gather.finish()
+        norms, skipped = self._settle()
         step = self.progress.advance()
         return StepResult(
             losses=losses,
             tokens=[len(one.targets) for one in work],
             step=step,
             staleness=step - 1 - steps_before,
-            update_norm=self._squares**0.5,
-            updates=self._updates,
-            skipped=self._skipped,
+            update_norm=sum(norm**2 for norm in norms) ** 0.5,
+            updates=len(norms),
+            skipped=skipped,
             seconds=time.perf_counter() - began,
         )
 
@@ -256,8 +263,9 @@ class Trainer:
     @torch.no_grad()
     def loss(self, example: Encoded) -> float:
         """The loss with the weights as they are now, nats a trained token."""
-        self._wide.refresh()
-        return float(self._losses([cut(0, Item(example), "full", merge=False)])[0].mean())
+        with self._stream.current():
+            self._wide.refresh()
+            return float(self._losses([cut(0, Item(example), "full", merge=False)])[0].mean())
 
     def _cut(self, index: int, item: Item, context: Literal["frozen", "full"]) -> Work:
         return cut(index, item, context if self.can_freeze else "full", self._merges)
@@ -287,24 +295,25 @@ class Trainer:
         """Of each one (T,) fp32: the negative log-likelihoods of its trained tokens, or their divergences."""
         device = self.model.device
         constant = [[False] * len(one.ids) if not one.constant else one.constant for one in group]
-        mask = torch.tensor([flag for flags in constant for flag in flags], device=device)
-        fixed = mask if torch.is_grad_enabled() and bool(mask.any()) else None
-        self._gather.rows = len(mask), None if fixed is None else (~fixed).nonzero()[:, 0]
+        mask = [flag for flags in constant for flag in flags]
+        fixed = put(mask, device) if torch.is_grad_enabled() and any(mask) else None
+        trained = [row for row, flag in enumerate(mask) if not flag]
+        self._gather.rows = len(mask), None if fixed is None else put(trained, device)
         segments = [one.segment for one in group]
         if self._packs:
             pack = Pack(segments, self._layers, self._wide.dtype, device, fixed)
             ids, arguments = pack.ids, pack.arguments
         else:
-            ids = torch.tensor([segments[0].ids], device=device)
+            ids = put(list(segments[0].ids), device)[None]
             cache = fixed_cache(segments[0].after)
             arguments = {"past_key_values": cache, "use_cache": cache is not None}
         places, begun = [], 0
         for one in group:
             places += [begun + place for place in one.places]
             begun += len(one.ids)
-        targets = torch.tensor([target for one in group for target in one.targets], device=device)
+        targets = put([target for one in group for target in one.targets], device)
         with self._recompute.within_budget(ids.numel()):
-            logits = self.model(ids, logits_to_keep=torch.tensor(places, device=device), **arguments).logits
+            logits = self.model(ids, logits_to_keep=put(places, device), **arguments).logits
         losses = torch.nn.functional.cross_entropy(logits[0].float(), targets, reduction="none")
         found, begun = [], 0
         for one in group:
@@ -318,9 +327,22 @@ class Trainer:
 
     def _count(self, name: str, result: UpdateResult) -> None:
         self.progress.moved()
-        self._updates += 1
-        self._skipped += int(result.skipped)
-        norm = float(result.norm)
-        self._squares += norm**2
-        self._moved[name] = self._moved.get(name, 0.0) + norm
+        self._results.append((name, result))
         self._between_layers()
+
+    def _settle(self) -> tuple[list[float], int]:
+        """The norm of each update, in order, and how many were skipped: of all at once, for on a GPU this waits."""
+        results = [result for _, result in self._results]
+        if self._stream.waits and results:
+            norms = torch.stack([torch.as_tensor(one.norm, device=self.model.device) for one in results])
+            flags = torch.stack([torch.as_tensor(one.skipped, device=self.model.device) for one in results])
+            numbers = torch.cat([norms.double(), flags.double()]).tolist()
+            found, skipped = numbers[: len(results)], int(sum(numbers[len(results) :]))
+            self.progress.moved()  # again: an epoch that began since the update was queued may have missed it
+        else:
+            found = [float(one.norm) for one in results]
+            skipped = sum(int(one.skipped) for one in results)
+        for (name, _), norm in zip(self._results, found, strict=True):
+            self._moved[name] = self._moved.get(name, 0.0) + norm
+        self._results = []
+        return found, skipped

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from hogwild.arena import devices
 from hogwild.arena.client import Arena
 from hogwild.arena.control import ControlPage
-from hogwild.arena.memory import Segment
 from hogwild.errors import CheckpointError, VerificationError
 from hogwild.layout import Layout, Region, Source, weight_files
 
@@ -141,7 +141,8 @@ def verify_bits(weights: Weights, folder: Path) -> None:
             problems.append(f"{name}: {tuple(tensor.shape)} in the checkpoint, {region.shape} served")
             continue
         bits = _BITS[region.torch_dtype.itemsize]
-        served, stored = weights.view(name).view(bits), tensor.to(region.torch_dtype).view(bits)
+        served = weights.view(name).view(bits)
+        stored = tensor.to(served.device, region.torch_dtype).view(bits)
         if not torch.equal(served, stored):
             different = int((served != stored).sum())
             problems.append(f"{name}: {different} of {tensor.numel()} elements differ in their bits")
@@ -167,10 +168,11 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def load_arena(folder: Path) -> Arena:
+def load_arena(folder: Path, device: torch.device | str = "cpu") -> Arena:
     """Make an arena straight from a checkpoint, without a server: one tensor after the other, nothing fused.
 
     Raises:
+        ArenaError: there is no room for it on `device`.
         CheckpointError: there is no checkpoint, or it is damaged.
     """
     regions, offset = {}, 0
@@ -180,7 +182,9 @@ def load_arena(folder: Path) -> Arena:
         )
         offset = -(-(offset + tensor.nbytes) // 256) * 256
     nbytes = -(-max(offset, 1) // 4096) * 4096
-    layout = Layout(nbytes, regions, {}, regions, Source.of(folder, weight_files(folder)))
-    arena = Arena(Segment.allocate(nbytes), ControlPage.create(layout.fingerprint()), layout)
+    held = devices.allocate(nbytes, torch.device(device))
+    source = Source.of(folder, weight_files(folder))
+    layout = Layout(nbytes, regions, {}, regions, source, device=held.device_id, parts=held.parts)
+    arena = Arena(held, ControlPage.create(layout.fingerprint()), layout)
     Weights(arena).write(folder)
     return arena

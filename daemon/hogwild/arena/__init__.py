@@ -1,7 +1,8 @@
 """The memory that daemon and server share, and how it changes hands.
 
-memory.py       one allocation behind one descriptor
-cuda_memory.py  the same on a GPU (nothing uses it yet)
+memory.py       memory behind descriptors, and how a CPU's is allocated
+cuda_memory.py  how a GPU's is
+devices.py      which of the two a device has
 cuda_driver.py  the calls of the CUDA driver that takes, checked
 control.py      the page of words beside the weights
 protocol.py     messages with descriptors over a Unix socket

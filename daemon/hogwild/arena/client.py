@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hogwild.arena import protocol
+from hogwild.arena import devices, protocol
 from hogwild.arena.control import NBYTES as CONTROL_NBYTES
 from hogwild.arena.control import ControlPage
-from hogwild.arena.memory import Segment
+from hogwild.arena.memory import Held, Segment
 from hogwild.errors import ArenaError, ProtocolError
 from hogwild.layout import Layout, Source
 
@@ -26,30 +26,36 @@ _RETRY_REFUSED_S = 5.0
 class Arena:
     """Weights, control page and layout: everything that two processes share."""
 
-    weights: Segment
+    weights: Held
     control: ControlPage
     layout: Layout
 
     @property
-    def fds(self) -> tuple[int, int]:
-        return self.weights.fd, self.control.segment.fd
+    def fds(self) -> tuple[int, ...]:
+        """As they go over the socket: those of the weights, then the control page's."""
+        return *self.weights.fds, self.control.segment.fd
 
     @classmethod
     def receive(cls, message: dict[str, Any], fds: list[int]) -> "Arena":
         """Map what a peer sent. Takes ownership of the descriptors.
 
         Raises:
-            ArenaError: the descriptors or the layout are not what they should be.
+            ArenaError: the descriptors or the layout are not what they should be, or the weights are on a GPU that
+                this process does not see.
         """
         unmapped = list(fds)
-        segments: list[Segment] = []
+        segments: list[Held] = []
         try:
-            if len(fds) != 2:
-                raise ProtocolError(f"an arena comes with 2 descriptors, the peer sent {len(fds)}")
             layout = Layout.from_json(message.get("layout"))
-            for nbytes in (layout.nbytes, CONTROL_NBYTES):
-                segments.append(Segment.from_fd(unmapped.pop(0), nbytes))
-            control = ControlPage(segments[1])
+            if len(fds) != len(layout.allocations) + 1:
+                raise ProtocolError(
+                    f"this arena comes with {len(layout.allocations) + 1} descriptors, the peer sent {len(fds)}"
+                )
+            page = Segment.from_fd(unmapped.pop(), CONTROL_NBYTES)
+            segments.append(page)
+            given, unmapped = unmapped, []
+            segments.append(devices.receive(given, layout.allocations, layout.device))
+            control = ControlPage(page)
             if control.fingerprint != layout.fingerprint():
                 raise ProtocolError(
                     "the control page belongs to another layout than the one that came with it"
@@ -60,10 +66,10 @@ class Arena:
             for segment in segments:
                 segment.close()
             raise
-        return cls(segments[0], control, layout)
+        return cls(segments[1], control, layout)
 
     def close(self) -> None:
-        """Let go of both descriptors. Memory lives on until the last tensor made from it is gone."""
+        """Let go of all descriptors. Memory lives on until the last tensor made from it is gone."""
         self.weights.close()
         self.control.segment.close()
 
@@ -206,4 +212,4 @@ def _call(
     sock: socket.socket, message: protocol.Message, fds: tuple[int, ...] = ()
 ) -> tuple[protocol.Message, list[int]] | None:
     protocol.send(sock, message, fds)
-    return protocol.receive(sock, max_fds=2)
+    return protocol.receive(sock, max_fds=protocol.MAX_FDS)

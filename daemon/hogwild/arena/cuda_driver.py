@@ -4,6 +4,7 @@
 """
 
 import logging
+import uuid
 from contextlib import ExitStack
 from typing import Any
 
@@ -43,26 +44,102 @@ def load() -> Any:
     return driver
 
 
-class Gpu:
+def find(device_id: str, task: str) -> int:
+    """The number N, as in torch's `cuda:N`, that this process has for a GPU: CUDA_VISIBLE_DEVICES renumbers them.
+
+    Args:
+        device_id: "GPU-" and its UUID, as `Gpu.device_id`.
+        task: as in `Gpu`.
+
+    Raises:
+        ArenaError: this process does not see it. Names those that it sees, and what to set.
+    """
+    count = int(_Calls("the GPU that it is on", task).call("cuDeviceGetCount"))
+    seen = [Gpu(index, task).device_id for index in range(count)]
+    if device_id not in seen:
+        raise ArenaError(
+            f"{task}: it is on {device_id}, and this process sees {', '.join(seen) or 'no GPU'}. Daemon and server "
+            f"have to use the same GPU: start this one with CUDA_VISIBLE_DEVICES={device_id} (or the other one with "
+            "the GPU that is meant; `nvidia-smi -L` lists them)."
+        )
+    return seen.index(device_id)
+
+
+class _Calls:
+    """Calls of the driver, checked."""
+
+    def __init__(self, name: str, task: str) -> None:
+        """As for Gpu. Initialises the driver, which may be done any number of times."""
+        self.name, self.task, self._driver = name, task, load()
+        self.call("cuInit", 0)
+
+    def call(self, function: str, *arguments: Any) -> Any:
+        """What a function of the driver gives beside its error code.
+
+        Raises:
+            ArenaError: it failed. Says on which device, with how much memory free, and what to do.
+        """
+        values, problem, error = self._attempt(function, *arguments)
+        if problem:
+            advice = _ADVICE.get(error) or _ADVICE.get(function, _ADVICE_OTHERWISE)
+            raise ArenaError(
+                f"{self.task} on {self.name}: {function} failed with {problem}{self._free()}. {advice}"
+            )
+        return values[0] if values else None
+
+    def undo(self, function: str, *arguments: Any) -> bool:
+        """Call a function on the way out. A failure is logged, for nothing better can be done about it."""
+        _values, problem, _error = self._attempt(function, *arguments)
+        if problem:
+            log.error("%s failed with %s, while letting go of memory of %s", function, problem, self.name)
+        return not problem
+
+    def _attempt(self, function: str, *arguments: Any) -> tuple[list[Any], str, str]:
+        """What a function gives; what went wrong, if something did; and the driver's name for that, if it has one."""
+        try:
+            error, *values = getattr(self._driver, function)(*arguments)
+        except (RuntimeError, OverflowError, ValueError) as problem:
+            # cuda-bindings: no driver, or too old for this function; no such size; an error that is news to it
+            return [], f"{type(problem).__name__}: {problem}", ""
+        if not error:
+            return values, "", ""
+        name, text = (self._word(what, error) for what in ("cuGetErrorName", "cuGetErrorString"))
+        return [], f"{name} ({text})", name
+
+    def _word(self, function: str, error: Any) -> str:
+        unknown, word = getattr(self._driver, function)(error)
+        return f"error {int(error)}" if unknown else bytes(word).decode()
+
+    def _free(self) -> str:
+        values, problem, _error = self._attempt("cuMemGetInfo")
+        if problem:
+            return ""  # there is no context yet, or the device does not answer any more
+        free, total = values
+        return f"; {free / 2**30:.2f} of {total / 2**30:.2f} GiB are free"
+
+
+class Gpu(_Calls):
     """One device: what it is made to do is checked, what is to be undone is put on an ExitStack.
 
     Attributes:
         index: its number N, as in torch's `cuda:N`.
         name: for messages, such as "GPU 0 (NVIDIA H100 80GB HBM3)".
+        device_id: "GPU-" and its UUID, as `nvidia-smi -L` has it: the same in every process.
+        task: how the message of an error begins.
     """
 
     def __init__(self, index: int, task: str) -> None:
-        """`task`: how the message of an error begins, such as "cannot allocate 4.00 GiB of shared memory".
+        """`task`: such as "cannot allocate 4.00 GiB of shared memory".
 
         Raises:
             ArenaError: there is no such device, or it cannot share memory.
         """
-        self.index, self.name = index, f"GPU {index}"
-        self._task, self._driver = task, load()
-        self.call("cuInit", 0)
+        self.index = index
+        super().__init__(f"GPU {index}", task)
         self._device = self.call("cuDeviceGet", index)
         name: bytes = self.call("cuDeviceGetName", 256, self._device)
         self.name += f" ({name.split(bytes(1))[0].decode()})"  # a C string in a longer buffer
+        self.device_id = f"GPU-{uuid.UUID(bytes=bytes(self.call('cuDeviceGetUuid', self._device).bytes))}"
         for attribute, lack in _NEEDED.items():
             number = getattr(self._driver.CUdevice_attribute, attribute)
             if not self.call("cuDeviceGetAttribute", number, self._device):
@@ -96,17 +173,20 @@ class Gpu:
         granularity = int(self.call("cuMemGetAllocationGranularity", self.properties(), minimum))
         return -(-nbytes // granularity) * granularity
 
-    def map(self, handle: Any, size: int, kept: ExitStack) -> int:
-        """Map an allocation of `size` bytes, readable and writable here, until `kept` ends; its address."""
+    def reserve(self, size: int, kept: ExitStack) -> int:
+        """Take `size` bytes of addresses until `kept` ends; the first one."""
         address = int(self.call("cuMemAddressReserve", size, 0, 0, 0))
         kept.callback(self.undo, "cuMemAddressFree", address, size)
+        return address
+
+    def map(self, address: int, handle: Any, size: int, kept: ExitStack) -> None:
+        """Map an allocation of `size` bytes at a reserved address, readable and writable here, until `kept` ends."""
         self.call("cuMemMap", address, size, 0, handle, 0)
         kept.callback(self.undo, "cuMemUnmap", address, size)
         access = self._driver.CUmemAccessDesc()
         access.flags = self._driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
         self._locate(access.location)
         self.call("cuMemSetAccess", address, size, [access], 1)
-        return address
 
     def idle(self) -> bool:
         """Wait for everything that runs in the primary context; from any thread. False if that failed."""
@@ -116,50 +196,6 @@ class Gpu:
         self.undo("cuCtxPopCurrent")
         return idle
 
-    def call(self, function: str, *arguments: Any) -> Any:
-        """What a function of the driver gives beside its error code.
-
-        Raises:
-            ArenaError: it failed. Says on which device, with how much memory free, and what to do.
-        """
-        values, problem, error = self._attempt(function, *arguments)
-        if problem:
-            advice = _ADVICE.get(error) or _ADVICE.get(function, _ADVICE_OTHERWISE)
-            raise ArenaError(
-                f"{self._task} on {self.name}: {function} failed with {problem}{self._free()}. {advice}"
-            )
-        return values[0] if values else None
-
-    def undo(self, function: str, *arguments: Any) -> bool:
-        """Call a function on the way out. A failure is logged, for nothing better can be done about it."""
-        _values, problem, _error = self._attempt(function, *arguments)
-        if problem:
-            log.error("%s failed with %s, while letting go of memory of %s", function, problem, self.name)
-        return not problem
-
-    def _attempt(self, function: str, *arguments: Any) -> tuple[list[Any], str, str]:
-        """What a function gives; what went wrong, if something did; and the driver's name for that, if it has one."""
-        try:
-            error, *values = getattr(self._driver, function)(*arguments)
-        except (RuntimeError, OverflowError, ValueError) as problem:
-            # cuda-bindings: no driver, or too old for this function; no such size; an error that is news to it
-            return [], f"{type(problem).__name__}: {problem}", ""
-        if not error:
-            return values, "", ""
-        name, text = (self._word(what, error) for what in ("cuGetErrorName", "cuGetErrorString"))
-        return [], f"{name} ({text})", name
-
     def _locate(self, location: Any) -> None:
         location.type = self._driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         location.id = self.index
-
-    def _word(self, function: str, error: Any) -> str:
-        unknown, word = getattr(self._driver, function)(error)
-        return f"error {int(error)}" if unknown else bytes(word).decode()
-
-    def _free(self) -> str:
-        values, problem, _error = self._attempt("cuMemGetInfo")
-        if problem:
-            return ""  # there is no context yet, or the device does not answer any more
-        free, total = values
-        return f"; {free / 2**30:.2f} of {total / 2**30:.2f} GiB are free"

@@ -87,7 +87,7 @@ class Hub:
         try:
             pid = protocol.check_peer(sock)
             sock.settimeout(_MESSAGE_TIMEOUT_S)
-            received = protocol.receive(sock, max_fds=2)
+            received = protocol.receive(sock, max_fds=protocol.MAX_FDS)
             if received is None:
                 return
             message, fds = received

@@ -1,9 +1,10 @@
-"""Memory that is held by a file descriptor, so that it outlives the process that made it.
+"""Memory that is held by file descriptors, so that it outlives the process that made it.
 
 On a CPU that is a sealed memfd: mapped shared by every process that holds its descriptor, gone when the last mapping
 and the last descriptor are gone. (On a GPU: cuda_memory.py, the same interface with another allocator.)
 """
 
+import abc
 import fcntl
 import mmap
 import os
@@ -15,17 +16,49 @@ from hogwild.errors import ArenaError
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW  # a truncated file would be SIGBUS in whoever reads it next
 
 
-class Held:
-    """Memory behind a descriptor.
+class Held(abc.ABC):
+    """Shared memory, mapped into this process at one range of addresses: what is the same on every device.
 
     Attributes:
-        fd: the descriptor that keeps the memory alive; owned by this object.
+        nbytes: size in bytes.
+        parts: bytes of the allocations that it consists of, one after the other without a gap; they add up to `nbytes`
+            or a little more. On a CPU there is one.
+        fds: a descriptor for each part, which keeps it alive; owned by this object. Empty once it is closed.
+        device: where torch's tensors of it are.
+        device_id: "cpu", or the name of the GPU that does not depend on who looks: "GPU-" and its UUID.
     """
 
-    fd: int
+    nbytes: int
+    parts: tuple[int, ...]
+    fds: tuple[int, ...]
+    device: torch.device
+    device_id: str
+
+    @property
+    def fd(self) -> int:
+        """The descriptor of the first part, -1 once it is closed."""
+        return self.fds[0] if self.fds else -1
+
+    @property
+    @abc.abstractmethod
+    def base(self) -> int:
+        """Address of the first byte in this process."""
+
+    @abc.abstractmethod
+    def tensor(
+        self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """A view: `offset` in bytes, a multiple of the item size; `stride` in elements. No copy.
+
+        Every call gives a tensor with a version counter of its own, so that autograd in one thread does not see
+        the in-place writes of another (which is what HOGWILD! wants), and one that keeps the mapping alive.
+
+        Raises:
+            RuntimeError: it would leave the segment.
+        """
 
     def inode(self) -> tuple[int, int]:
-        """(device, inode) of the memory behind the descriptor: the same in every process that maps it.
+        """(device, inode) of the memory behind the first descriptor: the same in every process that maps it.
 
         On a GPU it is the driver's file, perhaps the same for every allocation: for logs only.
         """
@@ -33,22 +66,23 @@ class Held:
         return status.st_dev, status.st_ino
 
     def close(self) -> None:
-        """Let go of the descriptor. The mapping lives on until the last tensor made from it is gone."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        """Let go of the descriptors. The mapping lives on until the last tensor made from it is gone."""
+        fds, self.fds = self.fds, ()
+        for fd in fds:
+            os.close(fd)
 
 
 class Segment(Held):
-    """One shared allocation, mapped into this process.
+    """One shared allocation of the host, mapped into this process.
 
     Attributes:
-        nbytes: size in bytes.
         bytes: the whole segment, uint8 (nbytes,). Tensors made from it keep the mapping alive.
     """
 
+    device, device_id = torch.device("cpu"), "cpu"
+
     def __init__(self, fd: int, nbytes: int) -> None:
-        self.fd = fd
+        self.fds, self.parts = (fd,), (nbytes,)
         self.nbytes = nbytes
         self.mapping = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self.bytes = torch.frombuffer(self.mapping, dtype=torch.uint8)
@@ -100,16 +134,12 @@ class Segment(Held):
 
     @property
     def base(self) -> int:
-        """Address of the first byte in this process."""
+        """See Held."""
         return self.bytes.data_ptr()
 
     def tensor(
         self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
     ) -> torch.Tensor:
-        """A view of the segment: `offset` in bytes, a multiple of the item size; `stride` in elements. No copy.
-
-        Every call gives a tensor with a version counter of its own, so that autograd in one thread does not see
-        the in-place writes of another (which is what HOGWILD! wants).
-        """
+        """See Held."""
         flat = torch.frombuffer(self.mapping, dtype=dtype, count=self.nbytes // dtype.itemsize)
         return torch.as_strided(flat, shape, stride, offset // dtype.itemsize)

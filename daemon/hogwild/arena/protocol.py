@@ -4,11 +4,12 @@ The daemon listens, vLLM's loader connects. One connection is one server's sessi
 that the other is gone. A message is a 4-byte little-endian length and that many bytes of UTF-8 JSON (an object);
 descriptors travel with the length. Never pickle.
 
-    server  ask    {op, version, source, server}                     -> held {layout} + 2 descriptors | empty
-    server  offer  {op, version, layout, server} + 2 descriptors -> attached | refused {problems}
+    server  ask    {op, version, source, server}                   -> held {layout} + descriptors | empty
+    server  offer  {op, version, layout, server} + descriptors -> attached | refused {problems}
     person  command  {op, version, name, arguments}                -> done {...} | refused {error}
 
-The two descriptors are the weights and the control page, in that order.
+The descriptors are those of the weights, one for each part that the layout names (on a CPU there is one), and the
+control page's as the last.
 """
 
 import json
@@ -19,7 +20,8 @@ from typing import Any
 
 from hogwild.errors import ProtocolError
 
-VERSION = 1
+VERSION = 2
+MAX_FDS = 253  # what Linux passes with one message (SCM_MAX_FD)
 MAX_MESSAGE_BYTES = 64 << 20  # a layout takes about 200 bytes a tensor
 _LENGTH = struct.Struct("<I")
 

@@ -2,6 +2,7 @@
 
 loader.py   `--load-format hogwild`: weights in the arena
 place.py    where each of vLLM's parameters lies in the arena
+vacant.py   no memory for them before that, on a GPU
 trace.py    where each checkpoint tensor went, learned from vLLM's own copies
 patch.py    what is replaced inside vLLM, and patches.py, which checks and lists it:
             plain.py, convolution.py, experts.py, no_torchvision.py

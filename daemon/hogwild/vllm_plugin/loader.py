@@ -15,29 +15,34 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.platforms import current_platform
 
 from hogwild import __version__, resume
-from hogwild.arena import client
+from hogwild.arena import client, devices
 from hogwild.arena.client import Arena
 from hogwild.arena.control import ControlPage
-from hogwild.arena.memory import Segment
-from hogwild.errors import CheckpointError, VerificationError
+from hogwild.errors import ArenaError, CheckpointError, VerificationError
 from hogwild.layout import Layout, Region, Source
 from hogwild.tensor_file import read_header
 from hogwild.vllm_plugin import page, place, refuse, unsalted
 from hogwild.vllm_plugin.names import BASE_VARIABLE, SOCKET_VARIABLE, STATE_VARIABLE, URL_VARIABLE
 from hogwild.vllm_plugin.trace import CopyTrace
+from hogwild.vllm_plugin.vacant import Vacancies, building
 
 log = logging.getLogger("vllm.hogwild")  # vLLM's own handlers print what is below "vllm"
 client.log = logging.getLogger("vllm.hogwild.arena")
+
+_Held = tuple[Arena, socket.socket] | None
+_answers: dict[Source, _Held] = {}
+"""What the daemon answered, where it was asked before the model was loaded; each is used once."""
 
 
 class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not follow vllm
     """Loads a model into shared memory, or maps the shared memory that the daemon holds.
 
-    The order matters: parameters move into the arena before they are loaded, so there never is a second copy; the
-    layout is traced while vLLM loads; what is still plain is checked after vLLM's post-processing; then the arena
-    is offered to the daemon, for as long as this process lives.
+    The order matters: parameters move into the arena before they are loaded, so there never is a second copy (on a GPU
+    they have no memory before that, see vacant.py); the layout is traced while vLLM loads; what is still plain is
+    checked after vLLM's post-processing; then the arena is offered to the daemon, for as long as this process lives.
     """
 
     def __init__(self, load_config: LoadConfig) -> None:
@@ -48,6 +53,31 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
         self._trace: CopyTrace | None = None
         self._arena: Arena | None = None
         self._session: socket.socket | None = None
+        self._vacancies = Vacancies()
+
+    def get_external_weight_memory(self, vllm_config: VllmConfig) -> int:
+        """Bytes of weights that the daemon holds on the GPU already, so that vLLM does not count on having them.
+
+        vLLM asks before it measures the GPU's memory, and another loader than the one that loads (v1/worker/
+        gpu_worker.py: init_device, vLLM 0.32; not on a CPU): the daemon is asked once, for both.
+        """
+        if self._socket is None:
+            return 0  # `load_model` says what is missing
+        source = self._source(vllm_config.model_config)
+        held = _answers[source] = client.ask(self._socket, source, _server())
+        return 0 if held is None else held[0].layout.nbytes
+
+    def create_model(
+        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
+    ) -> torch.nn.Module:
+        """Build the model, on a GPU with parameters that have no memory yet; see BaseModelLoader.create_model."""
+        build = super().create_model
+        if current_platform.is_cpu():
+            alone: torch.nn.Module = build(vllm_config, model_config, prefix)
+            return alone
+        with building() as self._vacancies:
+            model: torch.nn.Module = build(vllm_config, model_config, prefix)
+        return model
 
     def load_model(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
@@ -77,22 +107,23 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
         From disk: the newest checkpoint of this model that the daemon's state folder has, or the model as it came.
 
         Raises:
+            ArenaError: the arena cannot be made, or the daemon's is on another device.
             CheckpointError: there is a checkpoint that cannot be used, and nobody said to begin without it.
         """
         assert self._socket is not None
-        folder, files, _, _ = self._prepare_weights(
-            model_config.model,
-            None,
-            model_config.revision,
-            fall_back_to_pt=False,
-            allow_patterns_overrides=None,
-        )
-        source = Source.of(Path(folder), files)
+        source = self._source(model_config)
         _make_head_bias(model, source)  # also where an arena is mapped, which has a place for it
-        held = client.ask(self._socket, source, _server())
+        device, size = place.device(model), self._vacancies.nbytes
+        held = _answers.pop(source) if source in _answers else client.ask(self._socket, source, _server())
         if held is not None:
             self._arena, self._session = held
-            place.move(model, self._arena.layout.parameters, self._arena.weights)
+            weights = self._arena.weights
+            if weights.device != device:
+                raise ArenaError(
+                    f"the daemon holds these weights on {weights.device} ({weights.device_id}), and this server loads "
+                    f"them to {device}: start it as it was started before, or restart the daemon to let go of them"
+                )
+            place.move(model, self._arena.layout.parameters, weights, size)
             log.info(
                 "hogwild: mapped the daemon's live weights (step %d); no weights were read from disk",
                 self._arena.control.steps,
@@ -102,9 +133,12 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
         if start is not None:
             model_config = copy.copy(model_config)
             model_config.model, model_config.revision = str(start.folder), None
-        parameters, nbytes = place.plan(model)
-        segment = Segment.allocate(nbytes)
-        place.move(model, parameters, segment)
+        parameters, nbytes = place.plan(model, size)
+        if device.type == "cuda":
+            self._vacancies.vacate(model)  # also what was touched, or is in no other module
+            torch.cuda.empty_cache()
+        segment = devices.allocate(nbytes, device)
+        place.move(model, parameters, segment, size)
         self._trace = CopyTrace(segment)
         self._loading.enter_context(self._trace)  # also while vLLM post-processes what it has loaded
         try:
@@ -114,6 +148,17 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
                 raise
             raise CheckpointError(_cannot_begin(f"{start.folder} cannot be read: {error}")) from error
         self._unshared = (segment, parameters, source, start)
+
+    def _source(self, model_config: ModelConfig) -> Source:
+        """The files of the model, which are downloaded if need be."""
+        folder, files, _, _ = self._prepare_weights(
+            model_config.model,
+            None,
+            model_config.revision,
+            fall_back_to_pt=False,
+            allow_patterns_overrides=None,
+        )
+        return Source.of(Path(folder), files)
 
     def get_all_weights(
         self, model_config: ModelConfig, model: torch.nn.Module
@@ -138,6 +183,8 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
                 source,
                 _versions(),
                 checkpoint=str(start.folder) if start is not None else "",
+                device=segment.device_id,
+                parts=segment.parts,
             )
             control = ControlPage.create(layout.fingerprint())
             if start is not None:
@@ -156,9 +203,10 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
         for name, reason in self._arena.layout.frozen.items():
             log.warning("hogwild: %s is frozen: %s", name, reason)
         log.info(
-            "hogwild: %d tensors in a shared arena of %.1f MiB (inode %d), %d frozen; offering it on %s",
+            "hogwild: %d tensors in a shared arena of %.1f MiB on %s (inode %d), %d frozen; offering it on %s",
             len(self._arena.layout.tensors),
             self._arena.weights.nbytes / 2**20,
+            self._arena.layout.device,
             self._arena.weights.inode()[1],
             len(self._arena.layout.frozen),
             self._socket,

@@ -1,16 +1,23 @@
 """Puts vLLM's parameters into the arena, before anything is loaded into them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from hogwild.arena.memory import Segment
+from hogwild.arena.memory import Held
 from hogwild.errors import VerificationError
 from hogwild.layout import Region
 
 _ALIGNMENT = 256  # of every storage, as torch's own allocators align
 _PAGE = 4096
+
+Size = Callable[[torch.UntypedStorage], int]
+"""The bytes that a storage has, or had before its memory was given back (vacant.py)."""
+
+
+def _own_size(storage: torch.UntypedStorage) -> int:
+    return storage.nbytes()
 
 
 @dataclass
@@ -30,7 +37,25 @@ def slots(model: torch.nn.Module) -> Iterator[Slot]:
                 yield Slot(f"{prefix}.{name}" if prefix else name, value)
 
 
-def plan(model: torch.nn.Module) -> tuple[dict[str, Region], int]:
+def device(model: torch.nn.Module) -> torch.device:
+    """Where the parameters are that belong into the arena.
+
+    Raises:
+        VerificationError: in several places.
+    """
+    found: dict[torch.device, str] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.device.type != "meta":
+            found.setdefault(parameter.device, name)
+    if len(found) > 1:
+        raise VerificationError(
+            "the weights of this server are on several devices, and can be trained on one only",
+            [f"{name}, for one, is on {device}" for device, name in found.items()],
+        )
+    return next(iter(found), torch.device("cpu"))
+
+
+def plan(model: torch.nn.Module, size: Size = _own_size) -> tuple[dict[str, Region], int]:
     """Give the storage of every floating-point parameter a place in a new arena.
 
     Buffers and attributes that share a parameter's storage move with it: moving only the parameter would leave them
@@ -39,31 +64,39 @@ def plan(model: torch.nn.Module) -> tuple[dict[str, Region], int]:
     Returns:
         name -> region, for all tensors that move; and the arena's size in bytes.
     """
-    start: dict[int, int] = {}  # address of a storage -> its offset in the arena
+    start: dict[int, int] = {}  # a storage -> its offset in the arena
     nbytes = 0
     for _, parameter in model.named_parameters():
         storage = parameter.untyped_storage()
-        if _moves(parameter) and storage.data_ptr() not in start:
-            start[storage.data_ptr()] = nbytes
-            nbytes += -(-storage.nbytes() // _ALIGNMENT) * _ALIGNMENT
+        if _moves(parameter, size) and _identity(storage) not in start:
+            start[_identity(storage)] = nbytes
+            nbytes += -(-size(storage) // _ALIGNMENT) * _ALIGNMENT
     regions = {}
     for slot in slots(model):
-        address = slot.tensor.untyped_storage().data_ptr()
-        if address in start:
-            regions[slot.name] = Region.of(slot.tensor, address - start[address])
+        begins = start.get(_identity(slot.tensor.untyped_storage()))
+        if begins is not None:
+            inside = int(slot.tensor.storage_offset()) * slot.tensor.element_size()
+            regions[slot.name] = Region.of(slot.tensor, slot.tensor.data_ptr() - begins - inside)
     return regions, -(-max(nbytes, 1) // _PAGE) * _PAGE
 
 
-def _moves(parameter: torch.nn.Parameter) -> bool:
+def _identity(storage: torch.UntypedStorage) -> int:
+    """Its address; of one whose memory was given back, that of the object."""
+    return storage.data_ptr() or -storage._cdata
+
+
+def _moves(parameter: torch.nn.Parameter, size: Size) -> bool:
     """Does this parameter belong into the arena: floating-point numbers that have memory?"""
     return (
         parameter.is_floating_point()
         and parameter.device.type != "meta"
-        and parameter.untyped_storage().nbytes() > 0
+        and size(parameter.untyped_storage()) > 0
     )
 
 
-def move(model: torch.nn.Module, regions: Mapping[str, Region], segment: Segment) -> None:
+def move(
+    model: torch.nn.Module, regions: Mapping[str, Region], segment: Held, size: Size = _own_size
+) -> None:
     """Point every tensor named in `regions` at its place in the arena. Contents do not move.
 
     Raises:
@@ -76,7 +109,7 @@ def move(model: torch.nn.Module, regions: Mapping[str, Region], segment: Segment
     problems += [
         f"{name} is in the model and not in the arena"
         for name, parameter in model.named_parameters()
-        if name not in regions and _moves(parameter)
+        if name not in regions and _moves(parameter, size)
     ]
     for name, region in regions.items():
         for tensor in by_name.get(name, []):
@@ -99,7 +132,7 @@ def move(model: torch.nn.Module, regions: Mapping[str, Region], segment: Segment
             tensor.data = segment.tensor(region.offset, region.shape, region.stride, region.torch_dtype)
 
 
-def live_extents(model: torch.nn.Module, segment: Segment) -> list[tuple[int, int]]:
+def live_extents(model: torch.nn.Module, segment: Held) -> list[tuple[int, int]]:
     """The byte ranges of the arena that the model's tensors look at now, sorted."""
     extents = []
     for slot in slots(model):

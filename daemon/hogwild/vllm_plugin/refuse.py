@@ -39,10 +39,23 @@ def _reasons(vllm_config: VllmConfig, daemon: Path | None) -> Iterator[str]:
         yield "LoRA adapters change what is served behind the trainer's back: serve without --enable-lora"
     if model.enable_sleep_mode:
         yield "sleep mode moves the weights: serve without --enable-sleep-mode"
+    if not current_platform.is_cpu() and _offloads(vllm_config):
+        yield (
+            "weights that are offloaded are in the memory of the CPU and not of the GPU: serve without "
+            "--cpu-offload-gb and --offload-group-size"
+        )
     if model.use_mla:
         yield from _mla(vllm_config)
     if model.is_moe and not current_platform.is_cpu() and vllm_config.kernel_config.moe_backend != "triton":
         yield "most MoE backends rearrange the experts' weights: serve with --moe-backend triton"
+
+
+def _offloads(vllm_config: VllmConfig) -> bool:
+    """Does vLLM keep weights elsewhere, and bring them when they are wanted (vllm/config/offload.py, vLLM 0.32)?"""
+    offload = getattr(vllm_config, "offload_config", None)
+    by_need = getattr(getattr(offload, "uva", None), "cpu_offload_gb", 0)
+    ahead = getattr(getattr(offload, "prefetch", None), "offload_group_size", 0)
+    return bool(by_need or ahead)
 
 
 def _mla(vllm_config: VllmConfig) -> Iterator[str]:

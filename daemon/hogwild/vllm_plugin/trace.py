@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hogwild.arena.memory import Segment
+from hogwild.arena.memory import Held
 from hogwild.layout import Region
 from hogwild.vllm_plugin.pieces import Piece, merge
 
@@ -47,7 +47,7 @@ class CopyTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
     shape. What is rewritten after it was copied is not mapped: it is no longer the checkpoint's.
     """
 
-    def __init__(self, segment: Segment) -> None:
+    def __init__(self, segment: Held) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._segment = segment
         self._sources: dict[str, _Source] = {}  # checkpoint tensors, oldest first
@@ -167,7 +167,8 @@ class CopyTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
 
     def _find(self, tensor: torch.Tensor) -> _Source | None:
         """The newest memory that this tensor looks at."""
-        if tensor.device.type != "cpu" or not tensor.numel():
+        # An address says enough: those of a GPU and of its host do not overlap.
+        if tensor.device.type == "meta" or not tensor.numel():
             return None
         address = tensor.data_ptr()
         known = itertools.chain(self._copies, reversed(self._sources.values()))

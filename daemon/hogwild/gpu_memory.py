@@ -1,0 +1,121 @@
+"""How much of a GPU training takes beside the weights, reckoned from shapes and settings before anything runs.
+
+An upper bound, for passes of `training.batch_tokens` trained tokens; a longer answer takes more for its logits. What
+the CUDA context and libraries take is assumed, and nothing here has been compared with a device yet. Imports no torch.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from hogwild.settings import Config
+
+Shape = tuple[int, ...]
+
+_CONTEXT = 768 << 20
+"""Bytes of the CUDA context, the libraries' workspaces and the compiled kernels of one process: assumed."""
+_DRIFT = 160 << 20
+"""Bytes of a thread that takes back drift: ten blocks of drift.py."""
+VLLM_SHARE = 0.92
+"""Of the GPU, what vLLM takes unless it is told (vllm/config/cache.py, vLLM 0.32)."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What of a model counts.
+
+    Attributes:
+        trained: name of a trained tensor -> its shape.
+        copied: bytes of what the server has no plain copy of, and each trainer's model therefore has its own.
+        vocabulary, hidden, layers: sizes of its language model.
+        itemsize: bytes of a weight.
+    """
+
+    trained: Mapping[str, Shape]
+    copied: int
+    vocabulary: int
+    hidden: int
+    layers: int
+    itemsize: int = 2
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes beside the weights, at most.
+
+    Attributes:
+        moments: of the optimizer.
+        directions: that updates leave alone.
+        activations: of all threads' passes.
+        logits: of all threads' passes, and what their loss makes of them.
+        update: of all threads, for one layer at a time.
+        copies: frozen tensors that each trainer's model has for itself.
+        context: of CUDA.
+    """
+
+    moments: int
+    directions: int
+    activations: int
+    logits: int
+    update: int
+    copies: int
+    context: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+    def __str__(self) -> str:
+        parts = [f"{gib(size)} {name}" for name, size in asdict(self).items() if size]
+        return f"{gib(self.total)} GiB ({', '.join(parts)})"
+
+
+def predict(model: Model, config: Config) -> Needs:
+    """What training of this model takes with these settings."""
+    training, replay, rank = config.training, config.replay, config.optimizer.rank
+    threads, tokens = training.threads, training.batch_tokens
+    linears = [shape for shape in model.trained.values() if len(shape) == 2]
+    small = sum(math.prod(shape) for shape in model.trained.values() if len(shape) != 2)
+    protects = bool(replay.protected_rank and replay.self_texts and replay.ratio)
+    inputs = tokens * model.hidden * model.layers * model.itemsize  # of layers that are computed twice
+    return Needs(
+        moments=sum(8 * min(rank, m, n) * max(m, n) for m, n in linears) + 8 * small,
+        directions=sum(min(replay.protected_rank, n // 2) * n for _, n in linears)
+        * model.itemsize
+        * protects,
+        activations=threads * max(training.activation_mib << 20, inputs),
+        # in the model's type and fp32, log-probabilities, and the gradient in both types
+        logits=threads * tokens * model.vocabulary * (2 * model.itemsize + 3 * 4),
+        update=threads
+        * (
+            max((_update(m, n, tokens, rank, model.itemsize) for m, n in linears), default=0)
+            + _DRIFT * bool(protects and replay.protected_every)
+        ),
+        copies=(threads + 1) * model.copied,
+        context=_CONTEXT,
+    )
+
+
+def _update(m: int, n: int, tokens: int, rank: int, itemsize: int) -> int:
+    """Bytes that one update of an (m, n) weight makes for a moment (hogwild_kernels/cuda.py, products.without)."""
+    wide = 4 * tokens * (m + n + max(m, n))  # X and D in fp32, and (Y Y^T) Z
+    small = 4 * (min(rank, m, n) * (max(m, n) + tokens) + 2 * max(m, n))  # R, Y P^T, sums
+    return wide + small + 2 * itemsize * tokens * n  # X without its protected part
+
+
+def left(total: int, arguments: Sequence[str]) -> int:
+    """Bytes of a GPU that vLLM leaves to others, the weights being in its part, with these arguments."""
+    share = VLLM_SHARE
+    for position, argument in enumerate(arguments):
+        name, _, given = argument.partition("=")
+        if name == "--gpu-memory-utilization":
+            given = given or next(iter(arguments[position + 1 :]), "")
+            try:
+                share = float(given)
+            except ValueError:
+                pass  # vLLM will say so
+    return int(total * (1 - share))
+
+
+def gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f}"

@@ -1,0 +1,150 @@
+"""What training of a model takes of a GPU, reckoned beforehand, against what it takes where that can be seen."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hogwild import doctor_model, gpu_memory, skeleton
+from hogwild.apollo import Optimizer
+from hogwild.coverage import examine
+from hogwild.gpu_memory import Model, predict
+from hogwild.settings import Config
+from hogwild.trainer import Item, Progress, Trainer
+from hogwild.weights import Weights, load_arena
+from test_trainer import EXAMPLE
+from tiny import qwen2
+
+# Llama 3.1 8B, with its embeddings frozen
+LLAMA = Model(
+    {
+        **{
+            f"{i}.{name}": shape
+            for i in range(32)
+            for name, shape in {
+                "q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096),
+                "gate": (14336, 4096), "up": (14336, 4096), "down": (4096, 14336), "norm1": (4096,), "norm2": (4096,),
+            }.items()
+        },
+        "head": (128256, 4096),
+    },
+    copied=0, vocabulary=128256, hidden=4096, layers=32,
+)  # fmt: skip
+
+
+def config(**tables: Any) -> Config:
+    return Config.model_validate(tables)
+
+
+def test_the_moments_are_those_that_the_optimizer_keeps(tmp_path):
+    folder = qwen2(tmp_path / "model", tie_word_embeddings=False)
+    settings = config(optimizer={"rank": 4})
+    weights = Weights(load_arena(folder))
+    optimizer = Optimizer(settings.optimizer, 0)
+    trainer = Trainer(
+        skeleton.build(folder, weights), optimizer, Progress(weights.arena.control, 8), set(weights.names), "full", 0
+    )  # fmt: skip
+    trainer.step([Item(EXAMPLE)])
+    moments = sum(
+        tensor.nbytes for name, tensor in optimizer.tensors().items() if name.rpartition("/")[2].startswith("exp")
+    )  # fmt: skip
+    sizes = examine(folder, weights.arena.layout).sizes
+    assert predict(sizes, settings).moments == moments > 0
+    assert (sizes.vocabulary, sizes.hidden, sizes.layers, sizes.itemsize) == (64, 32, 2, 4)
+    assert sizes.copied == 0
+
+
+def test_what_has_no_place_in_the_arena_is_copied_for_each_model(tmp_path):
+    folder = qwen2(tmp_path / "model")
+    layout = load_arena(folder).layout
+    name = "model.layers.0.mlp.down_proj.weight"
+    packed = replace(
+        layout, tensors={k: v for k, v in layout.tensors.items() if k != name}, frozen={name: "packed"}
+    )
+    sizes = examine(folder, packed).sizes
+    assert sizes.copied == 4 * 32 * 48
+    assert name not in sizes.trained
+    assert predict(sizes, config(training={"threads": 3})).copies == 4 * sizes.copied
+
+
+def test_an_8b_model_with_its_defaults():
+    """By hand: rank 64 on 7 matrices a layer and the head, directions of 256, two threads of 2 GiB activations."""
+    needs = predict(LLAMA, Config())
+    wide = 2 * 4096 + 2 * 4096 + 3 * 14336  # max(m, n) of q, k, v, o, and of gate, up, down
+    assert needs.moments == 8 * (64 * (32 * wide + 128256) + 64 * 4096)
+    assert needs.directions == 2 * 256 * (32 * (6 * 4096 + 14336) + 4096)
+    assert needs.activations == 2 * (2 << 30)
+    assert needs.logits == 2 * 512 * 128256 * 16
+    assert needs.copies == 0
+    assert needs.total == sum(
+        (needs.moments, needs.directions, needs.activations, needs.logits, needs.update, needs.context)
+    )
+    assert str(needs).startswith(f"{needs.total / 2**30:.1f} GiB (")
+
+
+@pytest.mark.parametrize(
+    ("tables", "grows"),
+    [
+        ({"training": {"threads": 3}}, {"activations", "logits", "update"}),
+        ({"training": {"batch_tokens": 1024}}, {"logits", "update"}),
+        ({"training": {"activation_mib": 4096}}, {"activations"}),
+        ({"training": {"activation_mib": 64}}, set()),
+        ({"training": {"activation_mib": 0, "batch_tokens": 20_000}}, {"activations", "logits", "update"}),
+        ({"optimizer": {"rank": 128}}, {"moments", "update"}),
+        ({"replay": {"protected_rank": 512}}, {"directions"}),
+        ({"replay": {"protected_rank": 0}}, set()),
+    ],
+)
+def test_what_each_setting_adds_to(tables, grows):
+    before, after = predict(LLAMA, Config()), predict(LLAMA, config(**tables))
+    grown = {name for name in vars(before) if getattr(after, name) > getattr(before, name)}
+    assert grown == grows
+
+
+def test_what_vllm_leaves():
+    gib = 2**30
+    assert gpu_memory.left(80 * gib, []) == int(80 * gib * (1 - 0.92))
+    for arguments in (["--gpu-memory-utilization", "0.7"], ["--port", "1", "--gpu-memory-utilization=0.7"]):
+        assert gpu_memory.left(100 * gib, arguments) == int(100 * gib * (1 - 0.7))
+    assert gpu_memory.left(100, ["--gpu-memory-utilization"]) == int(100 * (1 - 0.92))
+
+
+def fits(total_gib: int, **tables: Any) -> Any:
+    about = {
+        "sizes": {**vars(LLAMA)}, "weights_nbytes": 15 * 2**30, "gpu_nbytes": total_gib * 2**30, "device": "GPU-x",
+    }  # fmt: skip
+    (finding,) = doctor_model._fits(about, config(**tables))
+    return finding
+
+
+def test_the_doctor_says_how_much_it_is_and_whether_there_is_room():
+    roomy = fits(141)
+    assert roomy.level == "ok"
+    assert "beside 15.0 GiB of weights, training takes at most" in roomy.found
+    assert f"{predict(LLAMA, Config())}" in roomy.found
+    tight = fits(24)
+    assert tight.level == "warn"
+    assert "vLLM leaves 1.9 of 24.0" in tight.found
+    share = float(tight.fix.split("--gpu-memory-utilization ")[1].split(",")[0])
+    assert fits(24, server={"arguments": ["--gpu-memory-utilization", str(share)]}).level == "ok"
+    assert fits(24, server={"arguments": ["--gpu-memory-utilization", str(share + 0.02)]}).level == "warn"
+    assert fits(0).level == "ok", "a size that is not known is not complained about"
+
+
+def test_the_doctor_names_a_limit_that_is_too_low():
+    needs = predict(LLAMA, Config())
+    low = fits(141, training={"gpu_memory_gib": 1})
+    assert low.level == "warn"
+    assert "training.gpu_memory_gib allows 1" in low.found
+    allowed = int(low.fix.split("allow ")[1].split(",")[0])
+    assert allowed * 2**30 >= needs.total - needs.context > (allowed - 1) * 2**30
+    assert fits(141, training={"gpu_memory_gib": allowed}).level == "ok"
+
+
+def test_nothing_is_said_of_a_gpu_where_there_is_none(tmp_path: Path):
+    from hogwild.coverage import main
+
+    folder = qwen2(tmp_path / "model")
+    about = main(folder, load_arena(folder).layout.to_json())
+    assert (about["device"], about["gpu_nbytes"]) == ("cpu", 0)
