@@ -6,6 +6,7 @@ module that the server no longer reads still has the weights that it was loaded 
 of one module after the other, and the one that explains the difference is named.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,7 +72,7 @@ def noise(model: PreTrainedModel, prompts: Sequence[Sequence[int]], forward: For
 
 def allowed(tolerance: float, tokens: int) -> float:
     """The tolerance, in nats, for the mean over so many tokens: it scatters the more the fewer they are."""
-    return tolerance * (1 + _SCATTER / tokens**0.5)
+    return tolerance * (1 + _SCATTER / math.sqrt(tokens))
 
 
 def suspects(
