@@ -150,10 +150,10 @@ def binds(model: Path, wheels: Path) -> dict[Path, str]:
 
 
 STOPS_A_THREAD = """
-import ctypes, os, sys, time
+import ctypes, json, os, sys, time, urllib.request
 libc = ctypes.CDLL(None, use_errno=True)
 libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
-pid, tid = sys.argv[1:3]
+pid, tid, url = sys.argv[1:4]
 named = {}
 for one in sorted(os.listdir(f"/proc/{pid}/task"), key=int):
     try:
@@ -174,14 +174,16 @@ while True:
     time.sleep(7)  # the loop writes its status every 5 s, and asks the ledger for it
     before = turns()
     time.sleep(2)
-    if all(now > was for was, now in zip(before, turns())):
-        break  # the loop and the other trainer go on, so it was stopped with no lock that they need
+    age_s = json.load(urllib.request.urlopen(url + "/hogwild/status"))["daemon"]["age_s"]
+    if age_s < 3 and all(now > was for was, now in zip(before, turns())):
+        break  # the heartbeat goes on, so it does not hold the interpreter's lock; and no other that the loop needs
     assert libc.ptrace(17, int(tid), None, None) == 0
     time.sleep(0.5)
 print("stopped", flush=True)
 os.waitpid(int(tid), 0x40000000)  # until it has been killed
 """
-"""Stops one thread of the daemon for good, as a lock that never comes would: the daemon's pid, the thread's tid.
+"""Stops one thread of the daemon for good, as a lock that never comes would: the daemon's pid, the thread's tid, the
+server's URL.
 
 Not while it holds a lock that others need, such as the ledger's in a commit: those would hang too, and be named too.
 """

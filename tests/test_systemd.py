@@ -241,7 +241,7 @@ def test_a_thread_that_hangs_restarts_the_daemon_and_nothing_else(story: Story) 
     (comm,) = machine.run("sh", "-c", f"grep -lx trainer-0 /proc/{daemon}/task/*/comm").stdout.split()
     tid = comm.split("/")[4]
     machine.write("/run/stop_thread.py", systemd_machine.STOPS_A_THREAD)
-    tracer = machine.start("/opt/hogwild/bin/python", "/run/stop_thread.py", str(daemon), tid)
+    tracer = machine.start("/opt/hogwild/bin/python", "/run/stop_thread.py", str(daemon), tid, story.url)
     assert tracer.stdout is not None
     if (said := tracer.stdout.readline()) != "stopped\n":
         raise AssertionError(said + tracer.stdout.read())
