@@ -22,7 +22,8 @@ python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info[:2] not in {(3, 11), (3, 12), (3, 13)})' ||
   die "Python 3.11 to 3.13 is needed, $python is $("$python" --version 2>&1). Set PYTHON=/path/to/python3.11."
 "$python" -c 'import ensurepip, venv' 2>/dev/null || die "Python's venv module is missing: apt-get install python3-venv"
-ldconfig -p | grep -q 'libnuma\.so\.1' || die "libnuma is missing (vLLM's CPU build needs it): apt-get install libnuma1"
+# grep reads to the end: ldconfig, cut off, would fail under pipefail.
+ldconfig -p | grep 'libnuma\.so\.1' > /dev/null || die "libnuma is missing (vLLM's CPU build needs it): apt-get install libnuma1"
 
 unset PYTHONDONTWRITEBYTECODE   # without cached bytecode, vLLM's imports take twice as long
 say "virtual environment in $VENV"
