@@ -8,6 +8,7 @@ command line on: `hogwild ...` or `vllm serve ...`. The child is a session of it
 """
 
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -50,6 +51,8 @@ def preload(kind: str) -> None:
         launch._provide_vllm_metadata()
     for name in DAEMON_MODULES if kind == "daemon" else SERVER_MODULES:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # or the first full collection of each child writes to every page, and makes it a page of its own
 
 
 def be(kind: str, argv: Sequence[str], env: Mapping[str, str], log: str) -> None:
