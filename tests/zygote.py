@@ -131,7 +131,9 @@ class Forked:
 
     def wait(self, timeout_s: float) -> bool:
         """Has it ended within that time?"""
-        return bool(select.select([self._fd], [], [], timeout_s)[0])
+        poll = select.poll()  # select() takes no descriptor above 1023
+        poll.register(self._fd, select.POLLIN)
+        return bool(poll.poll(timeout_s * 1000))
 
     @property
     def alive(self) -> bool:

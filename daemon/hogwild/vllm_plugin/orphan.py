@@ -39,6 +39,8 @@ def end_with_server() -> None:
 
 
 def _watch(fd: int, server: int) -> None:
-    select.select([fd], [], [])
+    poll = select.poll()  # select() takes no descriptor above 1023
+    poll.register(fd, select.POLLIN)
+    poll.poll()
     log.error("hogwild: the API server, process %d, is gone: its engine ends too", server)
     os._exit(1)
