@@ -5,7 +5,7 @@ SHELL := /bin/bash
 unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 
-.PHONY: setup demo test lint unit matrix gpu-check systemd chaos soak faults storms bench-update bench-learning bench-serving \
+.PHONY: setup demo test lint unit matrix special-cases gpu-check systemd chaos soak faults storms bench-update bench-learning bench-serving \
   bench-history bench-forgetting bench-context bench-throughput bench-freshness bench-interference lock clean
 
 setup:
@@ -40,6 +40,9 @@ faults: setup # SIGKILL, EIO, ENOSPC at every write, fsync, rename and unlink; p
 
 matrix: setup # every architecture of tests/architectures.py through one vLLM, weight by weight; ten minutes. MATRIX_ARGS: names
 	OMP_NUM_THREADS=1 $(BIN)/python tests/matrix.py $(MATRIX_ARGS)
+
+special-cases: setup # the handling of each special case of docs/models.md taken out of a copy: a test must fail; half an hour
+	$(BIN)/python tests/special_cases.py $(SPECIAL_ARGS)
 
 gpu-check:    # on a machine with a CUDA device and torch, triton, numba and cuda-bindings; vLLM is not needed
 	PYTHONPATH=daemon:kernels python3 -m pytest -m gpu tests/test_kernels_cuda.py tests/test_arena_cuda.py \
