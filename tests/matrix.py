@@ -132,6 +132,7 @@ class Outcome:
         noise: mean difference that rounding makes, in nats, at the same place.
         moved: by how much the weights' move changed the answers, in nats: what a dead model would be off by.
         dead: bound parameters that vLLM does not read.
+        unplaced: parameters whose tensors are all served live, and that the trainer has a copy of.
         refused: what the server said, if it did not serve.
     """
 
@@ -142,6 +143,7 @@ class Outcome:
     noise: float = float("nan")
     moved: float = float("nan")
     dead: list[str] = field(default_factory=list)
+    unplaced: list[str] = field(default_factory=list)
     refused: str = ""
     seconds: float = 0.0
 
@@ -153,6 +155,7 @@ class Outcome:
             return [f"expected {expected.refused or 'to serve'!r}, got {self.refused or 'served'!r}"]
         limit = max(FLOOR, NOISE * self.noise)
         found = [f"{name}: vLLM does not read it" for name in self.dead]
+        found += [f"{name}: the trainer has a copy of what is served live" for name in self.unplaced]
         if not self.before <= limit:
             found.append(f"differs by {self.before:.3f} nats as loaded (limit {limit:.3f})")
         if not self.after <= limit:
@@ -181,6 +184,12 @@ def examine(server: ServerProcess, architecture: Architecture, folder: Path, *, 
     model = skeleton.build(folder, weights)
     bound = skeleton.bound(model)
     outcome.bound, outcome.frozen = len(bound), dict(arena.layout.frozen)
+    live = arena.layout.tensors.keys()
+    outcome.unplaced = [
+        name
+        for name, recipe in model.arena_recipes.items()
+        if name not in bound and live >= set(recipe.names)
+    ]
     for name, region in bound.items():
         place, parameter = weights.at(region), model.get_parameter(name)
         assert (place.data_ptr(), place.shape, place.stride()) == (
