@@ -45,20 +45,21 @@ def _measure(
     bench: Bench, folder: Path, arena: Arena, items: list[Item], threads: int, alone: float
 ) -> float:
     """Updates/s of so many threads."""
+    passes = 1 if bench.tiny else _PASSES
     gpu_models.fill(arena, seed=0)
     optimizer, progress = optimizer_of(arena, bench.tiny), Progress(arena.control, 8)
     trainers = [trainer_of(folder, arena, optimizer, progress, seed) for seed in range(threads)]
     before = _mean_loss(trainers[0], items)
-    updates, seconds = _train(trainers, items * _PASSES)
+    updates, seconds = _train(trainers, items * passes)
     after = _mean_loss(trainers[0], items)
     rate = updates / seconds
     bench.out.row(
-        f"{MODEL}, {_PASSES} passes over {len(items)} examples of {len(items[0].encoded.ids)} tokens, one a step",
+        f"{MODEL}, {passes * len(items)} steps of one example of {len(items[0].encoded.ids)} tokens",
         threads=threads,
         **{
             "updates/s": rate,
             "times one thread": rate / (alone or rate),
-            "steps/s": len(items) * _PASSES / seconds,
+            "steps/s": len(items) * passes / seconds,
             "loss before": before,
             "loss after": after,
         },

@@ -542,6 +542,18 @@ def test_a_captured_graph_reads_what_the_other_process_writes(peers):
         assert y.flatten().tolist() == [500_000.0 * value] * 3
 
 
+@pytest.mark.parametrize("machine", [pytest.param("device", marks=pytest.mark.gpu)], indirect=True)
+def test_compiled_code_reads_what_the_other_process_writes(peers):
+    peer = peers()
+    segment = CudaSegment.allocate(NBYTES)
+    peer.take(segment.fd)
+    w = weights(segment)
+    total = torch.compile(lambda: w.float().sum(1))
+    for value in (1, 2, -1):
+        peer.told("write", value)
+        assert total().tolist() == [500_000.0 * value] * 3
+
+
 @pytest.mark.gpu
 def test_the_memory_is_free_again_when_the_last_tensor_is_gone():
     torch.zeros(1, device="cuda")  # the context takes memory too
