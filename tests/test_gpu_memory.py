@@ -1,5 +1,7 @@
 """What training of a model takes of a GPU, reckoned beforehand, against what it takes where that can be seen."""
 
+import math
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from hogwild.weights import Weights, load_arena
 from test_trainer import EXAMPLE
 from tiny import qwen2
 
+REPOSITORY = Path(__file__).parents[1]
+
 # Llama 3.1 8B, with its embeddings frozen
 LLAMA = Model(
     {
@@ -31,6 +35,16 @@ LLAMA = Model(
     },
     copied=0, vocabulary=128256, hidden=4096, layers=32,
 )  # fmt: skip
+
+
+def shaped(hidden: int, inner: int, layers: int, q: int, kv: int, vocabulary: int) -> Model:
+    """A model of these sizes, with a head of its own and its embeddings frozen."""
+    trained: dict[str, tuple[int, ...]] = {"head": (vocabulary, hidden)}
+    for i in range(layers):
+        trained |= {f"{i}.{name}": (size, hidden) for name, size in {"q": q, "k": kv, "v": kv}.items()}
+        trained |= {f"{i}.o": (hidden, q), f"{i}.gate": (inner, hidden), f"{i}.up": (inner, hidden)}
+        trained |= {f"{i}.down": (hidden, inner), f"{i}.norm1": (hidden,), f"{i}.norm2": (hidden,)}
+    return Model(trained, copied=0, vocabulary=vocabulary, hidden=hidden, layers=layers)
 
 
 def config(**tables: Any) -> Config:
@@ -140,6 +154,30 @@ def test_the_doctor_names_a_limit_that_is_too_low():
     allowed = int(low.fix.split("allow ")[1].split(",")[0])
     assert allowed * 2**30 >= needs.total - needs.context > (allowed - 1) * 2**30
     assert fits(141, training={"gpu_memory_gib": allowed}).level == "ok"
+
+
+@pytest.mark.parametrize(
+    ("preset", "card_mib", "model"),
+    [
+        ("gpu-24gb", 23034, shaped(4096, 14336, 32, 4096, 1024, 32768)),  # Mistral 7B on an L4
+        ("gpu-24gb", 23034, shaped(3584, 18944, 28, 3584, 512, 152064)),  # Qwen 2.5 7B
+        ("gpu-80gb", 81559, LLAMA),  # on an H100
+        ("gpu-80gb", 81559, shaped(5120, 32768, 40, 4096, 1024, 131072)),  # Mistral Small 24B
+        ("gpu-80gb", 143771, shaped(5120, 25600, 64, 8192, 1024, 151936)),  # Qwen3 32B on an H200
+    ],
+)
+def test_what_a_preset_allows_is_there_and_enough_for_the_models_it_names(preset, card_mib, model):
+    chosen = tomllib.loads((REPOSITORY / "config" / "presets" / f"{preset}.toml").read_text())
+    settings = Config.model_validate(chosen)
+    needs, allowed = predict(model, settings), settings.training.gpu_memory_gib * 2**30
+    assert needs.total - needs.context <= allowed
+    left = gpu_memory.left(card_mib << 20, settings.server.arguments)
+    assert allowed + needs.context <= left
+    about = {"sizes": {**vars(model)}, "weights_nbytes": 0, "gpu_nbytes": card_mib << 20}
+    assert [finding.level for finding in doctor_model._fits(about, settings)] == ["ok"]
+    weights = 2 * sum(math.prod(shape) for shape in model.trained.values())
+    weights += 2 * model.vocabulary * model.hidden
+    assert weights < (card_mib << 20) - left, "and vLLM's part holds the model"
 
 
 def test_nothing_is_said_of_a_gpu_where_there_is_none(tmp_path: Path):
