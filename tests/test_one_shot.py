@@ -122,6 +122,7 @@ def test_strict_trains_nothing_beside_a_bad_line(model: Path, tmp_path: Path) ->
         ("no-model", 2, "no config.json there"),
         ("no-file", 2, "cannot be read"),
         ("no-option", 2, "--out"),
+        ("no-such-kind-of-device", 2, "--device gpu0: give cpu, cuda, or"),
         ("bad-rate", 78, "optimizer.lr"),
         ("nothing-good", 1, "no line can be trained"),
         ("too-long", 1, "no line can be trained"),
@@ -140,6 +141,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
         "no-model": [file, "--model", tmp_path, "--out", out],
         "no-file": [tmp_path / "absent.jsonl", "--model", model, "--out", out],
         "no-option": [file, "--model", model],
+        "no-such-kind-of-device": [file, "--model", model, "--out", out, "--device", "gpu0"],
         "bad-rate": [file, "--model", model, "--out", out, "--lr", -1],
     }.get(problem, [file, "--model", model, "--out", out])
     ran = train(*arguments, **({"training__max_tokens": 3} if problem == "too-long" else {}))
@@ -147,6 +149,28 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     assert says in ran.stderr
     assert "Traceback" not in ran.stderr
     assert sorted(tmp_path.rglob("*")) == there
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU")
+def test_a_gpu_that_is_not_there_is_an_error_and_nothing_is_written(model: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", TEACH)
+    ran = train(file, "--model", model, "--out", tmp_path / "out", "--device", "cuda")
+    assert ran.returncode == 1
+    assert "Traceback" not in ran.stderr
+    assert "of a GPU" in ran.stderr or "cannot allocate" in ran.stderr
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.gpu
+def test_it_learns_on_a_gpu(model: Path, tmp_path: Path) -> None:
+    file, out = write(tmp_path / "a.jsonl", TEACH[:3]), tmp_path / "out"
+    how = ["--passes", 12, "--lr", 3e-3, "--threads", 1, "--device", "cuda", "--json"]
+    ran = train(file, "--model", model, "--out", out, *how)
+    assert ran.returncode == 0, ran.stderr
+    (one,) = json.loads(ran.stdout)["files"]
+    assert one["loss_after"] < 0.7 * one["loss_before"]
+    old, new = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
+    assert {name: t.shape for name, t in old.items()} == {name: t.shape for name, t in new.items()}
 
 
 def test_ctrl_c_saves_what_was_learned_and_the_state_folder_goes_on(model: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -154,6 +155,7 @@ def train(
             help="Folder that keeps the ledger and the optimizer; an interrupted run goes on from it."
         ),
     ] = None,
+    device: Annotated[str, typer.Option(help="cpu, or a GPU that this process sees: cuda, cuda:1.")] = "cpu",
     strict: Annotated[bool, typer.Option("--strict", help="Train nothing if a line is wrong.")] = False,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -161,12 +163,16 @@ def train(
     """Train MODEL on FILES without a server, and write the result to a folder of its own. Ctrl-C saves and stops."""
     overrides = {"training.passes": passes, "optimizer.lr": lr, "training.threads": threads}
     settings = configuration.load(config, overrides)
-    from hogwild import log
+    from hogwild import governor, log
     from hogwild.train_command import run
 
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UsageError(f"--device {device}: give cpu, cuda, or cuda: and the number of a GPU")
+    if device != "cpu":
+        governor.prepare_gpu(settings.training, os.environ)
     log.configure("debug" if settings.log.level == "debug" else "warning", settings.log.format, sys.stderr)
     raise typer.Exit(
-        run(files, settings, model.absolute(), out.absolute(), state, strict=strict, as_json=as_json)
+        run(files, settings, model.absolute(), out.absolute(), state, device, strict=strict, as_json=as_json)
     )
 
 

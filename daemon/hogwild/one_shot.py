@@ -79,18 +79,21 @@ class OneShot:
         out: folder that is made; must not exist, or be empty. Its parent is there.
         state: keeps the ledger and the optimizer's state, and goes on where an earlier run in it stopped. None: a
             temporary folder beside `out`.
+        device: where the weights are held and trained, as torch names it.
     """
 
     config: Config
     model: Path
     out: Path
     state: Path | None = None
+    device: str = "cpu"
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def run(self, files: Sequence[Path], on_progress: Callable[[Now], None] = lambda _now: None) -> Result:
         """Train on `files` until every pass is done or `interrupt` was called; write the model.
 
         Raises:
+            ArenaError: there is no room on `device`, or no such device.
             HogwildError: a trainer failed, nothing could be trained, or the model could not be written.
         """
         began = time.monotonic()
@@ -108,7 +111,7 @@ class OneShot:
                     )
                 checkpoints = Checkpoints(state / "checkpoints", config.checkpoint.keep)
                 curriculum = Curriculum(ledger, config.replay, seed=config.training.seed)
-                arena = load_arena(self.model)
+                arena = load_arena(self.model, self.device)
                 learner = recovery.take(arena, config, ledger, checkpoints, curriculum).learner
                 results = [
                     FileResult(str(path), record.examples, record.rejected, same_as=same_as)

@@ -34,6 +34,7 @@ def run(
     model: Path,
     out: Path,
     state: Path | None,
+    device: str = "cpu",
     *,
     strict: bool,
     as_json: bool,
@@ -50,7 +51,7 @@ def run(
 
     console = Console(stderr=True)
     transformers_logging.disable_progress_bar()
-    shot = OneShot(config, model, out, state)
+    shot = OneShot(config, model, out, state, device)
     _check(files, config, model, console, strict)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
