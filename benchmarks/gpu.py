@@ -21,6 +21,7 @@ hold, or a section did not end by itself.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import os
@@ -165,31 +166,37 @@ def _run_one(section: Section, settings: Settings, facts: Row, deadline: float) 
         process = context.Process(target=_section, args=given)
         process.start()
         theirs.close()
-        ended = False
         try:
-            while not ended and ours.poll(max(deadline + _GRACE_S - time.monotonic(), 0.0)):
-                message = ours.recv()
-                ended = message[0] == "ended"
-                section.take(message)
-                if message[0] == "fact":
-                    facts.update(message[1])
-            if not ended:
-                section.failure = "it did not end in time"
+            _hear(section, ours, facts, deadline + _GRACE_S)
         except EOFError:
             process.join(5)
             section.failure = section.failure or f"its process ended with {process.exitcode}"
-        if ended:
-            process.join(2)
-        _kill(process.pid)
-        process.join(10)
+        finally:  # also when the whole run is interrupted
+            _kill(process.pid)
+            process.join(10)
+
+
+def _hear(section: Section, pipe: Any, facts: Row, deadline: float) -> None:
+    """Take what the section says until it has ended, or its time is up.
+
+    Raises:
+        EOFError: its process has ended without a word.
+    """
+    while pipe.poll(max(deadline - time.monotonic(), 0.0)):
+        message = pipe.recv()
+        section.take(message)
+        if message[0] == "fact":
+            facts.update(message[1])
+        if message[0] == "ended":
+            return
+    section.failure = "it did not end in time"
 
 
 def _kill(group: int | None) -> None:
     """The section's process and those that it has started, which are of its group."""
-    try:
-        os.killpg(group or 0, signal.SIGKILL) if group else None
-    except ProcessLookupError:
-        pass  # all have ended
+    if group is not None:
+        with contextlib.suppress(ProcessLookupError):  # all have ended
+            os.killpg(group, signal.SIGKILL)
 
 
 def _section(pipe: Any, name: str, settings: Settings, facts: Row, deadline: float, folder: Path) -> None:

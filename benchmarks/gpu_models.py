@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 from collections import Counter
@@ -80,6 +81,7 @@ class Sizes:
         return 2 * self.parameters
 
 
+@functools.cache
 def sizes(folder: Path) -> Sizes:
     """Of the model whose configuration is in `folder`."""
     model = skeleton.empty(folder)
@@ -93,8 +95,15 @@ def sizes(folder: Path) -> Sizes:
         linears=dict(linears),
         layers=len(model.base_model.layers),
         head=0 if tied else model.lm_head.weight.numel(),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(parameter.numel() for parameter in stored(folder).values()),
     )
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors that a checkpoint of the model has, without memory: a tied head is none of them."""
+    model = skeleton.empty(folder)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    return {name: parameter for name, parameter in model.named_parameters() if name not in tied}
 
 
 def folder_of(name: str, tiny: bool, root: Path) -> Path:
@@ -112,7 +121,7 @@ def make_arena(folder: Path, device: torch.device, seed: int = 0) -> Arena:
         ArenaError: there is no room for it.
     """
     regions, offset = {}, 0
-    for name, parameter in skeleton.empty(folder).named_parameters():  # a tied head is not named twice
+    for name, parameter in stored(folder).items():
         shape = tuple(parameter.shape)
         regions[name] = Region(offset, shape, parameter.contiguous().stride(), "bfloat16")
         offset = -(-regions[name].end // _ALIGNMENT) * _ALIGNMENT

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,13 @@ from contextlib import contextmanager
 import torch
 
 _CONTROL = "nvidia-cuda-mps-control"
+_CLIENT = """
+from cuda.bindings import driver
+for name, *arguments in (("cuInit", 0), ("cuDevicePrimaryCtxRetain", 0)):
+    error = getattr(driver, name)(*arguments)[0]
+    if error:
+        raise SystemExit(f"{name}: {error!r}")
+"""
 
 
 @contextmanager
@@ -38,7 +46,7 @@ def serving(wanted: bool, device: torch.device) -> Iterator[str]:
                 yield f"{_CONTROL} does not start: {(started.stderr or started.stdout).strip()}"
             else:
                 try:
-                    yield ""
+                    yield _refused()
                 finally:
                     _quit()
         finally:
@@ -47,6 +55,14 @@ def serving(wanted: bool, device: torch.device) -> Iterator[str]:
                     del os.environ[name]
                 else:
                     os.environ[name] = value
+
+
+def _refused() -> str:
+    """Why a process cannot be its client, as in some containers; "" if it can."""
+    tried = subprocess.run(
+        [sys.executable, "-c", _CLIENT], capture_output=True, text=True, timeout=60, check=False
+    )
+    return "" if tried.returncode == 0 else f"a client of MPS fails: {tried.stderr.strip().splitlines()[-1:]}"
 
 
 def _quit() -> None:

@@ -116,7 +116,7 @@ def _model(bench: Bench, name: str, folder: Path, sizes: Sizes) -> None:
     vocabulary = trainer.model.config.vocab_size
     item = Item(gpu_models.example(vocabulary, context, trained, seed=1))
     floors = _floors(bench, sizes, context, trained)
-    losses = _steps(bench, name, trainer, item, watch, floors, sizes)
+    losses, peaks = _steps(bench, name, trainer, item, watch, floors, sizes)
     bench.out.check(
         f"{name}: the loss of the one example that is trained falls", losses[-1] < losses[0],
         f"{losses[0]:.2f} to {losses[-1]:.2f} nats a token in {len(losses)} steps",
@@ -125,9 +125,7 @@ def _model(bench: Bench, name: str, folder: Path, sizes: Sizes) -> None:
     bench.out.check(f"{name}: the weights in the arena have moved", not torch.equal(sample, moved))
     state = sum(tensor.nbytes for tensor in optimizer.tensors().values())
     needs = gpu_models.predicted(arena, optimizer.config.rank, trained, vocabulary)
-    _memory(
-        bench, name, sizes, state, torch.cuda.max_memory_allocated() - before if bench.cuda else None, needs
-    )
+    _memory(bench, name, sizes, state, [peak - before for peak in peaks], needs)
     if bench.left_s() > 10 or bench.tiny:
         trainer.protect(_directions(trainer, protected))
         _steps(bench, f"{name}, {protected} directions protected", trainer, item, watch, floors, sizes)
@@ -143,10 +141,13 @@ def _steps(
     watch: Stopwatch,
     floors: dict[str, float],
     sizes: Sizes,
-) -> list[float]:
-    """Some steps that are not timed, and some that are; the losses before each."""
-    losses, parts, seconds = [], list[dict[str, float]](), []
+) -> tuple[list[float], list[int]]:
+    """Some steps that are not timed, and some that are: (loss before each, bytes allocated at the peak of either)."""
+    losses, parts, seconds, peaks = list[float](), list[dict[str, float]](), list[float](), list[int]()
     for number in range(_WARM_UP + _STEPS):
+        if number == _WARM_UP and bench.cuda:
+            peaks.append(torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
         result = trainer.step([item])
         took = watch.take()
         losses.append(result.losses[0])
@@ -173,7 +174,9 @@ def _steps(
             "elements updated/s": (sizes.layer * sizes.layers + sizes.head) / step,
         },
     )  # fmt: skip
-    return losses
+    if bench.cuda:
+        peaks.append(torch.cuda.max_memory_allocated())
+    return losses, peaks
 
 
 def _floors(bench: Bench, sizes: Sizes, context: int, trained: int) -> dict[str, float]:
@@ -194,30 +197,34 @@ def _floors(bench: Bench, sizes: Sizes, context: int, trained: int) -> dict[str,
 
 
 def _memory(
-    bench: Bench, name: str, sizes: Sizes, state: int, peak: int | None, needs: gpu_memory.Needs
+    bench: Bench, name: str, sizes: Sizes, state: int, peaks: list[int], needs: gpu_memory.Needs
 ) -> None:
+    """`peaks`: bytes beside the weights in the first steps, which time kernels too, and afterwards; empty on a CPU."""
     predicted = needs.total - needs.context
+    first, later = peaks or (None, None)
     bench.out.row(
         "Memory beside the weights, at its peak",
         model=name,
         **{
             "weights, GiB": sizes.nbytes / 2**30,
             "moments, GiB": state / 2**30,
-            "everything else, GiB": None if peak is None else (peak - state) / 2**30,
-            "share of the weights": None if peak is None else peak / sizes.nbytes,
+            "everything else, GiB": None if later is None else (later - state) / 2**30,
+            "share of the weights": None if later is None else later / sizes.nbytes,
+            "with the first steps, GiB": None if first is None else first / 2**30,
             "`hogwild doctor` says at most, GiB": predicted / 2**30,
         },
     )
-    if peak is None:
+    if first is None or later is None:
         bench.out.leave_out(f"{name}: peak of memory, which only a device's allocator says")
         return
     bench.out.aim(
         f"{name}: moments and all else stay under {_AIM:.0%} of the weights at r={RANK}, {TRAINED} trained tokens",
-        peak < _AIM * sizes.nbytes,
-        f"{peak / sizes.nbytes:.1%}",
+        later < _AIM * sizes.nbytes,
+        f"{later / sizes.nbytes:.1%}",
     )
+    most = max(first, later)
     bench.out.aim(
-        f"{name}: and under what `hogwild doctor` says", peak <= predicted, f"{peak / predicted:.0%} of it"
+        f"{name}: and under what `hogwild doctor` says", most <= predicted, f"{most / predicted:.0%} of it"
     )
 
 

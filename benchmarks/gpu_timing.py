@@ -16,6 +16,7 @@ Run = Callable[[], object]
 _L2_BYTES = 256 << 20
 """Written between two timed runs: more than any second-level cache, so that each run reads its weights from memory, as
 in a step that goes through all layers."""
+_WARM_UP_S = 1.0  # for the clocks of an idle device to rise
 
 
 class Clock:
@@ -119,6 +120,10 @@ def rates(clock: Clock, tiny: bool) -> tuple[float, float]:
     a, b = (torch.empty(size, dtype=torch.bfloat16, device=clock.device) for _ in range(2))
     k: Tensor = torch.randn(side, side, device=clock.device).to(torch.bfloat16)
     out = torch.empty_like(k)
-    copy = clock.on_device(lambda: b.copy_(a), 10)
-    matmul = clock.on_device(lambda: torch.mm(k, k, out=out), 10)
+    warm_until = time.perf_counter() + (0.0 if tiny else _WARM_UP_S)
+    while time.perf_counter() < warm_until:
+        torch.mm(k, k, out=out)
+        clock.wait()
+    copy = clock.on_device(lambda: b.copy_(a), 20)
+    matmul = clock.on_device(lambda: torch.mm(k, k, out=out), 20)
     return 4 * size / copy, side**3 / matmul

@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 
 import gpu_models
 from gpu_server import Choice
-from hogwild import skeleton
 from hogwild.arena import client
 from hogwild.layout import Source, weight_files
 from hogwild.vllm_plugin import launch
@@ -113,16 +112,16 @@ def _write_model(folder: Path, model: Path, device: torch.device) -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoConfig, PreTrainedTokenizerFast
 
     shutil.copytree(folder, model)
-    empty = skeleton.empty(folder)
     tensors = {}
-    for name, parameter in empty.named_parameters():
+    for name, parameter in gpu_models.stored(folder).items():
         made = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
         tensors[name] = (made if made.ndim > 1 else made + 1).cpu()
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(empty.config.vocab_size)}, unk_token="w0"))
+    vocabulary = AutoConfig.from_pretrained(folder).vocab_size
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
     words.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="w0", bos_token="w1", eos_token="w2"

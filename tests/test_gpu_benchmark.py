@@ -25,6 +25,7 @@ from support import environment, wait_until
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu
+import gpu_models
 import gpu_server
 from gpu_report import Finding, Recorder, Report, Section, WrongAnswerError
 from update_methods import EagerApollo
@@ -32,7 +33,7 @@ from update_methods import EagerApollo
 CPU = gpu.Settings(torch.device("cpu"), tiny=True, vllm=False)
 ONLY_OF_A_DEVICE = {
     "memory, GiB", "free, GiB", "lost, MiB (cuMemGetInfo)", "used before and after, MiB (nvidia-smi)",
-    "everything else, GiB", "share of the weights",
+    "everything else, GiB", "share of the weights", "with the first steps, GiB",
 }  # fmt: skip
 TABLES = {
     "machine": {"measured rates": 1},
@@ -321,3 +322,15 @@ def test_the_eager_step_that_is_compared_with_is_the_published_one(m, n, rank):
         eager.step(g)
         reference.published_step(truth, g, state)
     torch.testing.assert_close(w, truth, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "layer"),
+    [("Llama 1B", 1.236e9, 60.8e6), ("Llama 8B", 8.030e9, 218.1e6), ("Qwen3 32B", 32.76e9, 487.6e6)],
+)
+def test_models_have_the_size_of_their_names(tmp_path, name, parameters, layer):
+    found = gpu_models.sizes(gpu_models.folder_of(name, False, tmp_path))
+    assert found.parameters == pytest.approx(parameters, rel=1e-3)
+    assert found.layer == pytest.approx(layer, rel=1e-3)
+    assert sum(found.linears.values()) == 7
+    assert bool(found.head) == (name != "Llama 1B"), "its head is tied to the embeddings"
