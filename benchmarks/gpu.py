@@ -212,7 +212,7 @@ def _section(pipe: Any, name: str, settings: Settings, facts: Row, deadline: flo
         pass  # which the check has said
     except Exception as error:
         traceback.print_exc()
-        pipe.send(("failed", f"{type(error).__name__}: {str(error)[:500]}"))
+        pipe.send(("failed", f"{type(error).__name__}: {str(error)[:2000]}"))
     pipe.send(("ended",))
 
 

@@ -82,7 +82,10 @@ def run(bench: Bench) -> None:
         bench.out.leave_out(f"{lack}; a loop over a Hugging Face model takes its place")
     work = gpu_vllm.serve if vllm else gpu_server.serve
     server = bench.start(work, sock, choices, bench.device, batch, length)
-    name, why_not = server.hear("ready", max(bench.left_s(), 60))
+    try:
+        name, why_not = server.hear("ready", max(bench.left_s(), 60))
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}{gpu_vllm.last_words(sock)}") from error
     kind = f"vLLM {gpu_vllm.version()}" if vllm else "a Hugging Face model under CUDA graphs"
     if why_not:
         kind = "a Hugging Face model, eager"

@@ -27,6 +27,7 @@ from hogwild.vllm_plugin import launch
 
 OLDEST = (0, 26)
 _START_S, _BATCH_TOKENS = 240.0, 256
+_LOG = "vllm.log"
 
 
 def version() -> str:
@@ -46,6 +47,12 @@ def why_not() -> str:
     if not importlib.metadata.entry_points(group="vllm.general_plugins", name="hogwild"):
         return f"vLLM {version()}: hogwild is not installed as a package, so vLLM does not find its plugin"
     return ""
+
+
+def last_words(sock: Path) -> str:
+    """The end of the log of a vLLM that `serve` has started; "" if there is none."""
+    log = sock.with_name(_LOG)
+    return f": {log.read_text(errors='replace')[-1500:]}" if log.exists() else ""
 
 
 def serve(
@@ -70,13 +77,12 @@ def serve(
     environment = launch.environment(sock, sock.parent / "state", arguments, os.environ, base_weights=True)
     for variable in ("CUDA_MPS_CLIENT_PRIORITY", "PYTORCH_ALLOC_CONF"):
         environment.pop(variable, None)
-    log = sock.with_name("vllm.log")
-    with log.open("wb") as out:
+    with sock.with_name(_LOG).open("wb") as out:
         command = launch.command(str(model), arguments)
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
     clients = _Clients(f"http://127.0.0.1:{port}", batch, length)
     if not clients.wait_ready(process):
-        pipe.send(("not ready", log.read_text(errors="replace")[-2000:]))
+        pipe.send(("not ready", process.poll()))
         return
     found = client.ask(sock, Source.of(model, weight_files(model)), {})
     assert found is not None, "vLLM has not offered its weights"
