@@ -77,11 +77,15 @@ def run(bench: Bench) -> None:
     hub = listen(sock)
     batch, length = (2, 24) if bench.tiny else (_BATCH, _LENGTH)
     lack = gpu_vllm.why_not()
-    vllm = bench.vllm and not lack
-    if bench.vllm and lack:
+    wanted = bench.vllm and bench.name == "serving"
+    vllm = wanted and not lack
+    if wanted and lack:
         bench.out.leave_out(f"{lack}; a loop over a Hugging Face model takes its place")
     work = gpu_vllm.serve if vllm else gpu_server.serve
     server = bench.start(work, sock, choices, bench.device, batch, length)
+    prepare_gpu(
+        TrainingConfig(), os.environ
+    )  # the server has its environment, and CUDA has not read ours yet
     try:
         name, why_not = server.hear("ready", max(bench.left_s(), 60))
     except RuntimeError as error:
@@ -90,7 +94,6 @@ def run(bench: Bench) -> None:
     if why_not:
         kind = "a Hugging Face model, eager"
         bench.out.leave_out(f"CUDA graphs: {why_not}")
-    prepare_gpu(TrainingConfig(), os.environ)  # after the server has its environment, before CUDA reads ours
     folder = next(folder for one, folder, _ in choices if one == name)
     try:
         _together(bench, hub, server, folder, f"{kind}, {name}")
@@ -118,9 +121,13 @@ def _together(bench: Bench, hub: Hub, server: Peer, folder: Path, what: str) -> 
     server.ask("measure", seconds / 4)  # warms up
     alone = _row(bench, what, "none", server.ask("measure", seconds), 0.0, tokens, None)
     for policy in _POLICIES:
+        if bench.left_s() < 2 * seconds:
+            bench.out.leave_out(f"policy {policy!r}: no time was left")
+            continue
         governor.configure(GovernorConfig(policy=policy))
         measured, rate = training.during(server, seconds)
         _row(bench, what, f"policy {policy!r}", measured, rate, tokens, alone)
+    governor.configure(GovernorConfig(policy="off"))
     _row(bench, what, "none again", server.ask("measure", seconds), 0.0, tokens, alone)
     bench.out.check(
         "both processes have the same weights at the end", server.ask("bits") == gpu_models.bits(arena)
