@@ -1,4 +1,4 @@
-"""What an APOLLO update is compared with, on any device: shared by `update.py` and `gpu.py`."""
+"""What an APOLLO update is compared with, on any device: the reference, and what else there is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,57 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hogwild_kernels import counter
+from hogwild_kernels import ApolloState, UpdateResult, counter, reference
+
+SEED = 5
+"""Of the rounding, in updates that are held against the reference."""
+_MOST_DIFFER = 1e-3
+_LOST_SCALE, _LOST_SUM = 0.02, 1e-5
+
+
+@torch.no_grad()
+def against_fp64(
+    update: Callable[[Tensor, Tensor, Tensor], UpdateResult],  # of (weight, x, d), with SEED
+    weight: Tensor,  # (m, n) bf16, left as it is
+    x: Tensor,  # (T, n)
+    d: Tensor,  # (T, m)
+    state: ApolloState,  # that `update` uses, fresh
+) -> tuple[str, float]:
+    """Two steps, held against the reference with moments in fp64 and the same random bits.
+
+    Returns what is wrong ("": nothing), and the share of elements whose bits differ: where sums in fp32 and in fp64
+    fall on two sides of a threshold.
+    """
+    m, n = weight.shape
+    ours, truth = weight.clone(), weight.clone()
+    exact = ApolloState(state.name, (m, n), state.config, weight.device, dtype=torch.float64)
+    problem, most = "", 0.0
+    for _ in range(2):
+        before = truth.float()
+        norm = float(update(ours, x, d).norm)
+        wanted = float(reference.factored_step(truth, x, d, exact, seed=SEED).norm)
+        differ = float((ours != truth).double().mean())
+        most = max(most, differ)
+        # Neighbours in bf16 are at most 2^-7 of the larger one apart. Besides, fp32 loses something of sums; and of the
+        # scale of a channel in which an entry of R is about as small as eps: N is near its sign there.
+        larger = torch.maximum(ours.abs(), truth.abs()).float()
+        lost = _LOST_SCALE * (truth.float() - before).abs() + _LOST_SUM * (
+            before.abs() + wanted / math.sqrt(m * n)
+        )
+        apart = int(((ours.float() - truth.float()).abs() > 2**-7 * larger + lost).sum())
+        moments = max(
+            float((a.double() - b).norm() / b.norm().clamp_min(1e-300))
+            for a, b in ((state.exp_avg, exact.exp_avg), (state.exp_avg_sq, exact.exp_avg_sq))
+        )
+        problems = {
+            f"|dW| is {norm:.6g}, not {wanted:.6g}": not math.isclose(norm, wanted, rel_tol=1e-4),
+            f"moments off by {moments:.1e}": not moments < 1e-4,
+            f"{differ:.2%} of the elements differ": differ * m * n > _MOST_DIFFER * m * n + 2,
+            f"{apart} elements differ by more than one step of bf16": apart > 0,
+        }
+        problem = problem or "; ".join(text for text, wrong in problems.items() if wrong)
+        ours.copy_(truth)  # or the next step would begin at different places
+    return problem, most
 
 
 class EagerApollo:

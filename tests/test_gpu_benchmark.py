@@ -4,6 +4,7 @@ Every section's logic runs, with the CPU's kernels and memory, and with real pro
 only a device can do, nothing is shown here.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -154,6 +155,40 @@ def test_a_kernel_that_gets_one_element_wrong_fails_the_run_and_is_not_timed(tmp
     assert "1 elements differ by more than one step of bf16" in check["found"]
     assert "**Not everything held: see below.**" in page
     assert "- check, WRONG: the update of" in page
+
+
+INTERPRETED = """
+import torch
+from hogwild_kernels import ApolloConfig, ApolloState, cuda
+from update_methods import SEED, against_fp64
+
+torch.manual_seed(0)
+for m, n, tokens, rank in ((96, 160, 64, 8), (160, 96, 16, 1), (100, 100, 100, 64)):
+    x, d = (torch.randn(tokens, k).bfloat16() for k in (n, m))
+    weight = (torch.randn(m, n) * 0.02).bfloat16()
+    for wrong in (0.0, 0.01):
+        config = ApolloConfig(rank=rank, lr=1e-3, weight_decay=0.01)
+        state = ApolloState("layer", (m, n), config)
+
+        def update(weight, x, d):
+            result = cuda.step(weight, x, d, state, config, lr=1e-3, seed=SEED)
+            weight[5, 7] += wrong
+            return result
+
+        problem, differ = against_fp64(update, weight, x, d, state)
+        assert problem == ("1 elements differ by more than one step of bf16" if wrong else ""), problem
+        assert differ < 1e-3
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_the_check_of_kernels_takes_those_of_triton_and_none_that_gets_an_element_wrong():
+    """Under its interpreter, which has to be chosen before Triton is imported."""
+    env = environment(PYTHONPATH=":".join(sys.path), TRITON_INTERPRET="1")
+    ran = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
 
 
 def failed(section: Section) -> str:
