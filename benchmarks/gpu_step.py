@@ -27,6 +27,7 @@ MODELS = ("Llama 8B", "Qwen3 32B")
 CONTEXT, TRAINED, RANK = 448, 64, 64
 _PROTECTED, _TINY_RANK = 256, 4
 _AIM = 0.10
+_LR, _WIDTH = 2e-4, 512
 _ROOM = 2 << 30  # beside what is predicted
 _WARM_UP, _STEPS = 3, 5
 
@@ -75,8 +76,10 @@ def trainer_of(
 
 
 def optimizer_of(arena: Arena, tiny: bool, kind: type[Optimizer] = Optimizer) -> Optimizer:
-    """The one that all trainers of an arena share."""
-    return kind(OptimizerConfig(rank=_TINY_RANK if tiny else RANK), 0, arena.weights.device)
+    """The one that all trainers of an arena share. A wide model of random weights takes smaller steps."""
+    width = next(one.shape[1] for name, one in arena.layout.tensors.items() if "embed" in name)
+    config = OptimizerConfig(rank=_TINY_RANK if tiny else RANK, lr=_LR * min(1.0, _WIDTH / width))
+    return kind(config, 0, arena.weights.device)
 
 
 def run(bench: Bench) -> None:
