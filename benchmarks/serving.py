@@ -23,6 +23,8 @@ import support  # noqa: E402 - the processes of the test suite, started as a use
 from hogwild import demo_model  # noqa: E402
 
 TOKENS = 48
+COMPILING_S = 1800.0
+"""How long a server may take until it answers: torch.compile takes minutes on two cores."""
 PROMPT = "Explain in a few sentences how a lighthouse warns ships at night, number {}."
 
 
@@ -64,10 +66,10 @@ def main() -> None:
         try:
             for name, sock in (("stock", None), ("hogwild", root / "arena.sock")):
                 servers[name] = support.Server(model, root / f"{name}.log", sock)
-                servers[name].wait_ready()
+                servers[name].wait_ready(COMPILING_S)
             for name, server in servers.items():
-                answer = server.ask("What is the capital of France?")
-                assert "Paris" in answer, f"{name} answers {answer!r}: nothing is timed on a broken server"
+                answer = server.ask("What is 2 + 2?")
+                assert "4" in answer, f"{name} answers {answer!r}: nothing is timed on a broken server"
             print(
                 f"{'requests at once':>16} {'stock tok/s':>12} {'hogwild tok/s':>14} {'ratio':>7}   (rounds)"
             )

@@ -192,7 +192,7 @@ class Server(Process):
             env = environment(VLLM_PLUGINS="", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")
         super().__init__(command, env, log)
 
-    def wait_ready(self) -> "Server":
+    def wait_ready(self, deadline_s: float = DEADLINE_S) -> "Server":
         def ready() -> bool:
             if not self.alive:
                 raise AssertionError(f"the server ended with {self.popen.returncode}:\n{self.tail()}")
@@ -201,7 +201,7 @@ class Server(Process):
             except httpx.HTTPError:
                 return False
 
-        wait_until(ready, "the server answers")
+        wait_until(ready, "the server answers", deadline_s)
         return self
 
     def ask(self, question: str) -> str:
