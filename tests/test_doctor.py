@@ -102,6 +102,13 @@ def test_a_model_that_is_not_whole(service: Service, damage: Any, says: str) -> 
     assert any(one["what"] == "model" and says in one["found"] for one in findings)
 
 
+@pytest.mark.skipif(bool(list(Path("/dev").glob("nvidia[0-9]*"))), reason="about a machine without a GPU")
+def test_a_model_that_does_not_fit_into_memory(service: Service) -> None:
+    os.truncate(service.model / "model.safetensors", 1 << 40)  # a hole: it takes no room on disk
+    found = service.found("memory", "warn")
+    assert "server and daemon take about 1284.0, of which the weights are 1024.0" in found["found"]
+
+
 def test_a_quantised_model(service: Service) -> None:
     config = service.model / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"bits": 4}}))

@@ -8,11 +8,14 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from hogwild import heap, installation
+from hogwild import heap, installation, state_lock
 from hogwild.doctor import UNIT, Finding, Subject, fail, ok, warn
 
 _LOCAL = {"ext2/ext3", "xfs", "btrfs", "zfs", "f2fs", "overlayfs"}
 _MEMORY = {"tmpfs", "ramfs"}
+_WITH_OPTIMIZER, _PROCESS_BYTES = 1.25, 2 << 30
+"""What the weights take together with moments and projections, over the weights alone; and what each of the two
+processes takes besides: "How large a model fits" in docs/operations.md."""
 
 
 def state_folder(subject: Subject) -> Iterator[Finding]:
@@ -166,12 +169,16 @@ def model(subject: Subject) -> Iterator[Finding]:
         "model",
         f"{folder}: {', '.join(described.get('architectures', ['?']))}, {dtype}, {size / 2**30:.2f} GiB",
     )
-    available = heap.available()
-    if not list(Path("/dev").glob("nvidia[0-9]*")) and available and size * 2.5 > available:
+    if list(Path("/dev").glob("nvidia[0-9]*")):
+        return
+    available, needed = heap.available(), size * _WITH_OPTIMIZER + 2 * _PROCESS_BYTES
+    if 0 < available < needed and _daemon(subject) is None:  # one that runs has its memory already
         yield warn(
-            "memory", f"{available / 2**30:.1f} GiB are available, the model takes {size / 2**30:.1f}",
-            "serving and training take about 2.5 times the weights: a smaller model, or activation_mib = 0",
-        )  # fmt: skip
+            "memory",
+            f"{available / 2**30:.1f} GiB are available; server and daemon take about {needed / 2**30:.1f}, of which "
+            f"the weights are {size / 2**30:.1f}",
+            "a smaller model, or a smaller training.activation_mib and --kv-cache-memory-bytes",
+        )
 
 
 # --- small things ----------------------------------------------------------------------------------------------------
@@ -187,6 +194,12 @@ def _weights_bytes(folder: Path | None) -> int:
         return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder is not None else 0
     except OSError:
         return 0
+
+
+def _daemon(subject: Subject) -> int | None:
+    """Process id of the daemon that works in the state folder."""
+    folder = subject.config.state_dir
+    return state_lock.holder(folder) if os.access(folder, os.X_OK) else None
 
 
 def _missing_shards(folder: Path) -> list[str]:
