@@ -27,6 +27,7 @@ import learning_threads
 from hogwild_kernels import ApolloConfig, ApolloState, apollo_update
 from learning_model import Linear, Model, Text, load_text
 from learning_setup import BATCH, EVERY, FINE_TUNING_STEPS, SHAPE, STEPS, schedule, validate
+from learning_tables import HEAD_BY_ADAM
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
@@ -45,19 +46,22 @@ def apollo_hook(states: dict[str, ApolloState], rate: list[float]) -> Any:
     return update
 
 
-def from_scratch(text: Text, method: str, lr: float, seed: int) -> dict[str, Any]:
-    """One run of table (i): fp32 weights, bf16 activations, the same batches for every method of a seed."""
+def from_scratch(text: Text, method: str, lr: float, seed: int, head_by_adam: bool = False) -> dict[str, Any]:
+    """One run of table (i): fp32 weights, the same batches for every method of a seed.
+
+    Activations are bf16, with `head_by_adam` fp32, which CPUs without bf16 arithmetic can be waited for.
+    """
     torch.manual_seed(seed)
-    model = Model(SHAPE)
+    model = Model(SHAPE, torch.float32 if head_by_adam else torch.bfloat16)
     rank, rate = METHODS[method], [lr]
-    if rank is None:
-        trained = list(model.parameters())
-    else:
+    trained = list(model.parameters())
+    if rank is not None:
         config = ApolloConfig(rank=rank, seed=seed)
-        states = {f.name: ApolloState(f.name, tuple(f.weight.shape), config) for f in model.linears()}
-        for linear in model.linears():
+        linears = [f for f in model.linears() if f is not model.head or not head_by_adam]
+        states = {f.name: ApolloState(f.name, tuple(f.weight.shape), config) for f in linears}
+        for linear in linears:
             linear.hook = apollo_hook(states, rate)
-        trained = [p for _, p in model.rest()]
+        trained = [p for p in trained if all(p is not f.weight for f in linears)]
     adam = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(1000 + seed)
     curve, start = [(0, validate(model, text))], time.perf_counter()
@@ -70,7 +74,7 @@ def from_scratch(text: Text, method: str, lr: float, seed: int) -> dict[str, Any
         adam.zero_grad()
         if (step + 1) % EVERY == 0:
             curve.append((step + 1, validate(model, text)))
-    if method == "APOLLO r=64" and seed:
+    if method == "APOLLO r=64" and seed and not head_by_adam:
         torch.save(model.state_dict(), PRETRAINED)
     return {
         "curve": curve,
@@ -113,13 +117,20 @@ def fine_tune(text: Text, rounding: str, seed: int, lr: float = 1e-5) -> dict[st
 
 def scratch_runs(done: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     text = load_text("perl-doc", SHAPE.context, 128)
-    for method in METHODS:
-        for lr in GRID:
-            yield f"{method}|{lr:g}|0", lambda m=method, r=lr: from_scratch(text, m, r, 0)
-    for seed in SEEDS[1:]:
+    for head in ("", HEAD_BY_ADAM):
         for method in METHODS:
-            best = min(GRID, key=lambda r: float(done[f"{method}|{r:g}|0"]["final"]))
-            yield f"{method}|{best:g}|{seed}", lambda m=method, r=best, s=seed: from_scratch(text, m, r, s)
+            for lr in GRID:
+                yield (
+                    f"{head}{method}|{lr:g}|0",
+                    lambda m=method, r=lr, h=bool(head): from_scratch(text, m, r, 0, h),
+                )
+        for seed in SEEDS[1:]:
+            for method in METHODS:
+                best = min(GRID, key=lambda r: float(done[f"{head}{method}|{r:g}|0"]["final"]))
+                yield (
+                    f"{head}{method}|{best:g}|{seed}",
+                    lambda m=method, r=best, s=seed, h=bool(head): from_scratch(text, m, r, s, h),
+                )
 
 
 def rounding_runs(_: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -110,9 +110,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Model(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, activations: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.activations = shape, activations
         self.embed = nn.Embedding(256, shape.width)
         nn.init.normal_(self.embed.weight, std=1.0)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
@@ -135,7 +135,7 @@ class Model(nn.Module):
         return [(name, p) for name, p in self.named_parameters() if id(p) not in own]
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, L + 1) -> mean loss in nats per byte
-        x = self.embed(tokens[:, :-1]).bfloat16()
+        x = self.embed(tokens[:, :-1]).to(self.activations)
         cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
         for block in self.blocks:
             x = block(x, cos, sin)
