@@ -14,9 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 Runs = dict[str, dict[str, Any]]
-HEAD_BY_ADAM = "head by Adam|"
-"""Starts the keys of the second half of table (i): the output head by Adam, as published, under every method."""
-COLOURS = ["#0b6e99", "#d9730d", "#448361", "#9065b0"]
+COLOURS = ["#0b6e99", "#d9730d", "#448361", "#9065b0", "#b3261e"]
 
 
 def show(results: Path, docs: Path) -> None:
@@ -35,20 +33,11 @@ def spread(values: list[float]) -> str:
 
 
 def scratch(runs: Runs, picture: Path) -> None:
-    published = {key.removeprefix(HEAD_BY_ADAM): r for key, r in runs.items() if key.startswith(HEAD_BY_ADAM)}
-    own = {key: run for key, run in runs.items() if not key.startswith(HEAD_BY_ADAM)}
-    scratch_table("every linear layer by the method, bf16 activations", own, picture)
-    if published:
-        picture = picture.with_name("learning-scratch-head.png")
-        scratch_table("the output head by Adam, fp32 activations", published, picture)
-
-
-def scratch_table(what: str, runs: Runs, picture: Path) -> None:
     rates: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for key, run in runs.items():
         method, lr, _ = key.split("|")
         rates[method][float(lr)].append(run)
-    print(f"\n(i) From scratch: final validation loss, nats per byte; {what}\n")
+    print("\n(i) From scratch: final validation loss, nats per byte\n")
     grid = sorted({lr for found in rates.values() for lr in found})
     print(
         "| method | "
@@ -66,7 +55,7 @@ def scratch_table(what: str, runs: Runs, picture: Path) -> None:
             + f" | {best:g} | {spread([r['final'] for r in found[best]])} |"
         )
         curves[f"{method}, lr {best:g}"] = found[best]
-    plot(curves, picture, "steps of 512 bytes", f"4.9M parameters from scratch, {what}")
+    plot(curves, picture, "steps of 512 bytes", "4.9M parameters from scratch")
 
 
 def rounding(runs: Runs, picture: Path) -> None:
