@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from transformers.cache_utils import CacheLayerMixin
 import gpu_models
 from gpu_timing import Clock
 from hogwild import skeleton
-from hogwild.arena.client import Offer
+from hogwild.arena.client import Arena, Offer
 from hogwild.weights import Weights
 
 _BEAT_S = 1.0
@@ -53,9 +53,19 @@ def serve(
     gauge = arena.control.new_gauge()
     Offer(sock, arena, {"url": ""}).start()
     pipe.send(("ready", (name, server.why_not)))
+    obey(pipe, arena, lambda seconds: server.measure(seconds, gauge), server.loss)
+
+
+def obey(
+    pipe: Any,
+    arena: Arena,
+    measure: Callable[[float], dict[str, Any]],
+    loss: Callable[[list[int]], float],
+) -> NoReturn:
+    """What a server is told, until it is killed."""
     answers: dict[str, Callable[..., Any]] = {
-        "measure": lambda seconds: server.measure(seconds, gauge),
-        "loss": server.loss,
+        "measure": measure,
+        "loss": loss,
         "bits": lambda: gpu_models.bits(arena),
         "steps": lambda: arena.control.steps,
     }

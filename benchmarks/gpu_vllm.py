@@ -11,7 +11,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import gpu_models
-from gpu_server import Choice
+from gpu_server import Choice, obey
 from hogwild.arena import client
 from hogwild.layout import Source, weight_files
 from hogwild.vllm_plugin import launch
@@ -88,15 +88,7 @@ def serve(
     assert found is not None, "vLLM has not offered its weights"
     arena = found[0]
     pipe.send(("ready", (name, "")))
-    answers: dict[str, Callable[..., Any]] = {
-        "measure": clients.measure,
-        "loss": clients.loss,
-        "bits": lambda: gpu_models.bits(arena),
-        "steps": lambda: arena.control.steps,
-    }
-    while True:
-        what, *given = pipe.recv()
-        pipe.send((what, answers[what](*given)))
+    obey(pipe, arena, clients.measure, clients.loss)
 
 
 def _arguments(device: torch.device, length: int) -> list[str]:

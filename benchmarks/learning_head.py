@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hogwild_kernels import ApolloConfig, ApolloState, apollo_update
 from learning_model import Linear, Model, Shape, Text, load_text
-from learning_setup import STEPS, schedule, validate
+from learning_setup import BATCH, STEPS, schedule, validate
 
 SMALL = Shape(width=128, ffn=344, layers=4)
 SEEN = 120
@@ -32,7 +32,6 @@ class Variant:
     head: ApolloConfig | None
     rest: ApolloConfig | None
     lr: float = 3e-3
-    batch: int = 4
 
 
 VARIANTS = (
@@ -69,7 +68,7 @@ def train(text: Text, variant: Variant) -> float:
     generator = torch.Generator().manual_seed(1000)
     for step in range(SEEN):
         rate[0] = adam.param_groups[0]["lr"] = schedule(step, STEPS, variant.lr)
-        model(text.batch(variant.batch, SMALL.context, generator)).backward()
+        model(text.batch(BATCH, SMALL.context, generator)).backward()
         if not states:
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
         adam.step()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from hogwild import config as configuration
+from hogwild import state_lock
 from hogwild.errors import ConfigError
 from hogwild.settings import Config
 
@@ -61,6 +62,11 @@ class Subject:
     config: Config
     user: pwd.struct_passwd
     quick: bool
+
+    def daemon(self) -> int | None:
+        """Process id of the daemon that works in the state folder; None: none does, or it cannot be seen."""
+        folder = self.config.state_dir
+        return state_lock.holder(folder) if os.access(folder, os.X_OK) else None
 
     def may(self, path: Path, mode: int) -> bool:
         """As `os.access`, for the service's user."""

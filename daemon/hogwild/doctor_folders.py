@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from hogwild import heap, installation, state_lock
+from hogwild import heap, installation
 from hogwild.doctor import UNIT, Finding, Subject, fail, ok, warn
 
 _LOCAL = {"ext2/ext3", "xfs", "btrfs", "zfs", "f2fs", "overlayfs"}
@@ -172,7 +172,7 @@ def model(subject: Subject) -> Iterator[Finding]:
     if list(Path("/dev").glob("nvidia[0-9]*")):
         return
     available, needed = heap.available(), size * _WITH_OPTIMIZER + 2 * _PROCESS_BYTES
-    if 0 < available < needed and _daemon(subject) is None:  # one that runs has its memory already
+    if 0 < available < needed and subject.daemon() is None:  # one that runs has its memory already
         yield warn(
             "memory",
             f"{available / 2**30:.1f} GiB are available; server and daemon take about {needed / 2**30:.1f}, of which "
@@ -194,12 +194,6 @@ def _weights_bytes(folder: Path | None) -> int:
         return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder is not None else 0
     except OSError:
         return 0
-
-
-def _daemon(subject: Subject) -> int | None:
-    """Process id of the daemon that works in the state folder."""
-    folder = subject.config.state_dir
-    return state_lock.holder(folder) if os.access(folder, os.X_OK) else None
 
 
 def _missing_shards(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hogwild import doctor_machine, installation, state_lock
+from hogwild import doctor_machine, installation
 from hogwild.doctor import UNIT, Finding, Subject, fail, ok, warn
 
 _ASK_PLUGIN = """
@@ -55,9 +55,7 @@ def server(subject: Subject) -> Iterator[Finding]:
 
 def arena_socket(subject: Subject) -> Iterator[Finding]:
     path = subject.config.socket
-    pid = (
-        state_lock.holder(subject.config.state_dir) if os.access(subject.config.state_dir, os.X_OK) else None
-    )
+    pid = subject.daemon()
     if path.exists():
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
