@@ -113,13 +113,15 @@ def test_projection_has_the_bits_of_the_cpu(epoch: int, seed: int, name: str) ->
     size, rank, gap = 50, 20, 4
     key = counter.name_key(seed, name)
     counts = torch.tensor([epoch * gap + 3, 0])
-    out = torch.empty(size, rank)
-    kernels.project[(4, 1)](
-        torch.eye(size), size, 1, out, counts, gap, cuda._signed(key[0]), cuda._signed(key[1]),
-        counter.gaussian_table(), counter.gaussian_gain(rank), size, size, rank,
-        BLOCK_T=16, BLOCK_R=32, BLOCK_K=64,
+    parts = torch.empty(2, size, rank + size)
+    kernels.project[(4, 3, 2)](
+        torch.eye(size), size, 1, parts, counts, gap, cuda._signed(key[0]), cuda._signed(key[1]),
+        counter.gaussian_table(), counter.gaussian_gain(rank), size, size, rank, 32,
+        WIDEN=True, BLOCK_T=16, BLOCK_C=32, BLOCK_K=16,
     )  # fmt: skip
-    assert torch.equal(out.T, counter.projection(key, epoch, rank, size))
+    out = parts.sum(0)
+    assert torch.equal(out[:, :rank].T, counter.projection(key, epoch, rank, size))
+    assert torch.equal(out[:, rank:], torch.eye(size))
 
 
 @interpreted
@@ -139,7 +141,7 @@ def test_rounding_has_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
     a, b = counter.subkey((123, 456), counter.ROUNDING, 9)
     out = torch.empty(len(values), dtype=dtype)
     kernels.round_values[(5,)](values, out, len(values), cuda._signed(a), cuda._signed(b), BLOCK=1024)
-    truth = round_to(values, dtype, counter.words(torch.arange(len(values)), a, b))
+    truth = round_to(values, dtype, counter.rounding_bits(1, len(values), a, b)[0])
     number = ~values.isnan()
     assert torch.equal(out[number].view(torch.int16), truth[number].view(torch.int16))
     assert bool(out[~number].isnan().all())

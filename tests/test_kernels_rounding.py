@@ -26,7 +26,7 @@ def draws(value: float, dtype: torch.dtype, backend: str, stream: tuple[int, int
 def rounded(values: Tensor, dtype: torch.dtype, backend: str, stream: tuple[int, int] = (17, 23)) -> Tensor:
     a, b = stream
     if backend == "torch":
-        return round_to(values, dtype, counter.words(torch.arange(len(values)), a, b))
+        return round_to(values, dtype, counter.rounding_bits(1, len(values), a, b)[0])
     out = torch.empty(len(values), dtype=dtype)
     marker = loops.BFLOAT16 if dtype == torch.bfloat16 else loops.FLOAT16
     loops.round_values(values.data_ptr(), out.data_ptr(), marker, len(values), np.uint32(a), np.uint32(b))
@@ -143,8 +143,8 @@ def test_many_small_steps_add_up_where_rounding_to_nearest_loses_them() -> None:
     start = (torch.randn(4000) * 0.02).bfloat16()
     stochastic, nearest = start.clone(), start.clone()
     for step in range(500):
-        words = counter.words(torch.arange(4000), *counter.subkey((1, 2), counter.ROUNDING, step))
-        stochastic = round_to(stochastic.float() - 1e-5, torch.bfloat16, words)
+        bits = counter.rounding_bits(1, 4000, *counter.subkey((1, 2), counter.ROUNDING, step))[0]
+        stochastic = round_to(stochastic.float() - 1e-5, torch.bfloat16, bits)
         nearest = round_to(nearest.float() - 1e-5, torch.bfloat16, None)
     assert float((start.float() - stochastic.float()).mean()) == pytest.approx(0.005, rel=0.02)
     assert float((start.float() - nearest.float()).mean()) < 0.15 * 0.005

@@ -71,14 +71,14 @@ class Layers:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.config = model.config.get_text_config(decoder=True)
-        self.types, arguments = get_layer_types_and_kwargs(self.config)
+        self.types = get_layer_types_and_kwargs(self.config)[0]
         fresh = DynamicCache(config=self.config).layers
         shared = bool(getattr(self.config, "num_kv_shared_layers", None))
         self.known = not shared and all(type(layer) in _CONSTANT for layer in fresh)
         self.windows: list[int | None] | None = None
         by_mask = bool(getattr(self.config, "alibi", self.config.model_type in DISTANCE_FROM_MASK))
         if not shared and not by_mask and set(self.types) <= ATTENTION:
-            self.windows = [given.get("sliding_window") for given in arguments]
+            self.windows = [getattr(layer, "sliding_window", None) for layer in fresh]
 
     def fresh(self, after: State | None) -> DynamicCache:
         """A cache that goes on from a state and leaves it as it is."""

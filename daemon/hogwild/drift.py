@@ -131,9 +131,7 @@ class Drift:
             drift = (moved @ basis.t()) @ basis
             bits = None
             if self._stochastic:
-                first, last = top * columns, (top + len(part)) * columns
-                index = torch.arange(first, last, device=weight.device).view(part.shape)
-                bits = counter.words(index, a, b)
+                bits = counter.rounding_bits(len(part), columns, a, b, top, weight.device)
             # Read again at the last moment: what another thread has written meanwhile stays, but for a race.
             part.copy_(rounding.round_to(part.float() - drift, weight.dtype, bits))
 

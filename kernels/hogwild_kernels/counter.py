@@ -8,7 +8,8 @@ the second key injected between the rounds.
 
     words(i; a, b) = round2(round1(i + a) ^ b)
 
-    rounding    a, b = subkey(name key, ROUNDING, step, caller's seed)      i = row * n + column
+    rounding    a, b = subkey(name key, ROUNDING, step, caller's seed)      i = row * ceil(n / 2) + column // 2
+                16 bits an element: the lower half of a word in even columns, the upper half in odd ones
     projection  a, b = subkey(name key, PROJECTION, epoch, 0)               i = row * columns + column of P
 """
 
@@ -74,6 +75,22 @@ def words(index: Tensor, a: int | Tensor, b: int | Tensor) -> Tensor:
     x = x ^ (x >> 15)
     x = (x * MIX2) & MASK
     return x ^ (x >> 16)
+
+
+def rounding_bits(
+    rows: int | Tensor,  # how many from `first`; or their numbers, int64
+    columns: int,
+    a: int | Tensor,
+    b: int | Tensor,
+    first: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """What rounds these rows of a matrix with so many columns: (rows, columns) int64 in [0, 2^16)."""
+    if isinstance(rows, int):
+        rows = torch.arange(first, first + rows, device=device)
+    pairs = -(-columns // 2)
+    w = words(rows[:, None] * pairs + torch.arange(pairs, device=rows.device), a, b)
+    return torch.stack((w & 0xFFFF, w >> 16), -1).view(len(rows), 2 * pairs)[:, :columns]
 
 
 @functools.cache

@@ -187,13 +187,13 @@ def _write(
     m, n = state.shape
     ones = torch.ones(min(m, n))
     column_scale, row_scale = (s, ones) if m < n else (ones, s)
-    row_step, column_step = n, 1
+    transposed = False
     if weight.stride(0) == 1 and weight.stride(1) != 1:
         # Stored transposed: update W^T = (X^T D)^T instead, so that rows are contiguous again.
         weight, x, d = weight.t(), d, x
         gradient = None if gradient is None else gradient.t()
         column_scale, row_scale = row_scale, column_scale
-        row_step, column_step = 1, n
+        transposed = True
     a, b = counter.subkey(state.key, counter.ROUNDING, c.step_count, seed)
     height, width = weight.shape
     rows = _tile_rows(width, x.element_size())
@@ -211,8 +211,7 @@ def _write(
             place.data_ptr(), _MARKERS[place.dtype], place.stride(0) * place.element_size(),
             tile.data_ptr(), _MARKERS[tile.dtype], count, width,
             column_scale.data_ptr(), row_scale[top:].data_ptr(), np.float32(c.keep),
-            config.rounding == "stochastic", np.uint32(a), np.uint32(b), top * row_step, row_step,
-            column_step,
+            config.rounding == "stochastic", np.uint32(a), np.uint32(b), top, -(-n // 2), transposed,
         )  # fmt: skip
         if not direct:
             target.copy_(place)

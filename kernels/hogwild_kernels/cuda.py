@@ -1,18 +1,20 @@
 """The APOLLO step on CUDA: Triton kernels in sequence on the caller's stream, without waiting for the host
 once.
 
-    project   Y P^T, P generated in place              channels   R, and |N_j|^2, |R_j|^2 in its epilogue
-    (torch)   |G_j|^2 and |U|^2 from Gram matrices     finish     guard, limiter, bias correction: a few
-    scalars commit    M and V                                  write      D^T X, scaled, into W, rounded once
+    project    Y P^T, P generated in place, and Y Y^T: parts of both, by columns of Y
+    collect    their sums
+    channels   R and the norms of its channels, s; |G_j|^2 from the Gram matrix, |U|^2
+    finish     guard, limiter, bias correction: a few scalars
+    write      D^T X, scaled, into W, rounded once; M and V
 
-Whether an update is skipped is known only on the device: `commit` and `write` read the verdict there. Only
-the factored form exists here. Developed under Triton's interpreter; see docs/why-it-converges.md for what
-has run on a device.
+Whether an update is skipped is known only on the device: `write` reads the verdict there. Only the factored form
+exists here. docs/gpu-results.md has what was measured on a device.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,18 +27,23 @@ from .config import AdamConfig, ApolloConfig
 from .rounding import round_to
 from .state import AdamState, ApolloState, UpdateResult
 
-Blocks = tuple[int, int, int, int, int]
+Blocks = tuple[int, int, int, int, int, int]
 
 CANDIDATES: list[Blocks] = [
-    # BLOCK_M, BLOCK_N, BLOCK_T, warps, stages; the first is used where there is nothing to time
-    (64, 64, 32, 4, 2),
-    (128, 64, 32, 4, 3),
-    (64, 128, 32, 4, 3),
-    (128, 128, 32, 8, 3),
-    (64, 64, 64, 4, 3),
-    (32, 128, 32, 4, 3),
+    # BLOCK_M, BLOCK_N, BLOCK_T at most, warps, stages, tiles of one program; the first is used where nothing is timed
+    (64, 64, 64, 4, 3, 4),
+    (64, 128, 64, 4, 3, 4),
+    (64, 128, 64, 8, 3, 4),
+    (128, 64, 64, 8, 3, 4),
+    (128, 128, 64, 8, 3, 1),
 ]
 """What the autotuning of `write` chooses from: the whole search."""
+
+_PROGRAMS = 264
+"""Of `project`, at most: two for each multiprocessor of an H200."""
+_BLOCK_K = 64
+_MANY = 8192
+"""Channels, of which a program takes twice as many."""
 
 TUNING_ROWS = 512
 """Autotuning runs on private memory of this many rows. It must never touch a served weight, not even with
@@ -66,38 +73,44 @@ def step(
     b1, b2 = config.betas
     moments = {"b1": b1, "c1": 1 - b1, "b2": b2, "c2": 1 - b2}
 
-    small = torch.empty(tokens, rank, device=device)
-    kernels.project[(triton.cdiv(tokens, 16), triton.cdiv(rank, 32))](
-        y, y.stride(0), y.stride(1), small, state.counts, state.config.gap, key0, key1, _table(device),
-        counter.gaussian_gain(rank), tokens, size, rank, BLOCK_T=16, BLOCK_R=32, BLOCK_K=64,
-    )  # fmt: skip
-    r = torch.empty_like(state.exp_avg)
-    sums = torch.empty(2, count, device=device)
+    by_tensor, widen = config.by_tensor(rank), not weight.is_cuda
     rank_step, channel_step = (1, rank) if by_row else (n, 1)
-    kernels.channels[(triton.cdiv(count, 32),)](
-        small, z, z.stride(0), z.stride(1), r, state.exp_avg, state.exp_avg_sq, rank_step, channel_step,
-        sums[0], sums[1], tokens, count, rank, eps=config.eps, **moments,
-        BLOCK_T=16, BLOCK_R=min(64, max(16, triton.next_power_of_2(rank))), BLOCK_C=32,
+    split = _split(tokens, rank, size, count)
+    programs = triton.cdiv(count, split.channels)
+    # [Y P^T | Y Y^T]; matrix units want it in bf16
+    planes, kind = (2, torch.bfloat16) if x.dtype == d.dtype == torch.bfloat16 else (1, torch.float32)
+    small = torch.empty(planes, tokens, rank + tokens, dtype=kind, device=device)
+    parts = torch.empty(split.parts, *small.shape[1:], device=device)
+    r, scale = torch.empty_like(state.exp_avg), torch.empty(count, device=device)
+    sums, scalars = torch.empty(3, programs, device=device), torch.empty(4, device=device)
+
+    columns = triton.cdiv(rank, split.columns) + triton.cdiv(tokens, split.columns)
+    kernels.project[(triton.cdiv(tokens, split.tokens), columns, split.parts)](
+        y, y.stride(0), y.stride(1), parts, state.counts, state.config.gap, key0, key1, _table(device),
+        counter.gaussian_gain(rank), tokens, size, rank, split.chunk,
+        WIDEN=widen, BLOCK_T=split.tokens, BLOCK_C=split.columns, BLOCK_K=_BLOCK_K,
+        num_warps=8 if split.tokens > 64 else 4, num_stages=1,
     )  # fmt: skip
-    s, squared = _scales(config, rank, sums, y, z)
-    scalars = torch.empty(5, device=device)
-    kernels.finish[(1,)](
-        squared, state.norm, state.counts, scalars, lr, math.sqrt(config.alpha(size, rank)),
-        _log(b1), _log(b2), config.gamma, config.limiter_floor, config.weight_decay,
-    )  # fmt: skip
-    kernels.commit[(triton.cdiv(r.numel(), 1024),)](
-        r, state.exp_avg, state.exp_avg_sq, scalars, r.numel(), **moments, BLOCK=1024
+    kernels.collect[(triton.cdiv(parts[0].numel(), 128),)](
+        parts, small, parts[0].numel(), split.parts, PLANES=planes, BLOCK=128, DEPTH=16
     )
+    kernels.channels[(programs,)](
+        small, z, z.stride(0), z.stride(1), r, state.exp_avg, state.exp_avg_sq, rank_step, channel_step,
+        scale, sums, tokens, count, rank, eps=config.eps, **moments,
+        BY_TENSOR=by_tensor, PLANES=planes, WIDEN=widen,
+        BLOCK_T=min(64, split.tokens), BLOCK_R=split.columns, BLOCK_C=split.channels,
+        num_warps=8 if split.channels > 64 else 4, num_stages=1 if tokens <= 64 else 3,
+    )  # fmt: skip
+    kernels.finish[(1,)](
+        sums, programs, state.norm, state.counts, scalars, lr, math.sqrt(config.alpha(size, rank)),
+        _log(b1), _log(b2), config.gamma, config.limiter_floor, config.weight_decay,
+        BY_TENSOR=by_tensor, BLOCK=512,
+    )  # fmt: skip
     _write(
-        weight,
-        x,
-        d,
-        s,
-        scalars,
-        state.counts,
-        (key0, key1, _signed(seed)),
-        by_row,
-        config.rounding == "stochastic",
+        _Write(
+            weight, x, d, scale, scalars, state.counts, (key0, key1, _signed(seed)),
+            (r, state.exp_avg, state.exp_avg_sq), moments, by_row, config.rounding == "stochastic",
+        )  # fmt: skip
     )
     return UpdateResult(scalars[2], scalars[3] == 0)
 
@@ -120,7 +133,7 @@ def adam_step(
     random = None
     if config.rounding == "stochastic" and weight.dtype in (torch.bfloat16, torch.float16):
         a, b = counter.subkey(state.key, counter.ROUNDING, done, seed)  # tensors in, tensors out
-        random = counter.words(torch.arange(weight.numel(), device=weight.device), a, b).view(weight.shape)
+        random = counter.rounding_bits(1, weight.numel(), a, b, device=weight.device).view(weight.shape)
     weight.copy_(torch.where(good, round_to(value, weight.dtype, random), weight))
     state.exp_avg.copy_(torch.where(good, mean, state.exp_avg))
     state.exp_avg_sq.copy_(torch.where(good, square, state.exp_avg_sq))
@@ -128,63 +141,85 @@ def adam_step(
     return UpdateResult(torch.where(good, update.norm(), 0.0), ~good)
 
 
-def _scales(config: ApolloConfig, rank: int, sums: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """s (C,) of step (4) and |U|^2 (1,) of step (6)."""
-    eps = float(kernels.NORM_EPS.value)
-    if config.by_tensor(rank):
-        normal, raw = sums.sum(1).sqrt()
-        s = (normal / (raw + eps)).expand(sums.shape[1]).contiguous()
-    else:
-        s = sums[0].sqrt() / (sums[1].sqrt() + eps)
-    wide, inner = z.float(), y.float()
-    squares = ((inner @ inner.T) @ wide).mul_(wide).sum(0).clamp_(min=0)  # |G_j|^2, see reference.py
-    # A non-finite R must stop the update even where its channel's own norm came out finite.
-    return s, (s.square() * squares).sum().add_(sums.sum() * 0).view(1)
+@dataclass(frozen=True)
+class _Split:
+    """How `project` and `channels` cut up their work: sides of their tiles, and columns of Y for one program."""
+
+    tokens: int
+    columns: int
+    channels: int
+    chunk: int
+    parts: int
 
 
-def _write(
-    weight: Tensor, x: Tensor, d: Tensor, s: Tensor, scalars: Tensor, counts: Tensor,
-    key: tuple[int, int, int], by_row: bool, stochastic: bool,
-) -> None:  # fmt: skip
-    n = weight.shape[1]
-    place = (weight.dtype, x.dtype, n, triton.next_power_of_2(len(x)), weight.stride(1) == 1, by_row)
-    if place not in _tuned:
-        _tuned[place] = CANDIDATES[0]
-        if weight.is_cuda:
-            _tuned[place] = _tune(weight, x, d, s, counts, key, by_row, stochastic)
-    _launch(_tuned[place], weight, x, d, s, scalars, counts, key, by_row, stochastic)
+def _split(tokens: int, rank: int, size: int, count: int) -> _Split:
+    block = min(128, max(16, triton.next_power_of_2(tokens)))
+    columns = min(64, max(16, triton.next_power_of_2(rank)))
+    tiles = triton.cdiv(tokens, block) * (triton.cdiv(rank, columns) + triton.cdiv(tokens, columns))
+    parts = max(1, min(_PROGRAMS // tiles, triton.cdiv(size, _BLOCK_K)))
+    chunk = triton.cdiv(triton.cdiv(size, parts), _BLOCK_K) * _BLOCK_K
+    channels = (64 if count >= _MANY else 32) * (1 if tokens <= 64 else 2)
+    return _Split(block, columns, channels, chunk, triton.cdiv(size, chunk))
 
 
-def _launch(
-    candidate: Blocks, weight: Tensor, x: Tensor, d: Tensor, s: Tensor, scalars: Tensor,
-    counts: Tensor, key: tuple[int, int, int], by_row: bool, stochastic: bool,
-) -> None:  # fmt: skip
-    m, n = weight.shape
-    block_m, block_n, block_t, warps, stages = candidate
-    kernels.write[(triton.cdiv(m, block_m), triton.cdiv(n, block_n))](
-        weight, weight.stride(0), weight.stride(1), x, x.stride(0), x.stride(1), d, d.stride(0), d.stride(1),
-        s, scalars, counts, *key, m, n, len(x),
-        BY_ROW=by_row, STOCHASTIC=stochastic, WIDEN=not weight.is_cuda,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_T=block_t, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class _Write:
+    """What `write` is given, but for its blocks."""
+
+    weight: Tensor  # (m, n)
+    x: Tensor  # (T, n)
+    d: Tensor  # (T, m)
+    scale: Tensor  # (max(m, n),)
+    scalars: Tensor  # (4,) from `finish`
+    counts: Tensor
+    key: tuple[int, int, int]
+    state: tuple[Tensor, Tensor, Tensor]  # R, M, V
+    betas: dict[str, float]
+    by_row: bool
+    stochastic: bool
+
+    def launch(self, blocks: Blocks) -> None:
+        (m, n), w, x, d = self.weight.shape, self.weight, self.x, self.d
+        block_m, block_n, block_t, warps, stages, run = blocks
+        run = max(1, min(run, triton.cdiv(n, block_n)))
+        block_t = min(block_t, max(16, triton.next_power_of_2(len(x))))
+        kernels.write[(triton.cdiv(m, block_m), triton.cdiv(triton.cdiv(n, block_n), run))](
+            w, w.stride(0), w.stride(1), x, x.stride(0), x.stride(1), d, d.stride(0), d.stride(1),
+            self.scale, self.scalars, self.counts, *self.key, *self.state, self.state[0].numel(), **self.betas,
+            m=m, n=n, tokens=len(x), run=run,
+            BY_ROW=self.by_row, STOCHASTIC=self.stochastic, EVEN=m % block_m == 0 and n % block_n == 0,
+            WHOLE=len(x) <= block_t, WIDEN=not w.is_cuda, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_T=block_t,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+    def on_scratch(self) -> _Write:
+        """The same on private rows, for timing."""
+        rows = min(TUNING_ROWS, len(self.weight))
+        nothing = self.scale.new_empty(0)
+        return replace(
+            self,
+            weight=torch.zeros_like(self.weight[:rows]),
+            d=self.d[:, :rows],
+            scale=self.scale[:rows] if self.by_row else self.scale,
+            scalars=torch.tensor([0.0, 1.0, 0.0, 1.0], device=self.weight.device),
+            state=(nothing, nothing, nothing),
+        )
 
 
-def _tune(
-    weight: Tensor, x: Tensor, d: Tensor, s: Tensor, counts: Tensor, key: tuple[int, int, int],
-    by_row: bool, stochastic: bool,
-) -> Blocks:  # fmt: skip
-    """The fastest candidate, timed once per kind of shape on private rows. Waits for the device, unlike a
-    step."""
-    rows = min(TUNING_ROWS, len(weight))
-    scratch = torch.zeros_like(weight[:rows])
-    scalars = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0], device=weight.device)
-    part, left = s[:rows] if by_row else s, d[:, :rows]
+def _write(work: _Write) -> None:
+    w, x = work.weight, work.x
+    kind = (w.dtype, x.dtype, w.shape[1], triton.next_power_of_2(len(x)), w.stride(1) == 1, work.by_row)
+    if kind not in _tuned:
+        _tuned[kind] = _tune(work) if w.is_cuda else CANDIDATES[0]
+    work.launch(_tuned[kind])
+
+
+def _tune(work: _Write) -> Blocks:
+    """The fastest candidate, timed once per kind of shape. Waits for the device, unlike a step."""
+    scratch = work.on_scratch()
 
     def seconds(candidate: Blocks) -> float:
-        def run() -> None:
-            _launch(candidate, scratch, x, left, part, scalars, counts, key, by_row, stochastic)
-
-        return float(triton.testing.do_bench(run, warmup=5, rep=20))
+        return float(triton.testing.do_bench(lambda: scratch.launch(candidate), warmup=5, rep=20))
 
     return min(CANDIDATES, key=seconds)
 

@@ -74,7 +74,7 @@ def embedding_update(
     random = None
     if config.rounding == "stochastic" and weight.dtype in (torch.bfloat16, torch.float16):
         a, b = counter.subkey(state.key, counter.ROUNDING, c.step_count, seed or 0)
-        random = counter.words(rows[:, None] * n + torch.arange(n, device=weight.device), a, b)
+        random = counter.rounding_bits(rows, n, a, b)
     weight[rows] = round_to(value, weight.dtype, random)
     return UpdateResult(c.norm, skipped=False)
 

@@ -120,7 +120,7 @@ def _narrow(value, random, like):
 
 @overload(_narrow, inline="always")
 def _narrow_overload(value, random, like):
-    """fp32 to the type of `like`, stochastically with these 32 random bits; see rounding.py for why this is
+    """fp32 to the type of `like`, stochastically with these 16 random bits; see rounding.py for why this is
     right."""
     if like == types.float32:
         return lambda value, random, like: value
@@ -129,7 +129,7 @@ def _narrow_overload(value, random, like):
         def bfloat16(value, random, like):
             bits = _float_bits(value)
             finite = (bits & u32(0x7F800000)) != u32(0x7F800000)
-            added = u32(bits + (u32(random) >> u32(16)))
+            added = u32(bits + u32(random))
             return np.uint16(u32(added if finite else bits) >> u32(16))
 
         return bfloat16
@@ -143,9 +143,9 @@ def _narrow_overload(value, random, like):
         if magnitude < u32(113 << 23):  # below 2^-14: fixed point in units of 2^-24
             units = _bits_float(magnitude) * f32(2.0**24)
             below = math.floor(units)
-            up = (units - below) > f32(u32(random) >> u32(8)) * f32(2.0**-24)
+            up = (units - below) > (f32(u32(random)) + f32(0.5)) * f32(2.0**-16)
             return np.int16(sign | np.uint16(u32(below) + u32(up)))
-        moved = u32(magnitude + (u32(random) >> u32(19))) >> u32(13)
+        moved = u32(magnitude + (u32(random) >> u32(3))) >> u32(13)
         return np.int16(sign | np.uint16(min(u32(moved - u32(112 << 10)), u32(0x7C00))))
 
     return half
@@ -196,6 +196,14 @@ def _word(index, b):
     return u32(x ^ (x >> u32(16)))
 
 
+@njit(nogil=True)
+def _fill_words(words, count, start, b):
+    """Random words for `count` elements beside one another, 16 bits for each: as uint16 in memory, where the lower half
+    of a word is the first. A pass of its own, which is vectorised whatever the loop after it does."""
+    for p in range((count + 1) // 2):
+        words[p] = _word(u32(start + u32(p)), b)
+
+
 @compiled()
 def write_tile(
     weight, weight_marker, weight_stride,  # address of the first row; bytes from row to row
@@ -203,9 +211,12 @@ def write_tile(
     rows, columns,
     column_scale, row_scale,  # addresses of fp32 vectors; their product scales the tile
     keep,  # 1 - lr * weight decay
-    stochastic, a, b, first, row_step, column_step,  # the rounding stream, and the counter's place in it
+    stochastic, a, b, top, pairs,  # the rounding stream; first row in the weight; words of one of its rows
+    transposed,  # the tile's rows are the weight's columns
 ):  # fmt: skip
     """W <- round((W - diag(row_scale) tile diag(column_scale)) * keep), steps (5) to (7), rounded once."""
+    words = np.empty((columns + 1) // 2 + 1, np.uint32)
+    halves = words.view(np.uint16)
     scale = carray(_pointer(column_scale, FLOAT32), (columns,))
     outer = carray(_pointer(row_scale, FLOAT32), (rows,))
     grads = carray(_pointer(tile, tile_marker), (rows * columns,))
@@ -213,12 +224,18 @@ def write_tile(
         w = carray(_pointer(weight + i * weight_stride, weight_marker), (columns,))
         g = grads[i * columns : (i + 1) * columns]
         s = outer[i]
-        if stochastic:
-            start = u32(u32(first) + u32(i * row_step) + a)
-            step = u32(column_step)
+        if stochastic and transposed:
+            start, step = u32(u32((top + i) >> 1) + a), u32(pairs)
+            upper = u32(16 * ((top + i) & 1))
+            for j in range(columns):
+                random = (_word(u32(start + u32(u32(j) * step)), b) >> upper) & u32(0xFFFF)
+                value = (_widen(w[j]) - _widen(g[j]) * (scale[j] * s)) * keep
+                w[j] = _narrow(value, random, w[j])
+        elif stochastic:
+            _fill_words(words, columns, u32(u32((top + i) * pairs) + a), b)
             for j in range(columns):
                 value = (_widen(w[j]) - _widen(g[j]) * (scale[j] * s)) * keep
-                w[j] = _narrow(value, _word(u32(start + u32(u32(j) * step)), b), w[j])
+                w[j] = _narrow(value, halves[j], w[j])
         else:
             for j in range(columns):
                 w[j] = _nearest((_widen(w[j]) - _widen(g[j]) * (scale[j] * s)) * keep, w[j])
@@ -226,11 +243,14 @@ def write_tile(
 
 @compiled()
 def round_values(values, out, out_marker, count, a, b):
-    """Stochastic rounding alone, counter = position: for the tests of the bits."""
+    """Stochastic rounding alone, element = position: for the tests of the bits."""
     source = carray(_pointer(values, FLOAT32), (count,))
     target = carray(_pointer(out, out_marker), (count,))
+    words = np.empty((count + 1) // 2 + 1, np.uint32)
+    halves = words.view(np.uint16)
+    _fill_words(words, count, a, b)
     for j in range(count):
-        target[j] = _narrow(source[j], _word(u32(u32(j) + a), b), target[j])
+        target[j] = _narrow(source[j], halves[j], target[j])
 
 
 @compiled()
@@ -326,6 +346,10 @@ def adam(
         bad |= (_float_bits(_widen(g[j])) & u32(0x7F800000)) == u32(0x7F800000)
     if bad:
         return math.nan
+    words = np.empty((count + 1) // 2 + 1, np.uint32)
+    halves = words.view(np.uint16)
+    if stochastic:
+        _fill_words(words, count, a, b)
     total = f32(0.0)
     for j in range(count):
         x = _widen(g[j])
@@ -335,7 +359,7 @@ def adam(
         total += delta * delta
         value = _widen(w[j]) * keep - delta
         if stochastic:
-            w[j] = _narrow(value, _word(u32(u32(j) + a), b), w[j])
+            w[j] = _narrow(value, halves[j], w[j])
         else:
             w[j] = _nearest(value, w[j])
     return total

@@ -223,13 +223,10 @@ def _rounded(
     seed: int,
     row: int,
 ) -> Tensor:
-    """`values` in the weight's type. The counter of an element is its place in the contiguous weight."""
+    """`values` in the weight's type; `row`: where in the weight the tile begins. Adam's weights are one row."""
     random = None
     if config.rounding == "stochastic" and tile.dtype in (torch.bfloat16, torch.float16):
         a, b = counter.subkey(state.key, counter.ROUNDING, step, seed)
-        width = tile.shape[-1] if tile.dim() > 1 else 1
-        first = row * width
-        random = counter.words(torch.arange(first, first + tile.numel(), device=tile.device), a, b).view(
-            tile.shape
-        )
+        rows, columns = tile.shape if isinstance(state, ApolloState) else (1, tile.numel())
+        random = counter.rounding_bits(rows, columns, a, b, row, tile.device).view(tile.shape)
     return round_to(values, tile.dtype, random)

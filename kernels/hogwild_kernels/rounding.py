@@ -25,7 +25,7 @@ def round_to(values: Tensor, dtype: torch.dtype, random: Tensor | None) -> Tenso
     """`values` (fp32 for bf16 and fp16) as `dtype`.
 
     values  any shape
-    random  same shape, int64 words in [0, 2^32) from `counter.words`; None rounds to nearest even
+    random  same shape, int64 in [0, 2^16) from `counter.rounding_bits`; None rounds to nearest even
     """
     if random is None or dtype in (torch.float32, torch.float64):
         return values.to(dtype)
@@ -38,18 +38,18 @@ def round_to(values: Tensor, dtype: torch.dtype, random: Tensor | None) -> Tenso
 
 def _stochastic_bfloat16(values: Tensor, random: Tensor) -> Tensor:
     bits = values.contiguous().view(torch.int32)
-    moved = (bits + (random >> 16).int()) & -65536
+    moved = (bits + random.int()) & -65536
     # Inf and NaN have no neighbour to round to; adding bits to them would give a number.
     return torch.where(values.isfinite(), moved.view(torch.float32), values).to(torch.bfloat16)
 
 
 def _stochastic_float16(values: Tensor, random: Tensor) -> Tensor:
     bits = values.contiguous().view(torch.int32)
-    normal = ((bits + (random >> 19).int()) & -8192).view(torch.float32)
+    normal = ((bits + (random >> 3).int()) & -8192).view(torch.float32)
     # Below 2^-14 fp16 is fixed point: the gap is 2^-24 whatever the exponent.
     units = values.abs() * 2.0**24
     below = units.floor()
-    up = (units - below) > (random >> 8).float() * 2.0**-24
+    up = (units - below) > (random.float() + 0.5) * 2.0**-16
     subnormal = ((below + up) * 2.0**-24).copysign(values)
     rounded = torch.where(values.abs() < _HALF_MIN_NORMAL, subnormal, normal)
     return torch.where(values.isfinite(), rounded, values).to(torch.float16)

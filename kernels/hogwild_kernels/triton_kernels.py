@@ -60,39 +60,38 @@ def _words(index, a, b):
 
 
 @triton.jit
-def _gaussian(index, a, b, table, gain):
-    """Entries of P from their counters, as `counter.projection`: two table look-ups, an integer sum, one
-    product."""
+def _gaussian(index, a, b, table):
+    """Entries of P from their counters, as `counter.projection`, before its gain: two table look-ups and an integer
+    sum."""
     word = _words(index, a, b)
     low = tl.load(table + (word & tl.full((), _TABLE_MASK, tl.uint32)).to(tl.int32))
     high = tl.load(table + (word >> _TABLE_SHIFT).to(tl.int32))
-    return (low + high).to(tl.float32) * gain
+    return (low + high).to(tl.float32)
 
 
 @triton.jit
-def round_bfloat16(value, word):
-    """fp32 to bf16, stochastically (see rounding.py)."""
+def round_bfloat16(value, random):
+    """fp32 to bf16, stochastically with 16 random bits (see rounding.py)."""
     bits = value.to(tl.uint32, bitcast=True)
-    exponent = tl.full((), 0x7F800000, tl.uint32)
-    moved = (bits + (word >> 16)) & tl.full((), 0xFFFF0000, tl.uint32)
-    bits = tl.where((bits & exponent) == exponent, bits, moved)
-    return bits.to(tl.float32, bitcast=True).to(
-        tl.bfloat16
-    )  # the lower half is zero: nothing is left to round
+    moved = (bits + random) & tl.full((), 0xFFFF0000, tl.uint32)
+    # Infinity's lower half is zero, so nothing carries out of it. Of NaN's it might: adding next to nothing of NaN
+    # brings it back, with a unit of the GPU that has less to do than the one for comparisons and choices.
+    moved = tl.fma(value, 2.0**-100, moved.to(tl.float32, bitcast=True))
+    return (moved.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
-def round_float16(value, word):
+def round_float16(value, random):
     """fp32 to fp16, stochastically: 13 dropped bits, or fixed point in units of 2^-24 below 2^-14."""
     bits = value.to(tl.uint32, bitcast=True)
     magnitude = bits & tl.full((), 0x7FFFFFFF, tl.uint32)
     sign = (bits >> 16) & tl.full((), 0x8000, tl.uint32)
-    moved = (magnitude + (word >> 19)) >> 13
+    moved = (magnitude + (random >> 3)) >> 13
     normal = tl.minimum(moved - tl.full((), 112 << 10, tl.uint32), tl.full((), 0x7C00, tl.uint32))
     units = magnitude.to(tl.float32, bitcast=True) * 16777216.0
     units = tl.minimum(units, 1024.0)  # so that the conversion below is defined where it is not used
     below = tl.floor(units)
-    up = (units - below) > (word >> 8).to(tl.float32) * 5.9604644775390625e-08
+    up = (units - below) > (random.to(tl.float32) + 0.5) * 1.52587890625e-05
     small = below.to(tl.uint32) + up.to(tl.uint32)
     half = tl.where(magnitude < tl.full((), 113 << 23, tl.uint32), small, normal)
     infinity = tl.full((), 0x7F800000, tl.uint32)
@@ -103,57 +102,155 @@ def round_float16(value, word):
     return (half | sign).to(tl.uint16).to(tl.float16, bitcast=True)
 
 
+@triton.jit
+def _dot(left, right, total, WIDEN: tl.constexpr):
+    """total + left right, in fp32; `WIDEN` because Triton's interpreter multiplies bf16 as the integers that it
+    keeps them in."""
+    if WIDEN:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, total, input_precision="ieee")
+
+
+@triton.jit
+def _cut(x):
+    """fp32 to bf16, towards zero."""
+    return (x.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _nearest(x):
+    """fp32 to bf16, to nearest; Triton's interpreter would cut."""
+    bits = x.to(tl.uint32, bitcast=True)
+    up = (bits >> 16) & tl.full((), 1, tl.uint32)
+    rounded = bits + up + tl.full((), 0x7FFF, tl.uint32)
+    return _cut(tl.where(x == x, rounded, bits).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _parts(x):
+    """fp32 as a sum of three bf16: eight bits of its 24 in each. Of infinity the sum is NaN."""
+    high = _cut(x)
+    rest = x - high.to(tl.float32)
+    middle = _cut(rest)
+    return high, middle, _cut(rest - middle.to(tl.float32))
+
+
+@triton.jit
+def _dot_fp32(left, right, total, WIDEN: tl.constexpr):
+    """total + left right, where the right side is fp32. Matrix units have no fp32: with bf16 on the left three of their
+    products give the same to fp32 rounding."""
+    if left.dtype == tl.bfloat16:
+        high, middle, low = _parts(right)
+        total = _dot(left, low, total, WIDEN)
+        total = _dot(left, middle, total, WIDEN)
+        return _dot(left, high, total, WIDEN)
+    else:
+        return _dot(left.to(tl.float32), right, total, WIDEN)
+
+
 @triton.jit(do_not_specialize=["key0", "key1"])
 def project(
     y, y_token, y_column,  # (T, K) and its strides
-    out,  # (T, rank) fp32 contiguous: Y P^T
+    parts,  # (cdiv(K, chunk), T, rank + T) fp32 out: of each `chunk` of columns, [Y P^T | Y Y^T]
     counts, gap, key0, key1, table, gain,
-    tokens, size, rank,
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    tokens, size, rank, chunk,
+    WIDEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Y P^T with P generated in place, tile by tile: P is never in memory."""
+    """Y P^T with P generated in place, tile by tile: P is never in memory. And the Gram matrix Y Y^T."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    a, b = _subkey(key0, key1, _PROJECTION, tl.load(counts) // gap, tl.full((), 0, tl.int32))
-    total = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    for start in range(0, size, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        place = y + t[:, None].to(tl.int64) * y_token + k[None, :].to(tl.int64) * y_column
-        tile = tl.load(place, mask=(t[:, None] < tokens) & (k[None, :] < size), other=0.0).to(tl.float32)
-        index = (r[None, :].to(tl.int64) * size + k[:, None]).to(tl.uint32)
-        total += tl.dot(tile, _gaussian(index, a, b, table, gain), input_precision="ieee")
-    inside = (t[:, None] < tokens) & (r[None, :] < rank)
-    tl.store(out + t[:, None] * rank + r[None, :], total, mask=inside)
+    block = tl.program_id(1)
+    begin = tl.program_id(2) * chunk
+    end = tl.minimum(begin + chunk, size)
+    width = rank + tokens
+    here = parts + tl.program_id(2).to(tl.int64) * tokens * width + t[:, None] * width
+    place = y + t[:, None].to(tl.int64) * y_token
+    total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    projections = tl.cdiv(rank, BLOCK_C)
+    if block < projections:
+        r = block * BLOCK_C + tl.arange(0, BLOCK_C)
+        a, b = _subkey(key0, key1, _PROJECTION, tl.load(counts) // gap, tl.full((), 0, tl.int32))
+        for start in range(begin, end, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            inside = (t[:, None] < tokens) & (k[None, :] < end)
+            tile = tl.load(place + k[None, :].to(tl.int64) * y_column, mask=inside, other=0.0)
+            index = (r[None, :].to(tl.int64) * size + k[:, None]).to(tl.uint32)
+            total = _dot_fp32(tile, _gaussian(index, a, b, table), total, WIDEN)
+        tl.store(here + r[None, :], total * gain, mask=(t[:, None] < tokens) & (r[None, :] < rank))
+    else:
+        u = (block - projections) * BLOCK_C + tl.arange(0, BLOCK_C)
+        for start in range(begin, end, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            inside = (t[:, None] < tokens) & (k[None, :] < end)
+            tile = tl.load(place + k[None, :].to(tl.int64) * y_column, mask=inside, other=0.0)
+            other = y + u[None, :].to(tl.int64) * y_token + k[:, None].to(tl.int64) * y_column
+            others = tl.load(other, mask=(u[None, :] < tokens) & (k[:, None] < end), other=0.0)
+            total = _dot(tile, others, total, WIDEN)
+        tl.store(here + rank + u[None, :], total, mask=(t[:, None] < tokens) & (u[None, :] < tokens))
+
+
+@triton.jit
+def collect(
+    parts,  # (count, size) fp32 from `project`
+    out,  # (PLANES, size): fp32 if that is one, else two bf16 whose sum it is, to 16 bits
+    size, count,
+    PLANES: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """The sum of the parts, always in the same order."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, DEPTH):
+        part = start + tl.arange(0, DEPTH)
+        inside = (part[:, None] < count) & (i[None, :] < size)
+        place = parts + part[:, None].to(tl.int64) * size + i[None, :]
+        total += tl.sum(tl.load(place, mask=inside, other=0.0), 0)
+    if PLANES == 1:
+        tl.store(out + i, total, mask=i < size)
+    else:
+        high = _nearest(total)
+        tl.store(out + i, high, mask=i < size)
+        tl.store(out + size + i, _nearest(total - high.to(tl.float32)), mask=i < size)
+
+
+@triton.jit
+def _dot_planes(place, inside, plane, right, total, PLANES: tl.constexpr, WIDEN: tl.constexpr):
+    """total + (the sum of the planes) right."""
+    if PLANES == 1:
+        return _dot(tl.load(place, mask=inside, other=0.0), right.to(tl.float32), total, WIDEN)
+    else:
+        total = _dot(tl.load(place + plane, mask=inside, other=0.0), right, total, WIDEN)
+        return _dot(tl.load(place, mask=inside, other=0.0), right, total, WIDEN)
 
 
 @triton.jit
 def channels(
-    small, z, z_token, z_channel,  # (T, rank) from `project`; (T, C) and its strides
+    small,  # (PLANES, T, rank + T) from `collect`: [Y P^T | Y Y^T]
+    z, z_token, z_channel,  # (T, C) and its strides
     r_out, mean, square, rank_step, channel_step,  # R, M and V share one layout
-    normal_sum, raw_sum,  # (C,) fp32 out: |N_j|^2, |R_j|^2
+    scale,  # (C,) fp32 out: s of step (4); ones where the whole tensor has one, which `finish` finds
+    sums,  # (3, programs) fp32 out: |N|^2, |R|^2 and |U|^2 (|G|^2) of the program's channels
     tokens, count, rank, b1, c1, b2, c2, eps,
+    BY_TENSOR: tl.constexpr, PLANES: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """R = small^T Z and, in its epilogue, the channel norms of steps (3) and (4). The moments are only
-    read."""
+    """R = (Y P^T)^T Z and the channel norms of steps (3) and (4); |G_j|^2 by the Gram matrix, see reference.py. The
+    moments are only read."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    width = rank + tokens
+    place = z + c[None, :].to(tl.int64) * z_channel
     normals = tl.zeros((BLOCK_C,), tl.float32)
     raws = tl.zeros((BLOCK_C,), tl.float32)
+    squares = tl.zeros((BLOCK_C,), tl.float32)
     for first in range(0, rank, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
         total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         for start in range(0, tokens, BLOCK_T):
             t = start + tl.arange(0, BLOCK_T)
-            left = tl.load(
-                small + t[None, :] * rank + r[:, None],
-                mask=(t[None, :] < tokens) & (r[:, None] < rank),
-                other=0.0,
-            )
-            place = z + t[:, None].to(tl.int64) * z_token + c[None, :].to(tl.int64) * z_channel
-            right = tl.load(place, mask=(t[:, None] < tokens) & (c[None, :] < count), other=0.0).to(
-                tl.float32
-            )
-            total += tl.dot(left, right, input_precision="ieee")
+            inside = (t[:, None] < tokens) & (c[None, :] < count)
+            right = tl.load(place + t[:, None].to(tl.int64) * z_token, mask=inside, other=0.0)
+            inside = (t[None, :] < tokens) & (r[:, None] < rank)
+            at = small + t[None, :] * width + r[:, None]
+            total = _dot_planes(at, inside, tokens * width, right, total, PLANES, WIDEN)
         at = r[:, None].to(tl.int64) * rank_step + c[None, :].to(tl.int64) * channel_step
         inside = (r[:, None] < rank) & (c[None, :] < count)
         m = b1 * tl.load(mean + at, mask=inside, other=0.0) + c1 * total
@@ -162,18 +259,55 @@ def channels(
         normals += tl.sum(tl.where(inside, normal * normal, 0.0), 0)
         raws += tl.sum(tl.where(inside, total * total, 0.0), 0)
         tl.store(r_out + at, total, mask=inside)
-    tl.store(normal_sum + c, normals, mask=c < count)
-    tl.store(raw_sum + c, raws, mask=c < count)
+    for top in range(0, tokens, BLOCK_T):
+        u = top + tl.arange(0, BLOCK_T)
+        total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+        for start in range(0, tokens, BLOCK_T):
+            t = start + tl.arange(0, BLOCK_T)
+            inside = (t[:, None] < tokens) & (c[None, :] < count)
+            right = tl.load(place + t[:, None].to(tl.int64) * z_token, mask=inside, other=0.0)
+            inside = (u[:, None] < tokens) & (t[None, :] < tokens)
+            at = small + u[:, None] * width + rank + t[None, :]
+            total = _dot_planes(at, inside, tokens * width, right, total, PLANES, WIDEN)
+        inside = (u[:, None] < tokens) & (c[None, :] < count)
+        itself = tl.load(place + u[:, None].to(tl.int64) * z_token, mask=inside, other=0.0)
+        squares += tl.sum(total * itself.to(tl.float32), 0)
+    squares = tl.where(squares < 0.0, 0.0, squares)  # NaN stays
+    if BY_TENSOR:
+        s = tl.full((BLOCK_C,), 1.0, tl.float32)
+    else:
+        s = tl.sqrt(normals) / (tl.sqrt(raws) + NORM_EPS)
+    tl.store(scale + c, s, mask=c < count)
+    programs = tl.num_programs(0)
+    tl.store(sums + tl.program_id(0), tl.sum(normals, 0))
+    tl.store(sums + programs + tl.program_id(0), tl.sum(raws, 0))
+    tl.store(sums + 2 * programs + tl.program_id(0), tl.sum(s * s * squares, 0))
 
 
 @triton.jit
 def finish(
-    squared, phi, counts, scalars,  # |U|^2; state; out: [step size, keep, |dW|, applied, step count before]
+    sums, programs,  # from `channels`
+    phi, counts, scalars,  # state; out: [what multiplies D^T X scaled, keep, |dW|, applied]
     lr, root_alpha, log_b1, log_b2, gamma, floor, decay,
+    BY_TENSOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Steps (6) and (7): guard, limiter, bias correction. One program; the only place that advances phi and
-    the step."""
-    total = tl.load(squared)
+    """Steps (4) for a whole tensor, (6) and (7): guard, limiter, bias correction. One program; the only place that
+    advances phi and the step."""
+    i = tl.arange(0, BLOCK)
+    normals = tl.zeros((BLOCK,), tl.float32)
+    raws = tl.zeros((BLOCK,), tl.float32)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, programs, BLOCK):
+        inside = start + i < programs
+        normals += tl.load(sums + start + i, mask=inside, other=0.0)
+        raws += tl.load(sums + programs + start + i, mask=inside, other=0.0)
+        squares += tl.load(sums + 2 * programs + start + i, mask=inside, other=0.0)
+    raw = tl.sum(raws, 0)
+    s = 1.0
+    if BY_TENSOR:
+        s = tl.sqrt(tl.sum(normals, 0)) / (tl.sqrt(raw) + NORM_EPS)
+    # A non-finite R must stop the update even where its channel's own norm came out finite.
+    total = s * s * tl.sum(squares, 0) + raw * 0.0
     length = tl.sqrt(total)
     good = (total >= 0.0) & (total < float("inf"))  # False for NaN
     before = tl.load(phi)
@@ -191,22 +325,45 @@ def finish(
     tl.store(phi, tl.where(good, after, before))
     tl.store(counts, tl.where(good, done + 1, done))
     tl.store(counts + 1, tl.load(counts + 1) + tl.where(good, 0, 1))
-    tl.store(scalars, step)
+    tl.store(scalars, step * s)
     tl.store(scalars + 1, 1.0 - lr * decay)
     tl.store(scalars + 2, tl.where(good, step * length, 0.0))
     tl.store(scalars + 3, tl.where(good, 1.0, 0.0))
-    tl.store(scalars + 4, (done & 0xFFFFFF).to(tl.float32))  # for reading only; the stream uses counts
 
 
 @triton.jit
-def commit(r, mean, square, scalars, size, b1, c1, b2, c2, BLOCK: tl.constexpr):
-    """M and V of step (3), unless the update was stopped."""
-    if tl.load(scalars + 3) > 0.0:
-        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def _commit(r, mean, square, size, b1, c1, b2, c2, BLOCK: tl.constexpr):
+    """This program's share of M and V of step (3)."""
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    for start in range(program * BLOCK, size, programs * BLOCK):
+        i = start + tl.arange(0, BLOCK)
         inside = i < size
         x = tl.load(r + i, mask=inside, other=0.0)
         tl.store(mean + i, b1 * tl.load(mean + i, mask=inside, other=0.0) + c1 * x, mask=inside)
         tl.store(square + i, b2 * tl.load(square + i, mask=inside, other=0.0) + c2 * x * x, mask=inside)
+
+
+@triton.jit
+def _product(
+    d, d_token, d_row, x, x_token, x_column, i, j, m, n, tokens,
+    EVEN: tl.constexpr, WIDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """A tile of D^T X, fp32."""
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, tokens, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        inside_left = t[None, :] < tokens
+        inside_right = t[:, None] < tokens
+        if not EVEN:
+            inside_left = inside_left & (i[:, None] < m)
+            inside_right = inside_right & (j[None, :] < n)
+        left = d + t[None, :].to(tl.int64) * d_token + i[:, None].to(tl.int64) * d_row
+        right = x + t[:, None].to(tl.int64) * x_token + j[None, :].to(tl.int64) * x_column
+        left = tl.load(left, mask=inside_left, other=0.0)
+        right = tl.load(right, mask=inside_right, other=0.0)
+        total = _dot(left, right, total, WIDEN)
+    return total
 
 
 @triton.jit(do_not_specialize=["key0", "key1", "seed"])
@@ -214,57 +371,96 @@ def write(
     weight, row_stride, column_stride,  # (m, n), any strides
     x, x_token, x_column, d, d_token, d_row,  # (T, n) and (T, m), any strides
     scale, scalars, counts, key0, key1, seed,
-    m, n, tokens,
-    BY_ROW: tl.constexpr, STOCHASTIC: tl.constexpr, WIDEN: tl.constexpr,
+    r, mean, square, moments, b1, c1, b2, c2,  # R, M and V, of `moments` elements each
+    m, n, tokens, run,
+    BY_ROW: tl.constexpr, STOCHASTIC: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """W <- round((W - step D^T X scaled) * keep): one product per tile, accumulated in fp32, rounded once."""
+    """W <- round((W - step D^T X scaled) * keep): one product per tile, accumulated in fp32, rounded once. A program
+    has `run` tiles beside one another, and reads the next while it is at one. And M and V of step (3). Nothing, if the
+    update was stopped. `EVEN`: blocks divide the weight. `WHOLE`: a block takes all tokens."""
     if tl.load(scalars + 3) > 0.0:
+        step = tl.load(scalars)
+        keep = tl.load(scalars + 1)
+        # `finish` has already counted this step, so its number from 0 is one less.
+        a, b = _subkey(key0, key1, _ROUNDING, tl.load(counts) - 1, seed)
+        pairs = ((n + 1) // 2).to(tl.uint32)
         i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(0, tokens, BLOCK_T):
-            t = start + tl.arange(0, BLOCK_T)
-            left = tl.load(
-                d + t[None, :].to(tl.int64) * d_token + i[:, None].to(tl.int64) * d_row,
-                mask=(t[None, :] < tokens) & (i[:, None] < m), other=0.0,
-            )  # fmt: skip
-            right = tl.load(
-                x + t[:, None].to(tl.int64) * x_token + j[None, :].to(tl.int64) * x_column,
-                mask=(t[:, None] < tokens) & (j[None, :] < n), other=0.0,
-            )  # fmt: skip
-            if WIDEN:  # Triton's interpreter multiplies bf16 as the integers that it keeps them in
-                left = left.to(tl.float32)
-                right = right.to(tl.float32)
-            total += tl.dot(left, right, input_precision="ieee")
-        if BY_ROW:
-            total = total * tl.load(scale + i, mask=i < m, other=0.0)[:, None]
-        else:
-            total = total * tl.load(scale + j, mask=j < n, other=0.0)[None, :]
-        place = weight + i[:, None].to(tl.int64) * row_stride + j[None, :].to(tl.int64) * column_stride
-        inside = (i[:, None] < m) & (j[None, :] < n)
-        old = tl.load(place, mask=inside, other=0.0)
-        value = (old.to(tl.float32) - total * tl.load(scalars)) * tl.load(scalars + 1)
+        first = tl.program_id(1) * run
+        last = tl.minimum(first + run, tl.cdiv(n, BLOCK_N))
+        row = weight + i[:, None].to(tl.int64) * row_stride
         kind: tl.constexpr = weight.dtype.element_ty
-        if STOCHASTIC and (kind == tl.bfloat16 or kind == tl.float16):
-            # `finish` has already counted this step, so its number from 0 is one less.
-            a, b = _subkey(key0, key1, _ROUNDING, tl.load(counts) - 1, seed)
-            word = _words((i[:, None].to(tl.int64) * n + j[None, :]).to(tl.uint32), a, b)
-            if kind == tl.bfloat16:
-                tl.store(place, round_bfloat16(value, word), mask=inside)
-            else:
-                tl.store(place, round_float16(value, word), mask=inside)
+        j = first * BLOCK_N + tl.arange(0, BLOCK_N)
+        if BY_ROW:
+            s = tl.load(scale + i, mask=i < m, other=0.0) * step
         else:
-            tl.store(place, value.to(kind), mask=inside)
+            s = tl.load(scale + j, mask=j < n, other=0.0) * step
+        if EVEN:
+            old = tl.load(row + j[None, :].to(tl.int64) * column_stride)
+        else:
+            old = tl.load(
+                row + j[None, :].to(tl.int64) * column_stride,
+                mask=(i[:, None] < m) & (j[None, :] < n), other=0.0,
+            )  # fmt: skip
+        if WHOLE:
+            t = tl.arange(0, BLOCK_T)
+            given = t[None, :] < tokens
+            if not EVEN:
+                given = given & (i[:, None] < m)
+            left = d + t[None, :].to(tl.int64) * d_token + i[:, None].to(tl.int64) * d_row
+            left = tl.load(left, mask=given, other=0.0)
+            x_rows = x + t[:, None].to(tl.int64) * x_token
+        for tile in range(first, last):
+            j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            following = j + BLOCK_N
+            ahead = following[None, :] < last * BLOCK_N
+            if not EVEN:
+                ahead = ahead & (i[:, None] < m) & (following[None, :] < n)
+            upcoming = tl.load(row + following[None, :].to(tl.int64) * column_stride, mask=ahead, other=0.0)
+            if WHOLE:
+                present = t[:, None] < tokens
+                if not EVEN:
+                    present = present & (j[None, :] < n)
+                right = tl.load(x_rows + j[None, :].to(tl.int64) * x_column, mask=present, other=0.0)
+                total = _dot(left, right, None, WIDEN)
+            else:
+                total = _product(
+                    d, d_token, d_row, x, x_token, x_column, i, j, m, n, tokens,
+                    EVEN, WIDEN, BLOCK_M, BLOCK_N, BLOCK_T,
+                )  # fmt: skip
+            if BY_ROW:
+                value = (old.to(tl.float32) - total * s[:, None]) * keep
+            else:
+                value = (old.to(tl.float32) - total * s[None, :]) * keep
+                s = tl.load(scale + following, mask=following < n, other=0.0) * step
+            if STOCHASTIC and (kind == tl.bfloat16 or kind == tl.float16):
+                pair = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+                word = _words(i[:, None].to(tl.uint32) * pairs + pair[None, :].to(tl.uint32), a, b)
+                random = tl.join(word & tl.full((), 0xFFFF, tl.uint32), word >> 16)
+                random = tl.reshape(random, (BLOCK_M, BLOCK_N))
+                if kind == tl.bfloat16:
+                    rounded = round_bfloat16(value, random)
+                else:
+                    rounded = round_float16(value, random)
+            else:
+                rounded = value.to(kind)
+            place = row + j[None, :].to(tl.int64) * column_stride
+            if EVEN:
+                tl.store(place, rounded)
+            else:
+                tl.store(place, rounded, mask=(i[:, None] < m) & (j[None, :] < n))
+            old = upcoming
+        _commit(r, mean, square, moments, b1, c1, b2, c2, 1024)
 
 
 @triton.jit(do_not_specialize=["a_bits", "b_bits"])
 def round_values(values, out, size, a_bits, b_bits, BLOCK: tl.constexpr):
-    """Stochastic rounding alone, counter = position: for the tests of the bits."""
+    """Stochastic rounding alone, element = position: for the tests of the bits."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    word = _words(i.to(tl.uint32), a_bits.to(tl.uint32, bitcast=True), b_bits.to(tl.uint32, bitcast=True))
+    a, b = a_bits.to(tl.uint32, bitcast=True), b_bits.to(tl.uint32, bitcast=True)
+    random = (_words((i // 2).to(tl.uint32), a, b) >> ((i % 2) * 16).to(tl.uint32)) & tl.full((), 0xFFFF, tl.uint32)
     value = tl.load(values + i, mask=i < size, other=0.0)
     if out.dtype.element_ty == tl.bfloat16:
-        tl.store(out + i, round_bfloat16(value, word), mask=i < size)
+        tl.store(out + i, round_bfloat16(value, random), mask=i < size)
     else:
-        tl.store(out + i, round_float16(value, word), mask=i < size)
+        tl.store(out + i, round_float16(value, random), mask=i < size)
