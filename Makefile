@@ -45,11 +45,7 @@ special-cases: setup # the handling of each special case of docs/models.md taken
 	$(BIN)/python tests/special_cases.py $(SPECIAL_ARGS)
 
 gpu-check:    # on a machine with a CUDA device, this package's dependencies, triton and cuda-bindings; vLLM is not needed
-	@export PYTHONPATH=daemon:kernels$${PYTHONPATH:+:$$PYTHONPATH}; failed=0; \
-	python3 -m pytest -m gpu tests/test_kernels_cuda.py tests/test_arena_cuda.py tests/test_arena_gpu.py \
-	  tests/test_streams.py tests/test_one_shot.py || failed=1; \
-	python3 benchmarks/gpu.py --json benchmarks/results/gpu.json --markdown docs/gpu-results.md || failed=1; \
-	exit $$failed
+	@scripts/gpu_check.sh $(GPU_ARGS)
 
 bench-update: setup    # benchmarks/update.py: what one update costs, against the published form, AdamW and the floors
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/update.py

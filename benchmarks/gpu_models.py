@@ -166,7 +166,7 @@ def example(vocabulary: int, context: int, trained: int, seed: int) -> Example:
     return Example(ids, [False] * context + [True] * trained)
 
 
-def predicted(arena: Arena, rank: int, tokens: int, vocabulary: int) -> gpu_memory.Needs:
+def predicted(arena: Arena, rank: int, tokens: int, vocabulary: int, activation_mib: int) -> gpu_memory.Needs:
     """What `hogwild doctor` says of one trainer thread with passes of `tokens` tokens, without protection."""
     layout = arena.layout.tensors
     tables = [region.shape for name, region in layout.items() if "embed" in name]
@@ -174,7 +174,7 @@ def predicted(arena: Arena, rank: int, tokens: int, vocabulary: int) -> gpu_memo
     layers = sum(name.endswith("q_proj.weight") for name in layout)
     config = Config.model_validate(
         {
-            "training": {"threads": 1, "batch_tokens": tokens},
+            "training": {"threads": 1, "batch_tokens": tokens, "activation_mib": activation_mib},
             "optimizer": {"rank": rank},
             "replay": {"protected_rank": 0},
         }

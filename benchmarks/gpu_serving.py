@@ -26,7 +26,7 @@ MODELS = ("Llama 8B", "Llama 1B")
 _BATCH, _LENGTH = 16, 512
 _TOKENS = 64
 _POLICIES: tuple[Literal["off", "share", "strict"], ...] = ("off", "share", "strict")
-_SECONDS = 4.0
+_SECONDS = 3.0
 _SERVED_EQUALS_TRAINED, _MOST_STEPS = 0.05, 300  # nats a token, for both compute in bf16
 
 

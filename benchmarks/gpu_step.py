@@ -27,6 +27,8 @@ MODELS = ("Llama 8B", "Qwen3 32B")
 CONTEXT, TRAINED, RANK = 448, 64, 64
 _PROTECTED, _TINY_RANK = 256, 4
 _AIM = 0.10
+_ACTIVATIONS_MIB, _LEAN_MIB = 2048, 128
+"""`training.activation_mib`: as it comes, and for those who have little room."""
 _LR, _WIDTH = 2e-4, 512
 _ROOM = 2 << 30  # beside what is predicted
 _WARM_UP, _STEPS = 3, 5
@@ -68,11 +70,15 @@ def trainer_of(
     seed: int = 0,
     kind: type[Trainer] = Trainer,
     between_layers: Callable[[], None] = lambda: None,
+    activation_mib: int = _ACTIVATIONS_MIB,
 ) -> Trainer:
     """A trainer as the daemon makes them; `seed` of its rounding."""
     weights = Weights(arena)
     model = skeleton.build(folder, weights)
-    return kind(model, optimizer, progress, set(weights.names), "frozen", seed, between_layers)
+    names = set(weights.names)
+    return kind(
+        model, optimizer, progress, names, "frozen", seed, between_layers, activation_mib=activation_mib
+    )
 
 
 def optimizer_of(arena: Arena, tiny: bool, kind: type[Optimizer] = Optimizer) -> Optimizer:
@@ -127,8 +133,14 @@ def _model(bench: Bench, name: str, folder: Path, sizes: Sizes) -> None:
     moved = Weights(arena).view("model.layers.0.mlp.down_proj.weight")
     bench.out.check(f"{name}: the weights in the arena have moved", not torch.equal(sample, moved))
     state = sum(tensor.nbytes for tensor in optimizer.tensors().values())
-    needs = gpu_models.predicted(arena, optimizer.config.rank, trained, vocabulary)
-    _memory(bench, name, sizes, state, [peak - before for peak in peaks], needs)
+    for mib in (_ACTIVATIONS_MIB, _LEAN_MIB):
+        if mib == _LEAN_MIB:
+            lean = trainer_of(folder, arena, optimizer, Progress(arena.control, 8), activation_mib=mib)
+            peaks = _peaks(bench, lean, item)
+            del lean
+        needs = gpu_models.predicted(arena, optimizer.config.rank, trained, vocabulary, mib)
+        what = f"{name}, activation_mib {mib}"
+        _memory(bench, what, sizes, state, [peak - before for peak in peaks], needs, mib == _LEAN_MIB)
     if bench.left_s() > 10 or bench.tiny:
         trainer.protect(_directions(trainer, protected))
         _steps(bench, f"{name}, {protected} directions protected", trainer, item, watch, floors, sizes)
@@ -182,6 +194,19 @@ def _steps(
     return losses, peaks
 
 
+def _peaks(bench: Bench, trainer: Trainer, item: Item) -> list[int]:
+    """Bytes allocated at the peak of its first step, and of two more; nothing on a CPU."""
+    peaks = []
+    for steps in (1, 2):
+        if bench.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(steps):
+            trainer.step([item])
+        if bench.cuda:
+            peaks.append(torch.cuda.max_memory_allocated())
+    return peaks
+
+
 def _floors(bench: Bench, sizes: Sizes, context: int, trained: int) -> dict[str, float]:
     """Seconds that each part takes at least: weights read (and, by the update, written) once, or its multiply-adds."""
     copy, matmul = bench.rates
@@ -200,9 +225,10 @@ def _floors(bench: Bench, sizes: Sizes, context: int, trained: int) -> dict[str,
 
 
 def _memory(
-    bench: Bench, name: str, sizes: Sizes, state: int, peaks: list[int], needs: gpu_memory.Needs
+    bench: Bench, name: str, sizes: Sizes, state: int, peaks: list[int], needs: gpu_memory.Needs, lean: bool
 ) -> None:
-    """`peaks`: bytes beside the weights in the first steps, which time kernels too, and afterwards; empty on a CPU."""
+    """`peaks`: bytes beside the weights in the first steps, which time kernels too, and afterwards; empty on a CPU.
+    `lean`: this is what the aim is about."""
     predicted = needs.total - needs.context
     first, later = peaks or (None, None)
     bench.out.row(
@@ -220,11 +246,12 @@ def _memory(
     if first is None or later is None:
         bench.out.leave_out(f"{name}: peak of memory, which only a device's allocator says")
         return
-    bench.out.aim(
-        f"{name}: moments and all else stay under {_AIM:.0%} of the weights at r={RANK}, {TRAINED} trained tokens",
-        later < _AIM * sizes.nbytes,
-        f"{later / sizes.nbytes:.1%}",
-    )
+    if lean:
+        bench.out.aim(
+            f"{name}: moments and all else stay under {_AIM:.0%} of the weights at r={RANK}, {TRAINED} trained tokens",
+            later < _AIM * sizes.nbytes,
+            f"{later / sizes.nbytes:.1%}",
+        )
     most = max(first, later)
     bench.out.aim(
         f"{name}: and under what `hogwild doctor` says", most <= predicted, f"{most / predicted:.0%} of it"

@@ -94,12 +94,41 @@ def test_blocks_that_do_not_divide_the_shape(m: int, n: int, rank: int, tokens: 
     compare(m, n, rank, torch.float32, tokens=tokens, steps=2, seed=2**31 + 5)
 
 
+ON_A_DEVICE = [
+    (m, n, rank, dtype) for dtype in TYPES for m, n in ((512, 2048), (2048, 512)) for rank in (1, 64)
+]
+ON_A_DEVICE += [(520, 2040, 200, torch.bfloat16), (2043, 511, 64, torch.bfloat16)]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("rank", [1, 64])
-@pytest.mark.parametrize(("m", "n"), [(512, 2048), (2048, 512)])
-def test_step_equals_the_reference_on_a_device(m: int, n: int, rank: int, dtype: torch.dtype) -> None:
-    compare(m, n, rank, dtype, tokens=48)
+@pytest.mark.parametrize(
+    "case", range(len(ON_A_DEVICE)), ids=lambda case: "-".join(map(str, ON_A_DEVICE[case]))
+)
+def test_step_equals_the_reference_on_a_device(case: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one after the other of the candidates that autotuning chooses from: compiling all of them for each case
+    takes minutes."""
+    from hogwild_kernels import cuda
+
+    m, n, rank, dtype = ON_A_DEVICE[case]
+    candidate = cuda.CANDIDATES[case % len(cuda.CANDIDATES)]
+    monkeypatch.setattr(cuda, "_tuned", {})
+    monkeypatch.setattr(cuda, "_tune", lambda _work: candidate)
+    compare(m, n, rank, dtype, tokens=300 if rank == 200 else 48)
+
+
+@pytest.mark.gpu
+def test_autotuning_chooses_a_candidate_and_leaves_the_weight_alone() -> None:
+    from hogwild_kernels import cuda
+
+    config, shape = ApolloConfig(rank=8, lr=0.0, rounding="nearest"), (256, 512)
+    weight = torch.randn(shape, device="cuda").bfloat16()
+    before = weight.clone()
+    before_tuning = len(cuda._tuned)
+    x, d = batch(*shape, 20, torch.bfloat16)
+    cuda.step(weight, x, d, ApolloState("layer", shape, config, device="cuda"), config, lr=0.0)
+    assert len(cuda._tuned) == before_tuning + 1
+    assert set(cuda._tuned.values()) <= set(cuda.CANDIDATES)
+    assert torch.equal(weight, before)
 
 
 @interpreted
@@ -210,23 +239,46 @@ def test_the_limiter_is_the_references_through_zeros_and_bursts() -> None:
 
 @interpreted
 @pytest.mark.parametrize("dtype", TYPES)
-def test_adam_equals_the_reference(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+def test_adam_equals_the_reference(dtype: torch.dtype, bad: float) -> None:
+    compare_adam((9, 5), dtype, bad)
+
+
+@interpreted
+def test_adam_takes_any_layout() -> None:
+    compare_adam((5, 9), torch.bfloat16, torch.nan, transposed=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", [(4099,), (300, 1, 4)], ids=str)
+def test_adam_equals_the_reference_on_a_device(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    compare_adam(shape, dtype, torch.inf)
+
+
+def compare_adam(shape: tuple[int, ...], dtype: torch.dtype, bad: float, transposed: bool = False) -> None:
     from hogwild_kernels import cuda
 
     torch.manual_seed(0)
     config = AdamConfig(lr=0.01, weight_decay=0.1)
-    fast, slow = AdamState("norm", (9, 5), config), AdamState("norm", (9, 5), config)
-    w = torch.randn(9, 5).to(dtype)
+    fast, slow = (AdamState("norm", shape, config, device=device()) for _ in range(2))
+    w = torch.randn(shape).to(dtype).to(device())
     truth = w.clone()
+    if transposed:
+        w = w.T.contiguous().T
+        assert not w.is_contiguous()
     for step in range(6):
-        g = torch.randn(9, 5)
+        g = torch.randn(shape, device=device())
         if step == 3:
-            g[1, 1] = torch.nan
+            g.view(-1)[7] = bad
         one, two = cuda.adam_step(w, g, fast, config, lr=0.01), reference.adam_step(truth, g, slow, config)
         assert bool(one.skipped) == two.skipped
         assert float(one.norm) == pytest.approx(two.norm, rel=1e-5)
     assert (fast.step, fast.skipped) == (slow.step, slow.skipped) == (5, 1)
-    torch.testing.assert_close(w, truth, rtol=1e-5, atol=1e-6)
+    if dtype == torch.float32:
+        torch.testing.assert_close(w, truth, rtol=1e-5, atol=1e-6)
+    else:
+        assert float((w != truth).double().mean()) < 0.005
 
 
 class _NoScalarReads(TorchDispatchMode):

@@ -14,6 +14,11 @@ Shape = tuple[int, ...]
 
 _CONTEXT = 768 << 20
 """Bytes of the CUDA context, the libraries' workspaces and the compiled kernels of one process: assumed."""
+_PARTS = 528 * 128 * 64
+"""Elements of the parts of a product that cuda.py makes at once, where the product itself is no larger."""
+_TUNING = 384 << 20
+"""Bytes of the first updates, which look for the fastest kernels: what empties the cache between two runs, and some
+rows of a weight (cuda.py, triton.testing.do_bench)."""
 _DRIFT = 160 << 20
 """Bytes of a thread that takes back drift: ten blocks of drift.py."""
 VLLM_SHARE = 0.92
@@ -89,6 +94,7 @@ def predict(model: Model, config: Config) -> Needs:
         update=threads
         * (
             max((_update(m, n, tokens, rank, model.itemsize) for m, n in linears), default=0)
+            + _TUNING
             + _DRIFT * bool(protects and replay.protected_every)
         ),
         copies=(threads + 1) * model.copied,
@@ -98,9 +104,10 @@ def predict(model: Model, config: Config) -> Needs:
 
 def _update(m: int, n: int, tokens: int, rank: int, itemsize: int) -> int:
     """Bytes that one update of an (m, n) weight makes for a moment (hogwild_kernels/cuda.py, products.without)."""
-    wide = 4 * tokens * (m + n + max(m, n))  # X and D in fp32, and (Y Y^T) Z
-    small = 4 * (min(rank, m, n) * (max(m, n) + tokens) + 2 * max(m, n))  # R, Y P^T, sums
-    return wide + small + 2 * itemsize * tokens * n  # X without its protected part
+    both = tokens * (min(rank, m, n) + tokens)  # [Y P^T | Y Y^T]
+    parts = max(_PARTS, 2 * both)  # of it, and its sum
+    small = min(rank, m, n) * max(m, n) + 2 * max(m, n)  # R, scales, sums
+    return 4 * (parts + both + small) + 2 * itemsize * tokens * n  # X without its protected part
 
 
 def left(total: int, arguments: Sequence[str]) -> int:

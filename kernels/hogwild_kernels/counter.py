@@ -108,6 +108,7 @@ def gaussian_table() -> Tensor:
     return torch.tensor([-z for z in reversed(fixed)] + fixed, dtype=torch.int32)
 
 
+@functools.cache
 def gaussian_gain(rank: int) -> float:
     """What turns a sum of two table entries into an N(0, 1/rank) entry of P."""
     (fp32,) = struct.unpack("f", struct.pack("f", (2.0 * rank) ** -0.5 / TABLE_ONE))

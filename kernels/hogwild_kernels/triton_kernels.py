@@ -60,6 +60,13 @@ def _words(index, a, b):
 
 
 @triton.jit
+def _half(i, a, b):
+    """The 16 bits of `counter.rounding_bits` for element i of a single row."""
+    word = _words((i // 2).to(tl.uint32), a, b)
+    return (word >> ((i % 2) * 16).to(tl.uint32)) & tl.full((), 0xFFFF, tl.uint32)
+
+
+@triton.jit
 def _gaussian(index, a, b, table):
     """Entries of P from their counters, as `counter.projection`, before its gain: two table look-ups and an integer
     sum."""
@@ -100,6 +107,12 @@ def round_float16(value, random):
         magnitude == infinity, tl.full((), 0x7C00, tl.uint32), tl.where(magnitude > infinity, nan, half)
     )
     return (half | sign).to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _rounded(value, random, kind: tl.constexpr):
+    """fp32 to one of the two, stochastically."""
+    return round_bfloat16(value, random) if kind == tl.bfloat16 else round_float16(value, random)
 
 
 @triton.jit
@@ -144,9 +157,10 @@ def _dot_fp32(left, right, total, WIDEN: tl.constexpr):
         high, middle, low = _parts(right)
         total = _dot(left, low, total, WIDEN)
         total = _dot(left, middle, total, WIDEN)
-        return _dot(left, high, total, WIDEN)
+        total = _dot(left, high, total, WIDEN)
     else:
-        return _dot(left.to(tl.float32), right, total, WIDEN)
+        total = _dot(left.to(tl.float32), right, total, WIDEN)
+    return total
 
 
 @triton.jit(do_not_specialize=["key0", "key1"])
@@ -215,11 +229,11 @@ def collect(
 @triton.jit
 def _dot_planes(place, inside, plane, right, total, PLANES: tl.constexpr, WIDEN: tl.constexpr):
     """total + (the sum of the planes) right."""
-    if PLANES == 1:
-        return _dot(tl.load(place, mask=inside, other=0.0), right.to(tl.float32), total, WIDEN)
-    else:
+    if PLANES == 2:
         total = _dot(tl.load(place + plane, mask=inside, other=0.0), right, total, WIDEN)
-        return _dot(tl.load(place, mask=inside, other=0.0), right, total, WIDEN)
+    else:
+        right = right.to(tl.float32)
+    return _dot(tl.load(place, mask=inside, other=0.0), right, total, WIDEN)
 
 
 @triton.jit
@@ -273,10 +287,9 @@ def channels(
         itself = tl.load(place + u[:, None].to(tl.int64) * z_token, mask=inside, other=0.0)
         squares += tl.sum(total * itself.to(tl.float32), 0)
     squares = tl.where(squares < 0.0, 0.0, squares)  # NaN stays
+    s = tl.sqrt(normals) / (tl.sqrt(raws) + NORM_EPS)
     if BY_TENSOR:
         s = tl.full((BLOCK_C,), 1.0, tl.float32)
-    else:
-        s = tl.sqrt(normals) / (tl.sqrt(raws) + NORM_EPS)
     tl.store(scale + c, s, mask=c < count)
     programs = tl.num_programs(0)
     tl.store(sums + tl.program_id(0), tl.sum(normals, 0))
@@ -288,6 +301,7 @@ def channels(
 def finish(
     sums, programs,  # from `channels`
     phi, counts, scalars,  # state; out: [what multiplies D^T X scaled, keep, |dW|, applied]
+    skipped,  # bool out
     lr, root_alpha, log_b1, log_b2, gamma, floor, decay,
     BY_TENSOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -329,6 +343,52 @@ def finish(
     tl.store(scalars + 1, 1.0 - lr * decay)
     tl.store(scalars + 2, tl.where(good, step * length, 0.0))
     tl.store(scalars + 3, tl.where(good, 1.0, 0.0))
+    tl.store(skipped, good == 0)
+
+
+@triton.jit(do_not_specialize=["key0", "key1", "seed"])
+def adam(
+    weight, gradient, mean, square,  # of `size` elements, contiguous
+    counts, norm, skipped,  # state; fp32 and bool out
+    key0, key1, seed, size,
+    lr, b1, c1, b2, c2, log_b1, log_b2, eps, decay,
+    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`reference.adam_step` of a small tensor by one program."""
+    i = tl.arange(0, BLOCK)
+    bad = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, size, BLOCK):
+        g = tl.load(gradient + start + i, mask=start + i < size, other=0.0).to(tl.float32)
+        bad += (g - g != 0.0).to(tl.int32)  # infinity and NaN give NaN
+    good = tl.sum(bad, 0) == 0
+    done = tl.load(counts)
+    t = (done + 1).to(tl.float64)
+    correction = (1.0 - tl.exp(t * log_b2)).to(tl.float32)
+    rate = (lr / (1.0 - tl.exp(t * log_b1))).to(tl.float32)
+    a, b = _subkey(key0, key1, _ROUNDING, done, seed)
+    kind: tl.constexpr = weight.dtype.element_ty
+    total = tl.zeros((BLOCK,), tl.float32)
+    if good:
+        for start in range(0, size, BLOCK):
+            at = start + i
+            inside = at < size
+            g = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+            m = b1 * tl.load(mean + at, mask=inside, other=0.0) + c1 * g
+            v = b2 * tl.load(square + at, mask=inside, other=0.0) + c2 * g * g
+            update = m / (tl.sqrt(v / correction) + eps) * rate
+            total += update * update
+            value = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) * (1.0 - lr * decay) - update
+            if STOCHASTIC and (kind == tl.bfloat16 or kind == tl.float16):
+                rounded = _rounded(value, _half(at, a, b), kind)
+            else:
+                rounded = value.to(kind)
+            tl.store(weight + at, rounded, mask=inside)
+            tl.store(mean + at, m, mask=inside)
+            tl.store(square + at, v, mask=inside)
+    tl.store(counts, tl.where(good, done + 1, done))
+    tl.store(counts + 1, tl.load(counts + 1) + tl.where(good, 0, 1))
+    tl.store(norm, tl.sqrt(tl.sum(total, 0)))
+    tl.store(skipped, good == 0)
 
 
 @triton.jit
@@ -366,13 +426,13 @@ def _product(
     return total
 
 
-@triton.jit(do_not_specialize=["key0", "key1", "seed"])
+@triton.jit(do_not_specialize=["key0", "key1", "seed", "pairs"])
 def write(
     weight, row_stride, column_stride,  # (m, n), any strides
     x, x_token, x_column, d, d_token, d_row,  # (T, n) and (T, m), any strides
     scale, scalars, counts, key0, key1, seed,
     r, mean, square, moments, b1, c1, b2, c2,  # R, M and V, of `moments` elements each
-    m, n, tokens, run,
+    m, n, pairs, tokens, run,  # `pairs` of columns
     BY_ROW: tl.constexpr, STOCHASTIC: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -384,7 +444,6 @@ def write(
         keep = tl.load(scalars + 1)
         # `finish` has already counted this step, so its number from 0 is one less.
         a, b = _subkey(key0, key1, _ROUNDING, tl.load(counts) - 1, seed)
-        pairs = ((n + 1) // 2).to(tl.uint32)
         i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         first = tl.program_id(1) * run
         last = tl.minimum(first + run, tl.cdiv(n, BLOCK_N))
@@ -435,13 +494,11 @@ def write(
                 s = tl.load(scale + following, mask=following < n, other=0.0) * step
             if STOCHASTIC and (kind == tl.bfloat16 or kind == tl.float16):
                 pair = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-                word = _words(i[:, None].to(tl.uint32) * pairs + pair[None, :].to(tl.uint32), a, b)
+                word = _words(
+                    i[:, None].to(tl.uint32) * pairs.to(tl.uint32) + pair[None, :].to(tl.uint32), a, b
+                )
                 random = tl.join(word & tl.full((), 0xFFFF, tl.uint32), word >> 16)
-                random = tl.reshape(random, (BLOCK_M, BLOCK_N))
-                if kind == tl.bfloat16:
-                    rounded = round_bfloat16(value, random)
-                else:
-                    rounded = round_float16(value, random)
+                rounded = _rounded(value, tl.reshape(random, (BLOCK_M, BLOCK_N)), kind)
             else:
                 rounded = value.to(kind)
             place = row + j[None, :].to(tl.int64) * column_stride
@@ -458,7 +515,7 @@ def round_values(values, out, size, a_bits, b_bits, BLOCK: tl.constexpr):
     """Stochastic rounding alone, element = position: for the tests of the bits."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     a, b = a_bits.to(tl.uint32, bitcast=True), b_bits.to(tl.uint32, bitcast=True)
-    random = (_words((i // 2).to(tl.uint32), a, b) >> ((i % 2) * 16).to(tl.uint32)) & tl.full((), 0xFFFF, tl.uint32)
+    random = _half(i, a, b)
     value = tl.load(values + i, mask=i < size, other=0.0)
     if out.dtype.element_ty == tl.bfloat16:
         tl.store(out + i, round_bfloat16(value, random), mask=i < size)
