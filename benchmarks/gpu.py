@@ -78,9 +78,9 @@ class Part:
 
 
 PARTS = {
-    "machine": Part("The machine", "gpu_machine", 8),
+    "machine": Part("The machine", "gpu_machine", 10),
     "arena": Part("The arena", "gpu_arena", 28),
-    "update": Part("The update kernels", "gpu_update", 85),
+    "update": Part("The update kernels", "gpu_update", 83),
     "step": Part("A training step", "gpu_step", 65),
     "serving": Part("Serving and training together", "gpu_serving", 42),
     "mps": Part("Serving and training together, under MPS", "gpu_serving", 42),
