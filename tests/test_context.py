@@ -242,6 +242,48 @@ def test_less_memory_is_held_when_activations_are_computed_twice(tmp_path):
     assert held[0] < held[1] / 2
 
 
+def test_the_first_pass_keeps_no_more_than_its_budget_either(tmp_path):
+    """How large activations are is not known then; a layer or two tell."""
+    folder = build("llama", tmp_path / "model", num_hidden_layers=16)
+    whole, layer = held_by_the_first_pass(folder, 1024), held_by_the_first_pass(folder, 0)
+    tight = prepared(folder, activation_mib=0)[0]
+    tight._recompute._budget = whole // 8  # tests have no model whose activations take a MiB
+    kept = held(tight)
+    assert layer < kept < whole // 4
+    assert tight._recompute._bytes_per_token == pytest.approx(whole / 48, rel=0.3)
+    assert held(tight) < kept, "from then on nothing is kept"
+
+
+def held_by_the_first_pass(folder, budget):
+    return held(prepared(folder, activation_mib=budget)[0])
+
+
+def held(trainer):
+    """Bytes that a forward pass over 48 tokens keeps for its backward pass, weights left out."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in trainer.model.parameters()}
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    plain = trainer.model.forward  # inside: the first pass has hooks of its own, and the innermost count
+
+    def forward(*args, **kwargs):
+        with torch.autograd.graph.saved_tensors_hooks(lambda one: note(own(one)), lambda one: one):
+            return plain(*args, **kwargs)
+
+    own = trainer._recompute._note
+    trainer.model.forward = forward
+    try:
+        trainer._losses([trainer._cut(0, Item(text(1, 8, 40)), "full")])
+    finally:
+        trainer.model.forward = plain
+    return sum(saved.values())
+
+
 # --- fp32 around 16-bit weights --------------------------------------------------------------------------------------
 
 

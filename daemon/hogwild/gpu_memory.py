@@ -1,7 +1,8 @@
 """How much of a GPU training takes beside the weights, reckoned from shapes and settings before anything runs.
 
-An upper bound, for passes of `training.batch_tokens` trained tokens; a longer answer takes more for its logits. What
-the CUDA context and libraries take is assumed, and nothing here has been compared with a device yet. Imports no torch.
+An upper bound, for passes of `training.batch_tokens` trained tokens; a longer answer takes more for its logits.
+docs/gpu-results.md compares it with an H200, but for what the CUDA context and libraries take, which is assumed.
+Imports no torch.
 """
 
 import math

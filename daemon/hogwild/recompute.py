@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 _FIRST_TOKENS = 256
-"""Tokens of the longest pass that keeps its activations before it is known how large they are."""
+"""Tokens of the longest pass that keeps activations before it is known how large they are."""
 
 
 class Recompute:
@@ -29,10 +29,14 @@ class Recompute:
     def __init__(self, model: PreTrainedModel, budget: int) -> None:
         self._budget, self._on = budget, False
         self._bytes_per_token: float | None = None
+        self._layers = 0
+        self._saved: dict[int, int] | None = None  # during the first pass that keeps any: storage -> bytes
+        self._seen = 0
         self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 self._wrap(module)
+                self._layers += 1
 
     @contextmanager
     def within_budget(self, tokens: int) -> Iterator[None]:
@@ -45,28 +49,40 @@ class Recompute:
             if self._on or known is not None or not torch.is_grad_enabled():
                 yield
             else:
-                saved: dict[int, int] = {}
-                with torch.autograd.graph.saved_tensors_hooks(self._note(saved), lambda tensor: tensor):
+                self._saved, self._seen = {}, 0
+                with torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor):
                     yield
-                self._bytes_per_token = sum(saved.values()) / tokens
+                self._bytes_per_token = self._whole() / tokens
         finally:
-            self._on = False
+            self._on, self._saved = False, None
 
-    def _note(self, saved: dict[int, int]) -> Callable[[Tensor], Tensor]:
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._weights:
-                saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        # Once layers are computed twice, what is saved says nothing about one that keeps its activations.
+        if self._saved is not None and not self._on and storage.data_ptr() not in self._weights:
+            self._saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
 
-        return note
+    def _whole(self) -> float:
+        """Bytes of the activations of all layers, after those of the first few."""
+        assert self._saved is not None
+        return sum(self._saved.values()) * (self._layers / self._seen if self._on else 1.0)
+
+    def _after_one(self) -> None:
+        """In the first pass: as soon as the layers so far say that all will be too much, the others keep none."""
+        if self._saved is not None and not self._on:
+            self._seen += 1
+            kept = sum(self._saved.values())
+            self._on = kept * self._layers / self._seen > self._budget
 
     def _wrap(self, layer: torch.nn.Module) -> None:
         plain = layer.forward
 
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             if not self._on or not torch.is_grad_enabled():
-                return plain(hidden, *args, **kwargs)
+                out = plain(hidden, *args, **kwargs)
+                self._after_one()
+                return out
             return _Recomputed.apply(hidden, lambda h: plain(h, *args, **kwargs))  # type: ignore[no-untyped-call]
 
         layer.forward = forward

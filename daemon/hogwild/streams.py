@@ -2,7 +2,7 @@
 
 A thread queues kernels and goes on; what it reads of their results makes it wait for them. A step waits twice: for its
 losses, which decide whether anything is written at all, and at its end, so that what is counted is also written
-(docs/cuda.md). Nothing here has run on a device yet.
+(docs/cuda.md).
 """
 
 from collections.abc import Iterator, Sequence

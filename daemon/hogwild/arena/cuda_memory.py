@@ -10,7 +10,7 @@ is one segment, in which an offset is enough to find a tensor, and a tensor may 
 names no limit for one allocation but the device's free memory; none is relied on.)
 
 Written from the CUDA driver API's chapter on virtual memory management, NVIDIA's sample memMapIPCDrv and cuda-bindings
-13.5. It has not run on a device yet; `make gpu-check` is what will tell.
+13.5. docs/gpu-results.md has what a device said to it.
 """
 
 import logging
