@@ -138,6 +138,20 @@ def test_words_of_neighbouring_counters_and_streams_are_unrelated() -> None:
         assert float((one == ((other >> bit) & 1)).double().mean()) == pytest.approx(0.5, abs=tolerance)
 
 
+@pytest.mark.parametrize("columns", [1, 4, 5])
+def test_an_elements_random_bits_are_its_own_whatever_tile_it_is_in(columns: int) -> None:
+    key = counter.subkey((1, 2), counter.ROUNDING, 3)
+    whole = counter.rounding_bits(7, columns, *key)
+    assert whole.shape == (7, columns)
+    assert 0 <= int(whole.min()) <= int(whole.max()) < 1 << 16
+    assert torch.equal(whole[2:5], counter.rounding_bits(3, columns, *key, first=2))
+    assert torch.equal(whole[[6, 0]], counter.rounding_bits(torch.tensor([6, 0]), columns, *key))
+    pairs = -(-columns // 2)
+    words = counter.words(torch.arange(7 * pairs), *key).view(7, pairs)
+    for j in range(columns):  # no word for two rows, also where the last one of a row is half used
+        assert torch.equal(whole[:, j], words[:, j // 2] >> (16 * (j % 2)) & 0xFFFF)
+
+
 def test_many_small_steps_add_up_where_rounding_to_nearest_loses_them() -> None:
     torch.manual_seed(0)
     start = (torch.randn(4000) * 0.02).bfloat16()
