@@ -50,7 +50,7 @@ gpu-check:    # on a machine with a CUDA device, this package's dependencies, tr
 bench-update: setup    # benchmarks/update.py: what one update costs, against the published form, AdamW and the floors
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/update.py
 
-bench-learning: setup  # docs/why-it-converges.md: tables (i) to (iii) and their plots; about an hour of one core, wants apt-get
+bench-learning: setup  # docs/learning.md: tables (i) to (iii) and their plots; about an hour of one core, wants apt-get
 	for table in scratch rounding threads; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/learning.py $$table || exit; done
 
 bench-forgetting: setup  # 100 new facts in 10 drops: what is learned, what is forgotten; an hour or two of one core, goes on where it was stopped

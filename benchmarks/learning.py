@@ -6,6 +6,7 @@
     python benchmarks/learning.py tables     prints what has been measured and draws docs/learning-*.png
 
 Finished runs are kept in the results file and not repeated; delete it to start over. One core, no GPU.
+docs/learning.md has the tables.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 0.8M parameters, fp32, the first 120 of 400 steps of table (i)'s schedule, where its gap opens; seed 0. Printed: the
 validation loss after them. The method of the output head and that of all other linear weights are set apart; the
-embedding and the norms are Adam's, as everywhere. About three minutes of one core.
+embedding and the norms are Adam's, as everywhere. About three minutes of one core. The tables are in docs/learning.md.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ Allowed:
 - a step count that counts two simultaneous steps once, and rounding bits that are used twice,
 - phi from either thread, and M and V that mix two steps or, at a projection change, two projections.
 
-Each of these perturbs one step by no more than dropping or delaying a gradient would, which is what HOGWILD!
-already assumes (docs/why-it-converges.md). Forbidden, and not possible here: replacing, resizing or
+Each of these perturbs one step by no more than dropping or delaying a gradient would, which is what training
+without locks has to bear (docs/why-it-converges.md). Forbidden, and not possible here: replacing, resizing or
 re-typing a tensor. Every field is written in place and aligned loads and stores of these sizes do not tear
 within an element.
 """
