@@ -79,6 +79,25 @@ def test_a_vllm_that_lacks_what_is_replaced_is_refused() -> None:
     assert "_causal_conv1d_fwd_cpu" in ran.stderr.splitlines()[-1]
 
 
+def test_plain_linears_ask_for_the_matrix_unit_that_attention_uses() -> None:
+    """As packed ones do, in passing. A server on such a processor would end at its first token."""
+    ran = child(
+        "import ctypes, torch\n"
+        "from hogwild.vllm_plugin import plain\n"
+        "def permitted():\n"
+        "    mask = ctypes.c_uint64()\n"
+        "    failed = ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(mask))\n"  # arch_prctl, ARCH_GET_XCOMP_PERM
+        "    return not failed and bool(mask.value >> 18 & 1)\n"  # tile data
+        "before = permitted()\n"
+        "plain.PATCH.install()\n"
+        "print('says', before, permitted(), torch.cpu._is_amx_tile_supported())\n"
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    (said,) = [line.split()[1:] for line in ran.stdout.splitlines() if line.startswith("says ")]
+    assert said[0] == "False"
+    assert said[1] == said[2]
+
+
 def test_without_torchvision_text_models_load_and_pictures_say_what_is_missing() -> None:
     ran = child(_TORCHVISION)
     assert ran.returncode == 0, ran.stderr[-2000:]
