@@ -44,8 +44,8 @@ def _dispatch_plain(layer: Any, remove_weight: bool) -> None:  # noqa: ARG001 - 
 
 
 def _install() -> None:
-    """A process has to ask Linux for the matrix unit of newer Intel processors (AMX). Packing weights does so, in passing;
-    without it, the first token that vLLM's attention computes there would end the process with an illegal instruction.
+    """A process has to ask Linux for the matrix unit of newer Intel processors (AMX). Packing weights does so, in
+    passing; without it, the first token that vLLM's attention computes there ends the process: illegal instruction.
     """
     utils.dispatch_cpu_unquantized_gemm = _dispatch_plain
     torch.cpu._init_amx()  # says False, and does nothing, where there is none
