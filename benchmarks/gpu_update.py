@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -43,26 +44,19 @@ def run(bench: Bench) -> None:
     wanted = list(_ORDER) + [(t, r) for t in TOKENS for r in RANKS if (t, r) not in _ORDER]
     if bench.tiny:
         wanted = [(64, 8), (16, 1)]
-    clock, shares, left, longest, worst, checked = (
-        Clock(bench.device),
-        list[tuple[float, str]](),
-        [],
-        0.0,
-        0.0,
-        0,
-    )
+    clock, shares, left = Clock(bench.device), list[tuple[float, str]](), list[str]()
+    recent, worst, checked = deque[float](maxlen=3), 0.0, 0
     for tokens, rank in wanted:
         for name in gpu_models.NAMES:
             label, began = f"{name} T={tokens} r={rank}", bench.left_s()
-            if began < _SAFETY * longest:
+            if began < _SAFETY * max(recent, default=0.0):
                 left.append(label)
                 continue
             share, differ, number = _layer(bench, clock, name, tokens, rank)
-            longest, worst, checked = (
-                max(longest, began - bench.left_s()),
-                max(worst, differ),
-                checked + number,
-            )
+            recent.append(
+                began - bench.left_s()
+            )  # the first few have kernels compiled, and say little of the others
+            worst, checked = max(worst, differ), checked + number
             if tokens <= AIM_TOKENS:
                 shares.append((share, label))
     if left:
