@@ -41,10 +41,13 @@ class CUresult(IntEnum):
     CUDA_ERROR_NO_DEVICE = 100
     CUDA_ERROR_INVALID_DEVICE = 101
     CUDA_ERROR_INVALID_CONTEXT = 201
+    CUDA_ERROR_NOT_PERMITTED = 800
+    CUDA_ERROR_NOT_SUPPORTED = 801
     CUDA_ERROR_UNKNOWN = 999
 
 
 class CUdevice_attribute(IntEnum):
+    CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING = 41
     CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED = 102
     CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED = 103
 
@@ -69,12 +72,17 @@ class CUmemAllocationGranularity_flags(IntEnum):
     CU_MEM_ALLOC_GRANULARITY_MINIMUM = 0
 
 
+class CUipcMem_flags(IntEnum):
+    CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS = 1
+
+
 ENUMS = [
     CUresult, CUdevice_attribute, CUmemAllocationType, CUmemAllocationHandleType, CUmemLocationType, CUmemAccess_flags,
-    CUmemAllocationGranularity_flags,
+    CUmemAllocationGranularity_flags, CUipcMem_flags,
 ]  # fmt: skip
 UNDOING = {
-    "cuMemRelease", "cuMemUnmap", "cuMemAddressFree", "cuCtxPopCurrent", "cuDevicePrimaryCtxRelease"
+    "cuMemRelease", "cuMemUnmap", "cuMemAddressFree", "cuCtxPopCurrent", "cuDevicePrimaryCtxRelease", "cuMemFree",
+    "cuIpcCloseMemHandle",
 }  # fmt: skip
 
 
@@ -124,6 +132,7 @@ class Driver:
     CUmemLocationType = CUmemLocationType
     CUmemAccess_flags = CUmemAccess_flags
     CUmemAllocationGranularity_flags = CUmemAllocationGranularity_flags
+    CUipcMem_flags = CUipcMem_flags
 
     def __init__(self, granularity: int = GRANULARITY) -> None:
         self.calls: list[str] = []
@@ -138,6 +147,8 @@ class Driver:
         self.reserved: dict[int, int] = {}  # address: bytes
         self.mapped: dict[int, int] = {}
         self.accessible: set[int] = set()
+        self.allocated: dict[int, int] = {}  # address: memfd
+        self.opened: dict[bytes, tuple[int, int]] = {}  # handle: address, times
 
     def left(self) -> list[str]:
         """What has been handed out and not given back."""
@@ -162,6 +173,10 @@ class Driver:
     @staticmethod
     def CUmemAccessDesc() -> SimpleNamespace:
         return SimpleNamespace(flags=0, location=SimpleNamespace(type=0, id=0))
+
+    @staticmethod
+    def CUipcMemHandle() -> SimpleNamespace:
+        return SimpleNamespace(reserved=bytes(64))
 
     # --- device and context ---
 
@@ -314,6 +329,85 @@ class Driver:
         self._demand_context()
         _demand(address in self.accessible and count <= self.mapped[address])
         ctypes.memset(address, value, count)
+
+    # --- legacy memory, and its IPC ---
+
+    @_function(1)
+    def cuMemAlloc(self, size: int) -> int:
+        self._demand_context()
+        if not 0 <= size < 2**64:
+            raise OverflowError("Python int too large to convert to C size_t")
+        _demand(size > 0)
+        _demand(size <= CAPACITY - self._taken(), CUresult.CUDA_ERROR_OUT_OF_MEMORY)
+        fd = os.memfd_create("fake-cuda-legacy")
+        os.ftruncate(fd, size)
+        os.pwrite(fd, b"\xa5" * size, 0)
+        address = self._map_shared(fd, size)
+        self.allocated[address] = fd
+        return address
+
+    @_function(0)
+    def cuMemFree(self, address: int) -> None:
+        self._demand_context()
+        _demand(address in self.allocated)
+        fd = self.allocated.pop(address)
+        os.pwrite(fd, b"\xdd" * self.mapped[address], 0)  # whoever has it open reads garbage
+        self._unmap_shared(address)
+        os.close(fd)
+
+    @_function(1)
+    def cuIpcGetMemHandle(self, address: int) -> SimpleNamespace:
+        _demand(address in self.allocated)
+        fd = self.allocated[address]
+        name = f"{os.getpid()} {fd} {os.fstat(fd).st_ino}"
+        return SimpleNamespace(reserved=name.encode().ljust(64, b"\0"))
+
+    @_function(1)
+    def cuIpcOpenMemHandle(self, handle: Any, flags: int) -> int:
+        self._demand_context()
+        _demand(flags == 1 and len(handle.reserved) == 64)
+        address, times = self.opened.get(handle.reserved, (0, 0))
+        if not times:
+            address = self._open_legacy(handle.reserved.rstrip(b"\0").decode(errors="replace").split())
+        self.opened[handle.reserved] = address, times + 1
+        return address
+
+    @_function(0)
+    def cuIpcCloseMemHandle(self, address: int) -> None:
+        self._demand_context()
+        found = [handle for handle, (start, _times) in self.opened.items() if start == address]
+        _demand(bool(found))
+        times = self.opened.pop(found[0])[1] - 1
+        if times:
+            self.opened[found[0]] = address, times
+        else:
+            self._unmap_shared(address)
+
+    def _open_legacy(self, name: list[str]) -> int:
+        _demand(len(name) == 3 and all(word.isdigit() for word in name))
+        pid, number, inode = map(int, name)
+        _demand(pid != os.getpid(), CUresult.CUDA_ERROR_INVALID_CONTEXT)  # the owner may not open its own
+        try:
+            fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR)
+        except OSError:
+            raise _Refused from None
+        try:
+            status = os.fstat(fd)
+            _demand(status.st_ino == inode)
+            return self._map_shared(fd, status.st_size)
+        finally:
+            os.close(fd)
+
+    def _map_shared(self, fd: int, size: int) -> int:
+        access = mmap.PROT_READ | mmap.PROT_WRITE
+        address = int(_libc.mmap(None, size, access, mmap.MAP_SHARED, fd, 0))
+        self.mapped[address] = size
+        self.accessible.add(address)
+        return address
+
+    def _unmap_shared(self, address: int) -> None:
+        _libc.munmap(address, self.mapped.pop(address))
+        self.accessible.discard(address)
 
     def _new_handle(self, fd: int) -> int:
         self._last += 1

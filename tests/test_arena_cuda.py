@@ -285,6 +285,9 @@ def test_the_stand_in_has_the_names_and_numbers_of_cuda_bindings():
         assert {one.name: one.value for one in enum} == {
             one.name: int(getattr(getattr(real, enum.__name__), one.name)) for one in enum
         }
+    handle = real.CUipcMemHandle()
+    handle.reserved = bytes(range(192, 256))
+    assert bytes(handle.reserved) == bytes(range(192, 256))
     for made in (real.CUmemAllocationProp(), real.CUmemAccessDesc()):
         fields = vars(getattr(Driver, type(made).__name__)())
         assert all(hasattr(made, field) for field in fields)

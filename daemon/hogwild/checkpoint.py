@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from hogwild import generation as generations
-from hogwild.errors import CheckpointError
+from hogwild.errors import ArenaError, CheckpointError
 from hogwild.files import copy_file, fsync, new_file
 from hogwild.generation import OPTIMIZER, STATE, read_state
 from hogwild.layout import weight_files
@@ -109,6 +109,7 @@ class Checkpoints:
             sums = copy_beside(base, folder)
             for file in weight_files(base):
                 sums[file] = write_tensors(folder / file, _tensors_of(base / file, weights))
+            weights.arena.weights.ensure_alive()
             sums[str(OPTIMIZER)] = write_tensors(folder / OPTIMIZER, dict(optimizer))
             return {**full, "checksums": sums}
 
@@ -137,7 +138,7 @@ class Checkpoints:
                 self._discard(final)
             unfinished.rename(final)
             fsync(self.root)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ArenaError) as error:
             remove(unfinished, ignore_errors=True)
             raise self._unwritten(number, error) from error
         except CheckpointError:

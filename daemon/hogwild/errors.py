@@ -5,6 +5,7 @@ HogwildError                 exit 1
 ├── UsageError               exit 2
 ├── ArenaError               shared memory or its hand-over failed
 │   ├── ProtocolError        a peer spoke out of turn, or is not who it should be
+│   ├── UnshareableError     a GPU or its driver cannot share memory in the way that was asked for
 │   └── VerificationError    the arena does not hold this model; carries every problem found
 ├── ExampleError             one line of a spool file cannot be trained
 ├── LedgerError              the ledger cannot be opened, or is not one
@@ -41,6 +42,10 @@ class ArenaError(HogwildError):
 
 class ProtocolError(ArenaError):
     """The peer on the socket sent something that the protocol does not allow."""
+
+
+class UnshareableError(ArenaError):
+    """The device or its driver cannot make, export or map shareable memory in this way. Another way may do."""
 
 
 class VerificationError(ArenaError):

@@ -12,6 +12,7 @@ from hogwild.arena import devices, protocol
 from hogwild.arena.control import NBYTES as CONTROL_NBYTES
 from hogwild.arena.control import ControlPage
 from hogwild.arena.memory import Held, Segment
+from hogwild.arena.owner import Owner
 from hogwild.errors import ArenaError, ProtocolError
 from hogwild.layout import Layout, Source
 
@@ -36,8 +37,12 @@ class Arena:
         return *self.weights.fds, self.control.segment.fd
 
     @classmethod
-    def receive(cls, message: dict[str, Any], fds: list[int]) -> "Arena":
+    def receive(cls, message: dict[str, Any], fds: list[int], sock: socket.socket | None = None) -> "Arena":
         """Map what a peer sent. Takes ownership of the descriptors.
+
+        Args:
+            sock: to the process that made the arena; None if it only hands it on. Where its memory dies with it,
+                this process does so too.
 
         Raises:
             ArenaError: the descriptors or the layout are not what they should be, or the weights are on a GPU that
@@ -47,14 +52,21 @@ class Arena:
         segments: list[Held] = []
         try:
             layout = Layout.from_json(message.get("layout"))
-            if len(fds) != len(layout.allocations) + 1:
+            handle = message.get("handle")
+            expected = 1 if handle is not None else len(layout.allocations) + 1
+            if len(fds) != expected:
+                raise ProtocolError(f"this arena comes with {expected} descriptors, the peer sent {len(fds)}")
+            if handle is not None and sock is None:
                 raise ProtocolError(
-                    f"this arena comes with {len(layout.allocations) + 1} descriptors, the peer sent {len(fds)}"
+                    "memory of legacy CUDA IPC comes from the process that made it, and from no other"
                 )
             page = Segment.from_fd(unmapped.pop(), CONTROL_NBYTES)
             segments.append(page)
             given, unmapped = unmapped, []
-            segments.append(devices.receive(given, layout.allocations, layout.device))
+            if handle is not None and sock is not None:
+                segments.append(devices.open_ipc(handle, layout.allocations, layout.device, Owner(sock)))
+            else:
+                segments.append(devices.receive(given, layout.allocations, layout.device))
             control = ControlPage(page)
             if control.fingerprint != layout.fingerprint():
                 raise ProtocolError(
@@ -67,6 +79,11 @@ class Arena:
                 segment.close()
             raise
         return cls(segments[1], control, layout)
+
+    def to_json(self) -> dict[str, Any]:
+        """What goes into a message beside `fds`."""
+        handle = {"handle": self.weights.handle} if self.weights.handle else {}
+        return {"layout": self.layout.to_json(), **handle}
 
     def close(self) -> None:
         """Let go of all descriptors. Memory lives on until the last tensor made from it is gone."""
@@ -150,7 +167,7 @@ class Offer:
                 {
                     "op": "offer",
                     "version": protocol.VERSION,
-                    "layout": self._arena.layout.to_json(),
+                    **self._arena.to_json(),
                     "server": self._server,
                 },
                 self._arena.fds,

@@ -5,17 +5,19 @@
 
 import logging
 import uuid
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from hogwild.errors import ArenaError
+from hogwild.errors import ArenaError, UnshareableError
 
 log = logging.getLogger(__name__)
 
-_NEEDED = {
-    "CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED": "has no virtual memory management",
-    "CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED": "cannot share memory by file descriptor",
-}
+_UNSHAREABLE = {"CUDA_ERROR_NOT_SUPPORTED", "CUDA_ERROR_NOT_PERMITTED"}
+_SHARING = {
+    "cuMemGetAllocationGranularity", "cuMemCreate", "cuMemExportToShareableHandle", "cuMemImportFromShareableHandle",
+    "cuMemAddressReserve", "cuMemMap", "cuMemSetAccess",
+}  # fmt: skip
 _ADVICE = {  # by the name of the error, then by the function that failed
     "CUDA_ERROR_OUT_OF_MEMORY": "Stop what else uses the GPU (`nvidia-smi` lists it), choose a smaller model, or "
     "raise the limit on this process's addresses (ulimit -v) if there is one.",
@@ -24,6 +26,7 @@ _ADVICE = {  # by the name of the error, then by the function that failed
     "CUDA_ERROR_INVALID_DEVICE": "`nvidia-smi -L` lists the GPUs, CUDA_VISIBLE_DEVICES chooses among them.",
     "cuMemImportFromShareableHandle": "The descriptor is of no memory that this GPU can use: daemon and server "
     "have to see the same GPU (compare their CUDA_VISIBLE_DEVICES).",
+    "cuIpcOpenMemHandle": "Daemon and server have to be two processes on one machine, with the same GPU.",
     "cuMemMap": "The peer's allocation is smaller than that: start daemon and server from the same version of hogwild.",
 }
 _ADVICE_OTHERWISE = "`nvidia-smi` and `dmesg | grep NVRM` say how the driver is."
@@ -77,12 +80,14 @@ class _Calls:
         """What a function of the driver gives beside its error code.
 
         Raises:
-            ArenaError: it failed. Says on which device, with how much memory free, and what to do.
+            UnshareableError: this is no way to share memory of that device.
+            ArenaError: it failed in another way. Says on which device, with how much memory free, and what to do.
         """
         values, problem, error = self._attempt(function, *arguments)
         if problem:
             advice = _ADVICE.get(error) or _ADVICE.get(function, _ADVICE_OTHERWISE)
-            raise ArenaError(
+            unshareable = function in _SHARING and error in _UNSHAREABLE
+            raise (UnshareableError if unshareable else ArenaError)(
                 f"{self.task} on {self.name}: {function} failed with {problem}{self._free()}. {advice}"
             )
         return values[0] if values else None
@@ -132,7 +137,7 @@ class Gpu(_Calls):
         """`task`: such as "cannot allocate 4.00 GiB of shared memory".
 
         Raises:
-            ArenaError: there is no such device, or it cannot share memory.
+            ArenaError: there is no such device.
         """
         self.index = index
         super().__init__(f"GPU {index}", task)
@@ -140,11 +145,18 @@ class Gpu(_Calls):
         name: bytes = self.call("cuDeviceGetName", 256, self._device)
         self.name += f" ({name.split(bytes(1))[0].decode()})"  # a C string in a longer buffer
         self.device_id = f"GPU-{uuid.UUID(bytes=bytes(self.call('cuDeviceGetUuid', self._device).bytes))}"
-        for attribute, lack in _NEEDED.items():
+
+    def demand(self, needed: Mapping[str, str]) -> None:
+        """See that the device has what it needs: its attributes by name, and what to say where one is 0.
+
+        Raises:
+            UnshareableError: it has not.
+        """
+        for attribute, lack in needed.items():
             number = getattr(self._driver.CUdevice_attribute, attribute)
             if not self.call("cuDeviceGetAttribute", number, self._device):
-                raise ArenaError(
-                    f"{task}: {self.name} {lack} ({attribute} is 0), as under WSL and on some virtual GPUs. "
+                raise UnshareableError(
+                    f"{self.task}: {self.name} {lack} ({attribute} is 0), as under WSL and on some virtual GPUs. "
                     "Use another GPU, or serve and train on the CPU (`hogwild[cpu]`)."
                 )
 
@@ -158,6 +170,17 @@ class Gpu(_Calls):
     @property
     def fd_type(self) -> Any:
         return self._driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+
+    @property
+    def lazy_peer_access(self) -> Any:
+        """The one flag that `cuIpcOpenMemHandle` takes."""
+        return self._driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+
+    def ipc_handle(self, raw: bytes) -> Any:
+        """The handle of 64 bytes as the driver takes it."""
+        handle = self._driver.CUipcMemHandle()
+        handle.reserved = raw
+        return handle
 
     def properties(self) -> Any:
         """Of the allocations that are made here: device memory that can be exported."""
@@ -190,11 +213,15 @@ class Gpu(_Calls):
 
     def idle(self) -> bool:
         """Wait for everything that runs in the primary context; from any thread. False if that failed."""
+        return self.undo_inside("cuCtxSynchronize")
+
+    def undo_inside(self, function: str, *arguments: Any) -> bool:
+        """As `undo`, with the primary context current; from any thread."""
         if not self.undo("cuCtxPushCurrent", self._context):
             return False
-        idle = self.undo("cuCtxSynchronize")
+        done = self.undo(function, *arguments)
         self.undo("cuCtxPopCurrent")
-        return idle
+        return done
 
     def _locate(self, location: Any) -> None:
         location.type = self._driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE

@@ -3,7 +3,8 @@
 The driver makes an allocation (`cuMemCreate`) and a POSIX descriptor of it; whoever is handed the descriptor maps the
 same memory at an address of its own. Nobody owns it: it lives until the last mapping and the last descriptor of any
 process are gone. So the death of the process that made it, also by SIGKILL, leaves every other mapping valid, and a
-descriptor alone keeps the weights. (Legacy CUDA IPC promises neither.)
+descriptor alone keeps the weights. (Legacy CUDA IPC, cuda_ipc.py,
+promises neither.)
 
 A large model is several allocations, mapped without a gap into one reserved range of addresses: to everybody else it
 is one segment, in which an offset is enough to find a tensor, and a tensor may lie across two of them. (The driver
@@ -32,19 +33,49 @@ log = logging.getLogger(__name__)
 PART_NBYTES = 8 << 30
 """Of the allocations of a segment, but for the last, which has the rest. A multiple of any granularity there is."""
 
+_NEEDED = {
+    "CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED": "has no virtual memory management",
+    "CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED": "cannot share memory by file descriptor",
+}
 
-class CudaSegment(Held):
+
+class GpuMemory(Held):
+    """A mapping of this process, as tensors, however the memory is shared."""
+
+    def __init__(self, mapping: "Mapping") -> None:
+        self.nbytes = mapping.nbytes
+        self.device, self.device_id = torch.device("cuda", mapping.device), mapping.device_id
+        self._mapping = mapping
+
+    @property
+    def bytes(self) -> torch.Tensor:
+        """The whole segment, uint8 (nbytes,)."""
+        return _wrap(self._mapping)
+
+    @property
+    def base(self) -> int:
+        """Address of the first byte on the device, in this process."""
+        return self._mapping.address
+
+    def tensor(
+        self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """See Held. Any dtype."""
+        count = self.nbytes // dtype.itemsize
+        flat = _wrap(self._mapping)[: count * dtype.itemsize].view(dtype)
+        return torch.as_strided(flat, shape, stride, offset // dtype.itemsize)
+
+
+class CudaSegment(GpuMemory):
     """Shared memory of a GPU, mapped into this process; the interface is that of `memory.Segment`.
 
     Attributes:
         nbytes: size in bytes, as asked for; the driver rounds it up to its granularity (2 MiB as a rule).
     """
 
-    def __init__(self, fds: Sequence[int], parts: Sequence[int], mapping: "_Mapping") -> None:
+    def __init__(self, fds: Sequence[int], parts: Sequence[int], mapping: "Mapping") -> None:
+        super().__init__(mapping)
         self.fds, self.parts = tuple(fds), tuple(parts)
-        self.nbytes = mapping.nbytes
-        self.device, self.device_id = torch.device("cuda", mapping.device), mapping.device_id
-        self._mapping = mapping
 
     @classmethod
     def allocate(cls, nbytes: int, device: int = 0, part_nbytes: int = PART_NBYTES) -> "CudaSegment":
@@ -54,11 +85,13 @@ class CudaSegment(Held):
             part_nbytes: of each allocation but the last; rounded up to the driver's granularity.
 
         Raises:
-            ArenaError: cuda-bindings or the driver is missing, the device cannot do it, or the driver refused.
+            UnshareableError: the device or its driver has no such memory.
+            ArenaError: cuda-bindings or the driver is missing, or the driver refused for another reason.
         """
         task = f"cannot allocate {nbytes / 2**30:.2f} GiB of shared memory"
         with ExitStack() as kept, ExitStack() as passing, ExitStack() as failed:
             gpu = Gpu(device, task)
+            gpu.demand(_NEEDED)
             gpu.enter(kept, passing)
             start = address = gpu.reserve(gpu.round_up(nbytes), kept)
             parts, fds = _split(nbytes, gpu.round_up(part_nbytes)), list[int]()
@@ -75,7 +108,7 @@ class CudaSegment(Held):
                 gpu.call("cuMemsetD8", address, 0, size)
                 address += size
             gpu.call("cuCtxSynchronize")
-            mapping = _Mapping(gpu, start, nbytes, kept.pop_all())
+            mapping = Mapping(gpu, start, nbytes, kept.pop_all())
             failed.pop_all()
         return cls(fds, parts, mapping)
 
@@ -105,6 +138,7 @@ class CudaSegment(Held):
             for fd in fds:
                 failed.callback(os.close, fd)
             gpu = Gpu(find(device, task) if isinstance(device, str) else device, task)
+            gpu.demand(_NEEDED)
             gpu.enter(kept, passing)
             if len(fds) != len(parts) or any(gpu.round_up(part) != part for part in parts[:-1]):
                 raise ArenaError(
@@ -117,30 +151,12 @@ class CudaSegment(Held):
                 passing.callback(gpu.undo, "cuMemRelease", handle)
                 gpu.map(address, handle, gpu.round_up(part), kept)
                 address += gpu.round_up(part)
-            mapping = _Mapping(gpu, start, nbytes, kept.pop_all())
+            mapping = Mapping(gpu, start, nbytes, kept.pop_all())
             failed.pop_all()
         return cls(fds, parts, mapping)
 
-    @property
-    def bytes(self) -> torch.Tensor:
-        """The whole segment, uint8 (nbytes,)."""
-        return _wrap(self._mapping)
 
-    @property
-    def base(self) -> int:
-        """Address of the first byte on the device, in this process."""
-        return self._mapping.address
-
-    def tensor(
-        self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
-    ) -> torch.Tensor:
-        """See Held. Any dtype."""
-        count = self.nbytes // dtype.itemsize
-        flat = _wrap(self._mapping)[: count * dtype.itemsize].view(dtype)
-        return torch.as_strided(flat, shape, stride, offset // dtype.itemsize)
-
-
-class _Mapping:
+class Mapping:
     """Addresses with shared memory behind them, until nobody refers to this object; every tensor does."""
 
     def __init__(self, gpu: Gpu, address: int, nbytes: int, kept: ExitStack) -> None:
@@ -172,7 +188,7 @@ def _let_go(gpu: Gpu, kept: ExitStack) -> None:
         log.error("a part of the memory of %s stays mapped until this process ends", gpu.name)
 
 
-def _wrap(mapping: _Mapping) -> torch.Tensor:
+def _wrap(mapping: Mapping) -> torch.Tensor:
     """The mapping as uint8 (nbytes,), without a copy. All that needs a device: tests without one replace it."""
     tensor = torch.as_tensor(mapping, device=f"cuda:{mapping.device}")
     if tensor.data_ptr() != mapping.address:

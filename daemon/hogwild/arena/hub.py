@@ -92,7 +92,7 @@ class Hub:
                 return
             message, fds = received
             server = {"url": _url(message.get("server")), "pid": pid}
-            reply, reply_fds = self._answer(message, fds)
+            reply, reply_fds = self._answer(sock, message, fds)
             protocol.send(sock, reply, reply_fds)
             if reply["status"] in ("held", "attached"):
                 sock.settimeout(None)
@@ -115,7 +115,9 @@ class Hub:
             if not self._stopping:
                 self._on_session(server, False)
 
-    def _answer(self, message: protocol.Message, fds: list[int]) -> tuple[protocol.Message, tuple[int, ...]]:
+    def _answer(
+        self, sock: socket.socket, message: protocol.Message, fds: list[int]
+    ) -> tuple[protocol.Message, tuple[int, ...]]:
         version, op = message.get("version"), message.get("op")
         if version != protocol.VERSION or op not in ("ask", "offer", "command"):
             for fd in fds:
@@ -130,7 +132,7 @@ class Hub:
                 os.close(fd)
             return self._ask(message) if op == "ask" else (self._command(message), ())
         try:
-            offered = Arena.receive(message, fds)
+            offered = Arena.receive(message, fds, sock)
             try:
                 with self._taking:
                     self._take(offered)
@@ -161,7 +163,9 @@ class Hub:
         held = self._held
         if held is None or not held.layout.source.same_files(source):
             return {"status": "empty"}, ()
-        return {"status": "held", "layout": held.layout.to_json()}, held.fds
+        if held.weights.handle:  # only the server that made it can hand it on
+            return {"status": "empty"}, ()
+        return {"status": "held", **held.to_json()}, held.fds
 
     def _take(self, offered: Arena) -> None:
         held = self._held

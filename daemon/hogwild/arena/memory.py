@@ -26,6 +26,8 @@ class Held(abc.ABC):
         fds: a descriptor for each part, which keeps it alive; owned by this object. Empty once it is closed.
         device: where torch's tensors of it are.
         device_id: "cpu", or the name of the GPU that does not depend on who looks: "GPU-" and its UUID.
+        handle: in hex, what opens memory that has no descriptors and lives only as long as the process that made it
+            (cuda_ipc.py). Empty: descriptors keep it alive.
     """
 
     nbytes: int
@@ -33,6 +35,7 @@ class Held(abc.ABC):
     fds: tuple[int, ...]
     device: torch.device
     device_id: str
+    handle: str = ""
 
     @property
     def fd(self) -> int:
@@ -64,6 +67,16 @@ class Held(abc.ABC):
         """
         status = os.fstat(self.fd)
         return status.st_dev, status.st_ino
+
+    def ensure_alive(self) -> None:
+        """After reading, and before what was read is kept: see that it was still this memory.
+
+        Returns at once where the memory outlives its maker, and otherwise a little later.
+
+        Raises:
+            ArenaError: the process that it belongs to has begun to end: what was read may be anything.
+        """
+        return
 
     def close(self) -> None:
         """Let go of the descriptors. The mapping lives on until the last tensor made from it is gone."""

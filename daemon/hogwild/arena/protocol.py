@@ -9,7 +9,8 @@ descriptors travel with the length. Never pickle.
     person  command  {op, version, name, arguments}                -> done {...} | refused {error}
 
 The descriptors are those of the weights, one for each part that the layout names (on a CPU there is one), and the
-control page's as the last.
+control page's as the last. Weights that only legacy CUDA IPC shares have none: their handle goes beside the layout, as
+`handle`, in an offer; they are never held for another server.
 """
 
 import json
@@ -20,7 +21,7 @@ from typing import Any
 
 from hogwild.errors import ProtocolError
 
-VERSION = 2
+VERSION = 3
 MAX_FDS = 253  # what Linux passes with one message (SCM_MAX_FD)
 MAX_MESSAGE_BYTES = 64 << 20  # a layout takes about 200 bytes a tensor
 _LENGTH = struct.Struct("<I")
