@@ -196,7 +196,7 @@ def test_a_module_that_the_server_does_not_read_is_found(story: Story) -> None:
     prompts = [example.ids]
     agreement = served.check(server, reader, [prompts], tolerance=0, loaded=story.model)
     assert agreement.mean < 0.1
-    assert agreement.mean < agreement.tolerance < 0.15
+    assert agreement.mean < agreement.tolerance
 
     dead = {name for name in weights.names if name.startswith("model.layers.14.mlp")}
     optimizer = Optimizer(OptimizerConfig(), seed=0)
@@ -204,6 +204,9 @@ def test_a_module_that_the_server_does_not_read_is_found(story: Story) -> None:
     trainer = Trainer(model, optimizer, Progress(arena.control, 8), dead, "frozen", seed=0)
     for _ in range(24):
         trainer.step([Item(example)])
+    # The tolerance is measured, and so of this processor: 0.11 to 0.15 here. What it has to find lies far above.
+    found = served.check(server, reader, [prompts], tolerance=10, loaded=story.model)
+    assert found.mean > 3 * agreement.tolerance
     with pytest.raises(VerificationError, match="does not serve the weights that are trained") as caught:
         served.check(server, reader, [prompts], tolerance=0, loaded=story.model)
     assert "probe 0" in caught.value.problems[0]
