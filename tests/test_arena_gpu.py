@@ -312,7 +312,9 @@ def test_the_daemon_refuses_weights_on_a_gpu_that_it_does_not_see(driver, arena,
     assert f"CUDA_VISIBLE_DEVICES={IDS[0]}" in reply["error"]
     assert taken == []
     assert len(driver.mapped) == 5
-    wait_until(lambda: open_descriptors() == descriptors, "nothing is left open", 30)
+    wait_until(
+        lambda: open_descriptors() <= descriptors, "nothing is left open", 30
+    )  # a test before may let go later
     driver.visible = [0, 1]
     assert offer_by_hand(sock, arena)["status"] == "attached", "and goes on to take what it can use"
 
@@ -347,7 +349,9 @@ def test_faulty_offers_are_refused_and_leave_nothing(driver, arena, daemon, chan
     assert reply["status"] == "refused"
     assert words in reply["error"]
     assert taken == []
-    wait_until(lambda: open_descriptors() == descriptors, "nothing is left open", 30)
+    wait_until(
+        lambda: open_descriptors() <= descriptors, "nothing is left open", 30
+    )  # a test before may let go later
     wait_until(lambda: driver.left() == before, "nothing is left mapped", 30)
 
 

@@ -93,8 +93,8 @@ def test_rounding_alone_does_not_trip_on_a_short_text(tmp_path):
     with disagreement.rounded(model):
         off = [trained_log_probabilities(model, prompt) for prompt in prompts]
     means = torch.stack([(a - b).abs().mean() for a, b in zip(plain, off, strict=True)])
-    assert float(1.2 * means.max()) < disagreement.allowed(tolerance, 8) < 1.6 * tolerance
-    assert disagreement.allowed(tolerance, 100) < 1.2 * tolerance
+    assert float(1.2 * means.max()) < disagreement.allowed(tolerance, torch.arange(8.0)) < 1.6 * tolerance
+    assert disagreement.allowed(tolerance, torch.arange(100.0)) < 1.2 * tolerance
 
 
 class Off:
@@ -116,7 +116,7 @@ def test_short_texts_are_judged_together(tmp_path):
     folder = llama(tmp_path / "model", torch.bfloat16)
     model = skeleton.build(folder, Weights(load_arena(folder)))
     fixed, recent = [PROMPT], [PROMPT[i : i + 9] for i in range(4)]
-    allowed = disagreement.allowed(disagreement.FLOOR, 32)
+    allowed = disagreement.allowed(disagreement.FLOOR, torch.arange(32.0))
 
     def check(*nats: float, tolerance: float = 0.0) -> served.Agreement:
         server = cast(served.Server, Off(model, list(nats)))
@@ -134,3 +134,12 @@ def test_short_texts_are_judged_together(tmp_path):
         check(0, 0, 0, 0, float("nan"))
     with pytest.raises(VerificationError, match="does not serve"):
         check(0, 0.02, 0.02, 0.02, 0.02, tolerance=0.01)
+
+
+def test_tokens_of_one_log_probability_count_as_one():
+    """A model that says the same whatever it reads is rounded once, however long the text: one step of a bf16 logit,
+    all along, is no other memory."""
+    same = torch.full((60,), -4.868)
+    assert disagreement.allowed(0.0356, same) == disagreement.allowed(0.0356, same[:1]) > 0.0414 > 0.0356
+    mixed = torch.cat((same, torch.linspace(-6, -1, 40)))
+    assert disagreement.allowed(1.0, mixed) == pytest.approx(1 + 1.5 / 41**0.5)

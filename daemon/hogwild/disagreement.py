@@ -25,6 +25,8 @@ the architecture matrix whose figures were kept, on one machine: up to 1.2."""
 _SCATTER = 1.5
 """The mean over n tokens may lie above FACTOR by this over sqrt(n), relatively: four standard deviations of a normal
 rounding's size (0.76 of its mean)."""
+_SAME = 1e-3
+"""Nats: log-probabilities that round to one multiple of it are taken for one."""
 _EXPLAINS, _RESOLVED = 0.25, 0.1
 """Shares of the difference that may be left for modules to be named, and at which no more are looked for."""
 _TOGETHER = 12
@@ -70,9 +72,11 @@ def noise(model: PreTrainedModel, prompts: Sequence[Sequence[int]], forward: For
     return float(torch.cat([(a - b).abs() for a, b in zip(plain, again, strict=True)]).mean())
 
 
-def allowed(tolerance: float, tokens: int) -> float:
-    """The tolerance, in nats, for the mean over so many tokens: it scatters the more the fewer they are."""
-    return tolerance * (1 + _SCATTER / math.sqrt(tokens))
+def allowed(tolerance: float, values: Tensor) -> float:
+    """The tolerance, in nats, for the mean over tokens of these log-probabilities: the fewer, the more it scatters.
+    Tokens of one log-probability, as of a model that does not look at its input, share one rounding and count as one.
+    """
+    return tolerance * (1 + _SCATTER / math.sqrt(len(torch.unique((values / _SAME).round()))))
 
 
 def suspects(

@@ -131,7 +131,7 @@ def check(
     for group in groups:
         numbers = range(start, start := start + len(group))
         together = torch.cat([distances[number] for number in numbers])
-        allowed = given or disagreement.allowed(tolerance, together.numel())
+        allowed = given or disagreement.allowed(tolerance, torch.cat([before[number] for number in numbers]))
         if float(together.mean()) <= allowed:
             continue  # not so for NaN
         for number in numbers:
