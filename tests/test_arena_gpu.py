@@ -6,6 +6,7 @@ the loader's own steps are here; with vLLM around them they are in test_loader_g
 
 import os
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -49,6 +50,19 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 def allocate() -> CudaSegment:
     return CudaSegment.allocate(NBYTES, part_nbytes=GRANULARITY)
+
+
+def settled_descriptors() -> int:
+    """How many there are, once threads of earlier tests have let go of theirs."""
+    seen = [open_descriptors()]
+
+    def still() -> bool:
+        time.sleep(0.3)
+        seen.append(open_descriptors())
+        return seen[-1] == seen[-2]
+
+    wait_until(still, "no more descriptors are closed")
+    return seen[-1]
 
 
 def again(segment: CudaSegment, **changes: Any) -> CudaSegment:
@@ -305,16 +319,14 @@ def test_the_daemon_maps_what_the_server_offers_and_gives_it_to_the_next_server(
 
 def test_the_daemon_refuses_weights_on_a_gpu_that_it_does_not_see(driver, arena, daemon):
     sock, taken = daemon
-    descriptors = open_descriptors()
+    descriptors = settled_descriptors()
     driver.visible = [1]
     reply = offer_by_hand(sock, arena)
     assert reply["status"] == "refused"
     assert f"CUDA_VISIBLE_DEVICES={IDS[0]}" in reply["error"]
     assert taken == []
     assert len(driver.mapped) == 5
-    wait_until(
-        lambda: open_descriptors() <= descriptors, "nothing is left open", 30
-    )  # a test before may let go later
+    wait_until(lambda: open_descriptors() == descriptors, "nothing is left open", 30)
     driver.visible = [0, 1]
     assert offer_by_hand(sock, arena)["status"] == "attached", "and goes on to take what it can use"
 
@@ -344,14 +356,12 @@ def test_a_server_that_does_not_see_the_daemons_gpu_does_not_load_other_weights(
 )
 def test_faulty_offers_are_refused_and_leave_nothing(driver, arena, daemon, change, words):
     sock, taken = daemon
-    before, descriptors = driver.left(), open_descriptors()
+    before, descriptors = driver.left(), settled_descriptors()
     reply = offer_by_hand(sock, arena, **change(arena))
     assert reply["status"] == "refused"
     assert words in reply["error"]
     assert taken == []
-    wait_until(
-        lambda: open_descriptors() <= descriptors, "nothing is left open", 30
-    )  # a test before may let go later
+    wait_until(lambda: open_descriptors() == descriptors, "nothing is left open", 30)
     wait_until(lambda: driver.left() == before, "nothing is left mapped", 30)
 
 

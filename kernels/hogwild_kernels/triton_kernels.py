@@ -18,149 +18,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .counter import MIX1, MIX2, PROJECTION, ROUNDING, TABLE_BITS, TABLE_SIZE
+from .triton_functions import (
+    PROJECTION_STREAM,
+    ROUNDING_STREAM,
+    dot,
+    dot_fp32,
+    gaussian,
+    nearest_bfloat16,
+    round_bfloat16,
+    round_float16,
+    round_to,
+    rounding_bits,
+    subkey,
+    words,
+)
 
-_MIX1 = tl.constexpr(MIX1)
-_MIX2 = tl.constexpr(MIX2)
-_PROJECTION = tl.constexpr(PROJECTION)
-_ROUNDING = tl.constexpr(ROUNDING)
-_TABLE_MASK = tl.constexpr(TABLE_SIZE - 1)
-_TABLE_SHIFT = tl.constexpr(32 - TABLE_BITS)
 NORM_EPS = tl.constexpr(1e-8)
-
-
-@triton.jit
-def _mix32(x):
-    x = x ^ (x >> 16)
-    x = x * tl.full((), _MIX1, tl.uint32)
-    x = x ^ (x >> 15)
-    x = x * tl.full((), _MIX2, tl.uint32)
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _subkey(key0, key1, purpose: tl.constexpr, count, seed):
-    """`counter.subkey`; keys and seed arrive as int32, the count as int64."""
-    inner = _mix32(count.to(tl.uint32) + tl.full((), purpose, tl.uint32))
-    inner = _mix32(inner + seed.to(tl.uint32, bitcast=True))
-    a = _mix32(key0.to(tl.uint32, bitcast=True) ^ inner)
-    b = _mix32(key1.to(tl.uint32, bitcast=True) + a)
-    return a, b
-
-
-@triton.jit
-def _words(index, a, b):
-    """`counter.words`; index uint32."""
-    x = index + a
-    x = x ^ (x >> 16)
-    x = (x * tl.full((), _MIX1, tl.uint32)) ^ b
-    x = x ^ (x >> 15)
-    x = x * tl.full((), _MIX2, tl.uint32)
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _half(i, a, b):
-    """The 16 bits of `counter.rounding_bits` for element i of a single row."""
-    word = _words((i // 2).to(tl.uint32), a, b)
-    return (word >> ((i % 2) * 16).to(tl.uint32)) & tl.full((), 0xFFFF, tl.uint32)
-
-
-@triton.jit
-def _gaussian(index, a, b, table):
-    """Entries of P from their counters, as `counter.projection`, before its gain: two table look-ups and an integer
-    sum."""
-    word = _words(index, a, b)
-    low = tl.load(table + (word & tl.full((), _TABLE_MASK, tl.uint32)).to(tl.int32))
-    high = tl.load(table + (word >> _TABLE_SHIFT).to(tl.int32))
-    return (low + high).to(tl.float32)
-
-
-@triton.jit
-def round_bfloat16(value, random):
-    """fp32 to bf16, stochastically with 16 random bits (see rounding.py)."""
-    bits = value.to(tl.uint32, bitcast=True)
-    moved = (bits + random) & tl.full((), 0xFFFF0000, tl.uint32)
-    # Infinity's lower half is zero, so nothing carries out of it. Of NaN's it might: adding next to nothing of NaN
-    # brings it back, with a unit of the GPU that has less to do than the one for comparisons and choices.
-    moved = tl.fma(value, 2.0**-100, moved.to(tl.float32, bitcast=True))
-    return (moved.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
-def round_float16(value, random):
-    """fp32 to fp16, stochastically: 13 dropped bits, or fixed point in units of 2^-24 below 2^-14."""
-    bits = value.to(tl.uint32, bitcast=True)
-    magnitude = bits & tl.full((), 0x7FFFFFFF, tl.uint32)
-    sign = (bits >> 16) & tl.full((), 0x8000, tl.uint32)
-    moved = (magnitude + (random >> 3)) >> 13
-    normal = tl.minimum(moved - tl.full((), 112 << 10, tl.uint32), tl.full((), 0x7C00, tl.uint32))
-    units = magnitude.to(tl.float32, bitcast=True) * 16777216.0
-    units = tl.minimum(units, 1024.0)  # so that the conversion below is defined where it is not used
-    below = tl.floor(units)
-    up = (units - below) > (random.to(tl.float32) + 0.5) * 1.52587890625e-05
-    small = below.to(tl.uint32) + up.to(tl.uint32)
-    half = tl.where(magnitude < tl.full((), 113 << 23, tl.uint32), small, normal)
-    infinity = tl.full((), 0x7F800000, tl.uint32)
-    nan = tl.full((), 0x7E00, tl.uint32)
-    half = tl.where(
-        magnitude == infinity, tl.full((), 0x7C00, tl.uint32), tl.where(magnitude > infinity, nan, half)
-    )
-    return (half | sign).to(tl.uint16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def _rounded(value, random, kind: tl.constexpr):
-    """fp32 to one of the two, stochastically."""
-    return round_bfloat16(value, random) if kind == tl.bfloat16 else round_float16(value, random)
-
-
-@triton.jit
-def _dot(left, right, total, WIDEN: tl.constexpr):
-    """total + left right, in fp32; `WIDEN` because Triton's interpreter multiplies bf16 as the integers that it
-    keeps them in."""
-    if WIDEN:
-        left = left.to(tl.float32)
-        right = right.to(tl.float32)
-    return tl.dot(left, right, total, input_precision="ieee")
-
-
-@triton.jit
-def _cut(x):
-    """fp32 to bf16, towards zero."""
-    return (x.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
-def _nearest(x):
-    """fp32 to bf16, to nearest; Triton's interpreter would cut."""
-    bits = x.to(tl.uint32, bitcast=True)
-    up = (bits >> 16) & tl.full((), 1, tl.uint32)
-    rounded = bits + up + tl.full((), 0x7FFF, tl.uint32)
-    return _cut(tl.where(x == x, rounded, bits).to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def _parts(x):
-    """fp32 as a sum of three bf16: eight bits of its 24 in each. Of infinity the sum is NaN."""
-    high = _cut(x)
-    rest = x - high.to(tl.float32)
-    middle = _cut(rest)
-    return high, middle, _cut(rest - middle.to(tl.float32))
-
-
-@triton.jit
-def _dot_fp32(left, right, total, WIDEN: tl.constexpr):
-    """total + left right, where the right side is fp32. Matrix units have no fp32: with bf16 on the left three of their
-    products give the same to fp32 rounding."""
-    if left.dtype == tl.bfloat16:
-        high, middle, low = _parts(right)
-        total = _dot(left, low, total, WIDEN)
-        total = _dot(left, middle, total, WIDEN)
-        total = _dot(left, high, total, WIDEN)
-    else:
-        total = _dot(left.to(tl.float32), right, total, WIDEN)
-    return total
 
 
 @triton.jit(do_not_specialize=["key0", "key1"])
@@ -183,13 +56,13 @@ def project(
     projections = tl.cdiv(rank, BLOCK_C)
     if block < projections:
         r = block * BLOCK_C + tl.arange(0, BLOCK_C)
-        a, b = _subkey(key0, key1, _PROJECTION, tl.load(counts) // gap, tl.full((), 0, tl.int32))
+        a, b = subkey(key0, key1, PROJECTION_STREAM, tl.load(counts) // gap, tl.full((), 0, tl.int32))
         for start in range(begin, end, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             inside = (t[:, None] < tokens) & (k[None, :] < end)
             tile = tl.load(place + k[None, :].to(tl.int64) * y_column, mask=inside, other=0.0)
             index = (r[None, :].to(tl.int64) * size + k[:, None]).to(tl.uint32)
-            total = _dot_fp32(tile, _gaussian(index, a, b, table), total, WIDEN)
+            total = dot_fp32(tile, gaussian(index, a, b, table), total, WIDEN)
         tl.store(here + r[None, :], total * gain, mask=(t[:, None] < tokens) & (r[None, :] < rank))
     else:
         u = (block - projections) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -199,7 +72,7 @@ def project(
             tile = tl.load(place + k[None, :].to(tl.int64) * y_column, mask=inside, other=0.0)
             other = y + u[None, :].to(tl.int64) * y_token + k[:, None].to(tl.int64) * y_column
             others = tl.load(other, mask=(u[None, :] < tokens) & (k[:, None] < end), other=0.0)
-            total = _dot(tile, others, total, WIDEN)
+            total = dot(tile, others, total, WIDEN)
         tl.store(here + rank + u[None, :], total, mask=(t[:, None] < tokens) & (u[None, :] < tokens))
 
 
@@ -221,19 +94,19 @@ def collect(
     if PLANES == 1:
         tl.store(out + i, total, mask=i < size)
     else:
-        high = _nearest(total)
+        high = nearest_bfloat16(total)
         tl.store(out + i, high, mask=i < size)
-        tl.store(out + size + i, _nearest(total - high.to(tl.float32)), mask=i < size)
+        tl.store(out + size + i, nearest_bfloat16(total - high.to(tl.float32)), mask=i < size)
 
 
 @triton.jit
 def _dot_planes(place, inside, plane, right, total, PLANES: tl.constexpr, WIDEN: tl.constexpr):
     """total + (the sum of the planes) right."""
     if PLANES == 2:
-        total = _dot(tl.load(place + plane, mask=inside, other=0.0), right, total, WIDEN)
+        total = dot(tl.load(place + plane, mask=inside, other=0.0), right, total, WIDEN)
     else:
         right = right.to(tl.float32)
-    return _dot(tl.load(place, mask=inside, other=0.0), right, total, WIDEN)
+    return dot(tl.load(place, mask=inside, other=0.0), right, total, WIDEN)
 
 
 @triton.jit
@@ -365,7 +238,7 @@ def adam(
     t = (done + 1).to(tl.float64)
     correction = (1.0 - tl.exp(t * log_b2)).to(tl.float32)
     rate = (lr / (1.0 - tl.exp(t * log_b1))).to(tl.float32)
-    a, b = _subkey(key0, key1, _ROUNDING, done, seed)
+    a, b = subkey(key0, key1, ROUNDING_STREAM, done, seed)
     kind: tl.constexpr = weight.dtype.element_ty
     total = tl.zeros((BLOCK,), tl.float32)
     if good:
@@ -379,7 +252,7 @@ def adam(
             total += update * update
             value = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) * (1.0 - lr * decay) - update
             if STOCHASTIC and (kind == tl.bfloat16 or kind == tl.float16):
-                rounded = _rounded(value, _half(at, a, b), kind)
+                rounded = round_to(value, rounding_bits(at, a, b), kind)
             else:
                 rounded = value.to(kind)
             tl.store(weight + at, rounded, mask=inside)
@@ -422,7 +295,7 @@ def _product(
         right = x + t[:, None].to(tl.int64) * x_token + j[None, :].to(tl.int64) * x_column
         left = tl.load(left, mask=inside_left, other=0.0)
         right = tl.load(right, mask=inside_right, other=0.0)
-        total = _dot(left, right, total, WIDEN)
+        total = dot(left, right, total, WIDEN)
     return total
 
 
@@ -443,7 +316,7 @@ def write(
         step = tl.load(scalars)
         keep = tl.load(scalars + 1)
         # `finish` has already counted this step, so its number from 0 is one less.
-        a, b = _subkey(key0, key1, _ROUNDING, tl.load(counts) - 1, seed)
+        a, b = subkey(key0, key1, ROUNDING_STREAM, tl.load(counts) - 1, seed)
         i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         first = tl.program_id(1) * run
         last = tl.minimum(first + run, tl.cdiv(n, BLOCK_N))
@@ -481,7 +354,7 @@ def write(
                 if not EVEN:
                     present = present & (j[None, :] < n)
                 right = tl.load(x_rows + j[None, :].to(tl.int64) * x_column, mask=present, other=0.0)
-                total = _dot(left, right, None, WIDEN)
+                total = dot(left, right, None, WIDEN)
             else:
                 total = _product(
                     d, d_token, d_row, x, x_token, x_column, i, j, m, n, tokens,
@@ -494,11 +367,11 @@ def write(
                 s = tl.load(scale + following, mask=following < n, other=0.0) * step
             if STOCHASTIC and (kind == tl.bfloat16 or kind == tl.float16):
                 pair = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-                word = _words(
+                word = words(
                     i[:, None].to(tl.uint32) * pairs.to(tl.uint32) + pair[None, :].to(tl.uint32), a, b
                 )
                 random = tl.join(word & tl.full((), 0xFFFF, tl.uint32), word >> 16)
-                rounded = _rounded(value, tl.reshape(random, (BLOCK_M, BLOCK_N)), kind)
+                rounded = round_to(value, tl.reshape(random, (BLOCK_M, BLOCK_N)), kind)
             else:
                 rounded = value.to(kind)
             place = row + j[None, :].to(tl.int64) * column_stride
@@ -515,7 +388,7 @@ def round_values(values, out, size, a_bits, b_bits, BLOCK: tl.constexpr):
     """Stochastic rounding alone, element = position: for the tests of the bits."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     a, b = a_bits.to(tl.uint32, bitcast=True), b_bits.to(tl.uint32, bitcast=True)
-    random = _half(i, a, b)
+    random = rounding_bits(i, a, b)
     value = tl.load(values + i, mask=i < size, other=0.0)
     if out.dtype.element_ty == tl.bfloat16:
         tl.store(out + i, round_bfloat16(value, random), mask=i < size)
