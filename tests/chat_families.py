@@ -145,7 +145,10 @@ def tokenizer_of(name: str) -> Any:
 def _pieces(special: Sequence[str], marks: Sequence[str], prefix_space: bool) -> Any:
     """Byte-pair encoding over pieces with "▁" for a space, and bytes for what it does not know: as SentencePiece."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=True)
+    # A piece never goes on over the end of a line, as in the vocabularies of these families.
+    lines = pre_tokenizers.Split(Regex(r"\n+"), "isolated")
+    words = pre_tokenizers.Metaspace(prepend_scheme="never", split=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([lines, words])
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     corpus = [path.read_text() for path in [*sorted(REPOSITORY.glob("docs/*.md")), REPOSITORY / "README.md"]]
     trainer = trainers.BpeTrainer(vocab_size=3000, special_tokens=[*special, *bytes_], show_progress=False)

@@ -220,6 +220,10 @@ class Server(Process):
 
     def tokens(self, question: str) -> list[str]:
         """The answer at temperature 0, token by token."""
+        return [next(iter(likeliest)) for likeliest in self.candidates(question)]
+
+    def candidates(self, question: str) -> list[dict[str, float]]:
+        """The answer at temperature 0: for each token the likeliest ones with their log-probabilities, best first."""
         response = httpx.post(
             f"{self.url}/v1/chat/completions",
             json={
@@ -228,10 +232,14 @@ class Server(Process):
                 "max_tokens": 32,
                 "temperature": 0,
                 "logprobs": True,
+                "top_logprobs": 5,
             },
             timeout=DEADLINE_S,
         ).raise_for_status()
-        return [item["token"] for item in response.json()["choices"][0]["logprobs"]["content"]]
+        return [
+            {item["token"]: item["logprob"]} | {top["token"]: top["logprob"] for top in item["top_logprobs"]}
+            for item in response.json()["choices"][0]["logprobs"]["content"]
+        ]
 
     def arena(self) -> Path:
         """The memfd of the weights, as a path under /proc that can be read."""
