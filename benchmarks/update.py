@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hogwild_kernels import ApolloConfig, ApolloState, apollo_update, plan, reference
-from hogwild_kernels.products import multiplies
+from hogwild_kernels.products import multiplies, tiles
 from update_methods import EagerApollo, eager_apollo, floor_s, fused_adamw
 
 LAYER = {
@@ -82,12 +82,14 @@ def check() -> None:
 
 
 def best(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds of each, the best of several interleaved repeats after one warm-up."""
-    found = dict.fromkeys(runs, math.inf)
+    """Seconds of each, the best of several interleaved repeats after one warm-up. Each repeat begins with another one:
+    what ran just before leaves its traces in caches and free memory."""
+    found, names = dict.fromkeys(runs, math.inf), list(runs)
     for repeat in range(repeats + 1):
-        for name, run in runs.items():
+        first = repeat % len(names)
+        for name in names[first:] + names[:first]:
             start = time.thread_time()
-            run()
+            runs[name]()
             if repeat:
                 found[name] = min(found[name], time.thread_time() - start)
     return found
@@ -143,6 +145,12 @@ def largest_allocation(run: Callable[[], object]) -> int:
     return seen.largest
 
 
+def chosen(m: int, n: int, tokens: int, rank: int) -> str:
+    """The form that the cost model takes for bf16 factors."""
+    low_cost = plan.AMX if tiles() else plan.AVX512_BF16
+    return plan.choose("auto", m, n, tokens, rank, multiplies(torch.bfloat16), low_cost).form
+
+
 def row(name: str, tokens: int, rank: int, s: dict[str, float], form: str) -> None:
     better = min(s["factored"], s["plain"])
     cells = (
@@ -168,7 +176,7 @@ def table(per_shape: bool, repeats: int) -> None:
             better = 0.0
             for m, n, count in LAYER.values():
                 seconds = measure(m, n, tokens, rank, rates, repeats)
-                form = plan.choose("auto", m, n, tokens, rank, multiplies(torch.bfloat16)).form
+                form = chosen(m, n, tokens, rank)
                 forms.add(form)
                 if per_shape:
                     row(f"{m}x{n}", tokens, rank, seconds, form)

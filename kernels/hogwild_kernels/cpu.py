@@ -5,12 +5,14 @@ belongs to the calling thread, and the only shared data is the state (whose race
 weight.
 
 When weight, X and D are all bf16 and the CPU multiplies bf16 natively, a tile of G = D^T X passes through
-bf16, exactly as a gradient that autograd computed would; scales, norms, moments and the sum with the weight
-are fp32 throughout.
+bf16, exactly as a gradient that autograd computed would. From `plan.EXACT_TOKENS` tokens on every other
+product of X, D and P does too, as in the published code. Moments, scales, sums of squares and the sum with the
+weight are fp32 throughout.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 
@@ -21,7 +23,7 @@ from torch import Tensor
 from . import counter, plan
 from . import numba_kernels as loops
 from .config import AdamConfig, ApolloConfig, Form
-from .products import multiplies
+from .products import multiplies, tiles
 from .reference import NORM_EPS, Coefficients, coefficients, skip
 from .state import AdamState, ApolloState, UpdateResult
 
@@ -42,24 +44,25 @@ def step(
     m, n = state.shape
     rank = state.rank
     low = weight.dtype == x.dtype == d.dtype == torch.bfloat16 and multiplies(torch.bfloat16)
-    chosen = plan.choose(config.form, m, n, len(x), rank, low)
-    xf, df = x.float().contiguous(), d.float().contiguous()
-    p = state.projection(build_projection)
+    chosen = plan.choose(config.form, m, n, len(x), rank, low, plan.AMX if tiles() else plan.AVX512_BF16)
+    exact = not low or len(x) < plan.EXACT_TOKENS
+    xs, ds = (x.float().contiguous(), d.float().contiguous()) if exact else (x, d)
+    p = state.projection(build_projection).to(xs.dtype)
 
     gradient = None
     if chosen.form == "plain":
-        left, right = (d, x) if low else (df, xf)
-        gradient = _gradient_memory(m, n, right.dtype)
-        torch.mm(left.t(), right, out=gradient)  # (m, n), bf16 or fp32
+        gradient = _gradient_memory(m, n, x.dtype if low else torch.float32)
+        torch.mm(*((_rows(d), x) if low else (ds.t(), xs)), out=gradient)  # (m, n), bf16 or fp32
     if gradient is not None and chosen.project_gradient:
         r = _project_matrix(gradient, p, m, n)
     elif m < n:
-        r = torch.mm(torch.mm(df, p.t()).t(), xf)  # (r, n) = P D^T X
+        r = torch.mm(torch.mm(ds, p.t()).t(), xs)  # (r, n) = P D^T X
     else:
-        r = torch.mm(df.t(), torch.mm(xf, p.t()))  # (m, r) = D^T X P^T
+        r = torch.mm(ds.t(), torch.mm(xs, p.t()))  # (m, r) = D^T X P^T
+    r = r.float()
 
     s = _channel_scales(state, config, r)
-    length = _length(state, s, xf, df, gradient)
+    length = _length(state, s, xs, ds, gradient)
     if not math.isfinite(length):
         return skip(state)
     b1, b2 = config.betas
@@ -69,7 +72,7 @@ def step(
     )  # fmt: skip
     c = coefficients(state, config, length, lr)
     s.mul_(c.step)
-    _write(weight, x if low else xf, d if low else df, gradient, s, c, state, config, seed)
+    _write(weight, x if low else xs, d if low else ds, gradient, s, c, state, config, seed)
     return UpdateResult(c.norm, skipped=False)
 
 
@@ -141,7 +144,7 @@ def _channel_scales(state: ApolloState, config: ApolloConfig, r: Tensor) -> Tens
     return normal.sqrt_().div_(raw.sqrt_().add_(NORM_EPS))
 
 
-def _length(state: ApolloState, s: Tensor, xf: Tensor, df: Tensor, gradient: Tensor | None) -> float:
+def _length(state: ApolloState, s: Tensor, x: Tensor, d: Tensor, gradient: Tensor | None) -> float:
     """|U| before U exists, step (6)."""
     m, n = state.shape
     if gradient is not None:
@@ -150,9 +153,10 @@ def _length(state: ApolloState, s: Tensor, xf: Tensor, df: Tensor, gradient: Ten
         return math.sqrt(float(torch.dot(squares, s.square())))
     # |D^T X diag(s)|^2 = <D D^T, (X diag(s)) (X diag(s))^T>, and the other way round for rows: two
     # symmetric T x T matrices, of which the blocks on and below the diagonal are enough.
-    plainer, scaled = (df, xf * s) if m < n else (xf, df * s)
+    plainer, narrower = (d, x) if m < n else (x, d)
+    scaled = narrower * s.to(narrower.dtype)
     total = 0.0
-    for top in range(0, len(xf), plan.GRAM_BLOCK):
+    for top in range(0, len(x), plan.GRAM_BLOCK):
         rows, left = slice(top, top + plan.GRAM_BLOCK), slice(0, top)
         total += _inner(plainer[rows], scaled[rows], plainer[rows], scaled[rows])
         if top:
@@ -162,11 +166,13 @@ def _length(state: ApolloState, s: Tensor, xf: Tensor, df: Tensor, gradient: Ten
 
 def _inner(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> float:
     """<A C^T, B D^T>"""
-    return float(torch.dot(torch.mm(a, c.t()).view(-1), torch.mm(b, d.t()).view(-1)))
+    return float(torch.dot(torch.mm(a, c.t()).view(-1).float(), torch.mm(b, d.t()).view(-1).float()))
 
 
 def _project_matrix(gradient: Tensor, p: Tensor, m: int, n: int) -> Tensor:
-    """R from a stored G, a tile of rows in fp32 at a time."""
+    """R from a stored G, if P is in fp32 a tile of rows in fp32 at a time."""
+    if gradient.dtype == p.dtype:
+        return torch.mm(p, gradient) if m < n else torch.mm(gradient, p.t())
     r = torch.zeros(len(p), n) if m < n else torch.empty(m, len(p))
     rows = _tile_rows(n, 4)
     for top in range(0, m, rows):
@@ -196,29 +202,38 @@ def _write(
         transposed = True
     a, b = counter.subkey(state.key, counter.ROUNDING, c.step_count, seed)
     height, width = weight.shape
-    rows = _tile_rows(width, x.element_size())
-    for top in range(0, height, rows):
-        count = min(rows, height - top)
+    left = _rows(d) if gradient is None else d.t()
+    columns = min(width, plan.TILE_COLUMNS) if gradient is None else width
+    rows, pairs = _tile_rows(columns, x.element_size()), -(-n // 2)
+    for side, top in itertools.product(range(0, width, columns), range(0, height, rows)):
+        part = slice(top, top + rows), slice(side, side + columns)
+        target = weight[part]
         if gradient is None:
-            tile = _scratch(count * width, x.dtype).view(count, width)
-            torch.mm(d[:, top : top + count].t(), x, out=tile)
+            tile = _scratch(target.numel(), x.dtype).view(target.shape)
+            torch.mm(left[part[0]], x[:, part[1]], out=tile)
         else:
-            tile = gradient[top : top + count].contiguous()
-        target = weight[top : top + count]
+            tile = gradient[part].contiguous()
         direct = target.stride(1) == 1 or width == 1
         place = target if direct else target.contiguous()
+        first = a + (side * pairs if transposed else side // 2)  # the random word of the tile's first column
         loops.write_tile(
             place.data_ptr(), _MARKERS[place.dtype], place.stride(0) * place.element_size(),
-            tile.data_ptr(), _MARKERS[tile.dtype], count, width,
-            column_scale.data_ptr(), row_scale[top:].data_ptr(), np.float32(c.keep),
-            config.rounding == "stochastic", np.uint32(a), np.uint32(b), top, -(-n // 2), transposed,
+            tile.data_ptr(), _MARKERS[tile.dtype], *tile.shape,
+            column_scale[part[1]].data_ptr(), row_scale[part[0]].data_ptr(), np.float32(c.keep),
+            config.rounding == "stochastic", np.uint32(first & 0xFFFFFFFF), np.uint32(b), top, pairs, transposed,
         )  # fmt: skip
         if not direct:
             target.copy_(place)
 
 
+def _rows(factor: Tensor) -> Tensor:
+    """The transpose. In bf16 a copy: a product that takes it as it lies makes one of its own every time."""
+    return factor.t().contiguous() if factor.dtype == torch.bfloat16 else factor.t()
+
+
 def _tile_rows(width: int, element_size: int) -> int:
-    return max(1, plan.TILE_BYTES // (width * element_size))
+    size = plan.TILE_BYTES if element_size == 4 else plan.LOW_TILE_BYTES
+    return max(1, size // (width * element_size))
 
 
 def _gradient_memory(m: int, n: int, dtype: torch.dtype) -> Tensor:
@@ -237,6 +252,6 @@ def _scratch(elements: int, dtype: torch.dtype) -> Tensor:
     held: Tensor | None = getattr(_local, "tile", None)
     bytes_needed = elements * dtype.itemsize
     if held is None or held.numel() < bytes_needed:
-        held = torch.empty(max(bytes_needed, plan.TILE_BYTES), dtype=torch.uint8)
+        held = torch.empty(max(bytes_needed, plan.LOW_TILE_BYTES), dtype=torch.uint8)
         _local.tile = held
     return held[:bytes_needed].view(dtype)

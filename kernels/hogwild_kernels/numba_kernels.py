@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
+from numba.core import codegen, config
 from numba.extending import intrinsic, overload
 
 from .counter import MIX1, MIX2, TABLE_BITS, TABLE_SIZE
@@ -32,6 +33,11 @@ BFLOAT16, FLOAT16, FLOAT32 = np.uint16(0), np.int16(0), np.float32(0)
 
 u32 = np.uint32
 f32 = np.float32
+
+if config.CPU_FEATURES is None and "+avx512bf16" in (_features := codegen.get_host_cpu_features()):
+    # LLVM keeps to 256 bits for the sake of CPUs that lower their clock for wider vectors. Those with bf16 products
+    # do not, and write 1.5 times as fast with 512.
+    config.CPU_FEATURES = f"{_features},-prefer-256-bit"
 
 # Allows sums to be vectorised. Nothing here licenses the compiler to assume that NaN and inf do not occur.
 _SUMS = {"reassoc", "contract", "nsz"}

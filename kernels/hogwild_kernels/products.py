@@ -35,6 +35,12 @@ def multiplies(dtype: torch.dtype) -> bool:
     return any(bool(getattr(torch.cpu, name, bool)()) for name in names)
 
 
+@functools.cache
+def tiles() -> bool:
+    """Whether this CPU multiplies whole tiles of bf16 (AMX), several times as fast as rows of it."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
 def linear(
     x: Tensor,  # (..., n) of the weight's type, or fp32
     weight: Tensor,  # (m, n), any strides
