@@ -17,6 +17,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ PRETRAINED = RESULTS / "pretrained.pt"
 GRID = (3e-4, 1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1, 2)
 THREAD_SEEDS = (0, 1, 2, 3)
-"""Of table (iii) from scratch, where single runs lie far apart."""
+"""Of table (iii), whose differences are small."""
 METHODS = {
     "AdamW": None,
     "APOLLO r=64": 64,
@@ -146,17 +147,17 @@ def rounding_runs(_: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def thread_runs(_: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    text, other = load_text("perl-doc", SHAPE.context, 128), load_text("fortunes", SHAPE.context, 128)
-    for seed in THREAD_SEEDS:
-        for threads in (1, 2, 4):
-            yield f"{threads}|{seed}", lambda t=threads, s=seed: learning_threads.hogwild(text, t, s)
     if not PRETRAINED.exists():
         sys.exit("run `python benchmarks/learning.py scratch` first: fine-tuning starts from its model")
     model = torch.load(PRETRAINED)
-    for seed in SEEDS[:2]:
-        for threads in (1, 2, 4):
-            key = f"{threads}, fine-tuning|{seed}"
-            yield key, lambda t=threads, s=seed: learning_threads.hogwild(other, t, s, model)
+    scratch, tuning = load_text("perl-doc", SHAPE.context, 128), load_text("fortunes", SHAPE.context, 128)
+    cases = [("fine-tuning", lr, tuning, model) for lr in learning_threads.FINE_TUNING_LRS]
+    cases += [("from scratch", learning_threads.LR, scratch, None)]
+    for what, lr, text, start in cases:
+        for seed in THREAD_SEEDS:
+            for threads in (1, 2, 4):
+                run = partial(learning_threads.hogwild, text, threads, seed, lr, start)
+                yield f"{what} at {lr:g}: {threads}|{seed}", run
 
 
 def main() -> None:

@@ -69,27 +69,32 @@ def rounding(runs: Runs, picture: Path) -> None:
 
 
 def threads(runs: Runs, picture: Path) -> None:
-    tuned = {key: run for key, run in runs.items() if "fine-tuning" in key}
-    thread_table("from scratch at lr 1e-3", {k: run for k, run in runs.items() if k not in tuned}, picture)
-    if tuned:
-        picture = picture.with_name("learning-threads-fine-tuning.png")
-        thread_table(
-            "fine-tuning at lr 5e-5", {k.replace(", fine-tuning", ""): r for k, r in tuned.items()}, picture
-        )
+    tables: dict[str, Runs] = defaultdict(dict)
+    for key, run in runs.items():
+        what, threads_and_seed = key.split(": ")
+        tables[what][threads_and_seed] = run
+    for what, found in tables.items():
+        ending = what.replace(" at", "").replace(" ", "-")
+        thread_table(what, found, picture.with_name(f"learning-threads-{ending}.png"))
 
 
 def thread_table(what: str, runs: Runs, picture: Path) -> None:
     groups = grouped(runs)
     print(f"\n(iii) HOGWILD: one stream of examples, bf16 weights, no locks, {what}\n")
-    print("| threads | final loss, mean ± sd over seeds | staleness: mean, max | updates lost | seconds |")
-    print("|---|---|---|---|---|")
+    print(
+        "| threads | final loss, mean ± sd over seeds | above one thread, by seed | staleness: mean, max | updates lost "
+        "| seconds |\n|---|---|---|---|---|---|"
+    )
     for name, found in groups.items():
         mean = statistics.fmean(r["staleness"]["mean"] for r in found)
         worst = max(r["staleness"]["max"] for r in found)
         lost = max(r["lost"] for r in found)
         seconds = statistics.fmean(r["seconds"] for r in found)
         final = spread([r["final"] for r in found])
-        print(f"| {name} | {final} | {mean:.2f}, {worst} | {lost} | {seconds:.0f} |")
+        above = spread([r["final"] - one["final"] for r, one in zip(found, groups["1"], strict=False)])
+        if name == "1":
+            above = ""
+        print(f"| {name} | {final} | {above} | {mean:.2f}, {worst} | {lost} | {seconds:.0f} |")
     names = {f"{name} thread{'s' * (name != '1')}": found for name, found in groups.items()}
     plot(names, picture, "examples of 512 bytes", f"threads on the same weights, {what}")
 
