@@ -82,7 +82,7 @@ def thread_table(what: str, runs: Runs, picture: Path) -> None:
     groups = grouped(runs)
     print(f"\n(iii) HOGWILD: one stream of examples, bf16 weights, no locks, {what}\n")
     print(
-        "| threads | final loss, mean ± sd over seeds | above one thread, by seed | staleness: mean, max | updates lost "
+        "| threads | final loss, mean ± sd over seeds | above one thread | staleness: mean, max | updates lost "
         "| seconds |\n|---|---|---|---|---|---|"
     )
     for name, found in groups.items():
