@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hogwild import __version__, cli_history, cli_service, cli_watch, heap, journal
+from hogwild import __version__, cli_history, cli_service, cli_watch, heap, journal, openmp
 from hogwild import config as configuration
 from hogwild.cli_history import ConfigOption, JsonOption
 from hogwild.errors import ConfigError, HogwildError, UsageError
@@ -44,6 +44,7 @@ def serve(
     settings = _load_or_tell_the_journal(config, overrides)
     for number in (signal.SIGHUP, signal.SIGUSR1):  # both end a process that does not listen to them yet
         signal.signal(number, signal.SIG_IGN)
+    openmp.sleep_when_idle(os.environ)
     from hogwild import governor, log
 
     governor.prepare_gpu(settings.training, os.environ)
@@ -163,6 +164,8 @@ def train(
     """Train MODEL on FILES without a server, and write the result to a folder of its own. Ctrl-C saves and stops."""
     overrides = {"training.passes": passes, "optimizer.lr": lr, "training.threads": threads}
     settings = configuration.load(config, overrides)
+
+    openmp.sleep_when_idle(os.environ)
     from hogwild import governor, log
     from hogwild.train_command import run
 

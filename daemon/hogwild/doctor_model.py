@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hogwild import gpu_memory
+from hogwild import gpu_memory, openmp
 from hogwild.doctor import Finding, Subject, fail, ok, warn
 from hogwild.settings import Config
 
@@ -118,5 +118,5 @@ def _python(module: str, *arguments: object) -> "subprocess.CompletedProcess[str
     env = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     return subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
-        capture_output=True, text=True, check=False, env={**env, "OMP_WAIT_POLICY": "PASSIVE"},
+        capture_output=True, text=True, check=False, env={**openmp.PASSIVE, **env},
     )  # fmt: skip
