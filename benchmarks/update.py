@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import math
 import os
+import random
 import sys
 import threading
 import time
@@ -82,12 +83,11 @@ def check() -> None:
 
 
 def best(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds of each, the best of several interleaved repeats after one warm-up. Each repeat begins with another one:
-    what ran just before leaves its traces in caches and free memory."""
-    found, names = dict.fromkeys(runs, math.inf), list(runs)
+    """Seconds of each, the best of several repeats after one warm-up, each in another order: what ran just before
+    leaves its traces in caches and free memory."""
+    found, order = dict.fromkeys(runs, math.inf), random.Random(0)
     for repeat in range(repeats + 1):
-        first = repeat % len(names)
-        for name in names[first:] + names[:first]:
+        for name in order.sample(list(runs), len(runs)):
             start = time.thread_time()
             runs[name]()
             if repeat:

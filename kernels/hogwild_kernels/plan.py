@@ -41,7 +41,8 @@ GRAM_CALLS = 4e6
 """The fixed cost of the calls that the factored form needs for |U|."""
 
 ADVANTAGE = 1.15
-"""Storing a gradient matrix must pay by more than this, unless it is no larger than SMALL_BYTES."""
+"""Storing a gradient matrix must pay by more than this, unless it is no larger than SMALL_BYTES, or than twice what X
+and D take."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def choose(
     factored = project_factors + gram + product
     plain = min(project_factors, project_matrix) + product + store
     if form == "auto":
-        margin = 1.0 if size <= SMALL_BYTES else ADVANTAGE
+        little = size <= SMALL_BYTES or m * n <= 2 * tokens * (m + n)
+        margin = 1.0 if little else ADVANTAGE
         form = "plain" if factored > margin * plain else "factored"
     return Plan(form, project_gradient=form == "plain" and project_matrix < project_factors)
 
