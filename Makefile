@@ -6,7 +6,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 
 .PHONY: setup demo test lint unit matrix special-cases gpu-check systemd chaos soak faults storms bench-update bench-learning bench-serving \
-  bench-history bench-forgetting bench-context bench-throughput bench-freshness bench-interference lock clean
+  bench-history bench-threads bench-forgetting bench-context bench-throughput bench-freshness bench-interference lock clean
 
 setup:
 	@scripts/setup.sh
@@ -52,6 +52,9 @@ bench-update: setup    # benchmarks/update.py: what one update costs, against th
 
 bench-learning: setup  # docs/learning.md: tables (i) to (iii) and their plots; about an hour of one core, wants apt-get
 	for table in scratch rounding threads; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/learning.py $$table || exit; done
+
+bench-threads: setup   # hogwild train as shipped with 1, 2 and 4 threads, SmolLM2-135M, three seeds; 20 minutes of two cores
+	$(BIN)/python benchmarks/threads.py
 
 bench-forgetting: setup  # 100 new facts in 10 drops: what is learned, what is forgotten; an hour or two of one core, goes on where it was stopped
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/forgetting.py
