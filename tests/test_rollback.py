@@ -240,7 +240,7 @@ def test_nothing_falls_back_to_the_untrained_model_by_itself(root):
         "history/generation-00000001/delta.bin",
     ):
         damage(root / "state" / path)
-    with pytest.raises(CheckpointError, match="the last good one before it is generation 0"):
+    with pytest.raises(CheckpointError, match=r"is generation 0, .* `hogwild rollback 0 --retrain`"):
         Studio(root)
 
 

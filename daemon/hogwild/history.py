@@ -308,6 +308,11 @@ class History:
         reasons = [*problems.values(), *self.broken.values()]
         good = self.last_good(number)
         advice = "no older one can" if good is None else f"the last good one before it is generation {good}"
+        if good == 0:
+            advice += (
+                ", the model as it came. Bring the files back, or give up what was learned since: "
+                "`hogwild rollback 0 --retrain` trains all of it again"
+            )
         return "\n  - ".join([f"generation {number} cannot be restored; {advice}", *reasons])
 
     # --- retention -------------------------------------------------------------------------------------------------
