@@ -19,7 +19,7 @@ FLOATS, COUNTS, INT = "*fp32", "*i64", "i32"
 BETAS = dict.fromkeys(("b1", "c1", "b2", "c2"), "fp32")
 MOMENTS = dict.fromkeys(("r", "r_out", "mean", "square", "scale", "scalars", "sums"), FLOATS) | BETAS
 LOGS = dict.fromkeys(("lr", "log_b1", "log_b2", "eps", "decay"), "fp32")
-STEP = {**LOGS, "skipped": "*i1", "phi": FLOATS, "norm": FLOATS, "counts": COUNTS}
+STEP = {**LOGS, "numbers": FLOATS, "phi": FLOATS, "counts": COUNTS}
 CAN_BE_ONE = ("n", "m", "size", "rank", "tokens", "count", "row_stride", "column_stride", "run")
 
 EVERYTHING = "--everything" in sys.argv
@@ -31,23 +31,41 @@ Job = tuple[Any, dict[str, str], dict[str, Any]]
 def jobs() -> list[Job]:
     """(kernel, argument types that are not int32, compile-time constants)"""
     more = dict.fromkeys(("root_alpha", "gamma", "floor"), "fp32")
-    found: list[Job] = [
-        (kernels.finish, {**MOMENTS, **STEP, **more}, {"BY_TENSOR": True, "BLOCK": 512}),
-    ]
+    found: list[Job] = []
     for given in ("*bf16", "*fp16", "*fp32") if EVERYTHING else ("*bf16",):
         planes = 2 if given == "*bf16" else 1
         small = "*bf16" if planes == 2 else FLOATS
-        types = {"y": given, "parts": FLOATS, "counts": COUNTS, "table": "*i32", "gain": "fp32"}
-        found.append((kernels.project, types, {"WIDEN": False, "BLOCK_T": 16, "BLOCK_C": 64, "BLOCK_K": 64}))
+        types = {
+            "y": given,
+            "parts": FLOATS,
+            "counts": COUNTS,
+            "table": "*i32",
+            "gain": "fp32",
+            "finished": "*i32",
+        }
+        found.append(
+            (
+                kernels.project,
+                types,
+                {"AHEAD": True, "WIDEN": False, "BLOCK_T": 16, "BLOCK_C": 64, "BLOCK_K": 64},
+            )
+        )
         types = {"parts": FLOATS, "out": small}
-        found.append((kernels.collect, types, {"PLANES": planes, "BLOCK": 128, "DEPTH": 16}))
-        types = {"z": given, "small": small, **MOMENTS, "eps": "fp32"}
-        flags = {"BY_TENSOR": False, "PLANES": planes, "WIDEN": False}
+        found.append((kernels.collect, types, {"AHEAD": True, "PLANES": planes, "BLOCK": 128, "DEPTH": 16}))
+        types = {"z": given, "small": small, **MOMENTS, **STEP, **more, "finished": "*i32"}
+        flags = {"AHEAD": True, "BY_TENSOR": planes == 1, "BLOCK": 512, "PLANES": planes, "WIDEN": False}
         found.append((kernels.channels, types, {**flags, "BLOCK_T": 16, "BLOCK_R": 64, "BLOCK_C": 32}))
         types = {"weight": given, "gradient": given, **MOMENTS, **STEP}
         found.append((kernels.adam, types, {"STOCHASTIC": True, "BLOCK": 1024}))
         types = {"weight": given, "x": given, "d": given, "counts": COUNTS, **MOMENTS}
-        flags = {"STOCHASTIC": True, "WIDEN": False, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_T": 32}
+        flags = {
+            "AHEAD": True,
+            "STOCHASTIC": True,
+            "WIDEN": False,
+            "BLOCK_M": 64,
+            "BLOCK_N": 64,
+            "BLOCK_T": 32,
+        }
         for by_row, even, whole in ((True, True, True), (False, False, False)):
             found.append((kernels.write, types, {**flags, "BY_ROW": by_row, "EVEN": even, "WHOLE": whole}))
     return found

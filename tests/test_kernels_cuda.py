@@ -142,13 +142,14 @@ def test_projection_has_the_bits_of_the_cpu(epoch: int, seed: int, name: str) ->
     size, rank, gap = 50, 20, 4
     key = counter.name_key(seed, name)
     counts = torch.tensor([epoch * gap + 3, 0])
-    parts = torch.empty(2, size, rank + size)
+    parts, finished = torch.empty(2, size, rank + size), torch.ones(1, dtype=torch.int32)
     kernels.project[(4, 3, 2)](
         torch.eye(size), size, 1, parts, counts, gap, cuda._signed(key[0]), cuda._signed(key[1]),
-        counter.gaussian_table(), counter.gaussian_gain(rank), size, size, rank, 32,
-        WIDEN=True, BLOCK_T=16, BLOCK_C=32, BLOCK_K=16,
+        counter.gaussian_table(), counter.gaussian_gain(rank), finished, size, size, rank, 32,
+        AHEAD=False, WIDEN=True, BLOCK_T=16, BLOCK_C=32, BLOCK_K=16,
     )  # fmt: skip
     out = parts.sum(0)
+    assert finished.item() == 0
     assert torch.equal(out[:, :rank].T, counter.projection(key, epoch, rank, size))
     assert torch.equal(out[:, rank:], torch.eye(size))
 

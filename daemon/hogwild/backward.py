@@ -45,6 +45,21 @@ class _UpdatedLinear(torch.autograd.Function):
         return dx.view(ctx.shape), None
 
 
+class _Kept:
+    """What a layer has of this step so far; an attribute of a module takes Python ten times as long to set.
+
+    Attributes:
+        pending: forward passes whose backward pass is still to come.
+        rows: X and D of those whose backward pass has been.
+    """
+
+    __slots__ = ("pending", "rows")
+
+    def __init__(self) -> None:
+        self.pending = 0
+        self.rows: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+
 class TrainedLinear(torch.nn.Module):
     """Takes the place of a `torch.nn.Linear` in a trainer's skeleton."""
 
@@ -64,8 +79,7 @@ class TrainedLinear(torch.nn.Module):
         self.gather = gather
         self.protected: torch.Tensor | None = None
         """(k, n) directions of the input that updates leave alone (protection.py)."""
-        self.pending = 0  # forward passes whose backward pass is still to come
-        self._rows: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._kept = _Kept()
         self.weight, self.bias = linear.weight, linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
@@ -73,23 +87,25 @@ class TrainedLinear(torch.nn.Module):
         pulse.beat()
         if not torch.is_grad_enabled():
             return products.linear(x, self.weight, self.bias)
-        self.pending += 1
+        self._kept.pending += 1
         result: torch.Tensor = _UpdatedLinear.apply(x, self)  # type: ignore[no-untyped-call]
         return result
 
     def receive(self, x: torch.Tensor, d: torch.Tensor) -> None:
         """x (T, n) input, d (T, m) gradient of the output, of one forward pass. Updates once all are there."""
         pulse.beat()
-        self._rows.append((x, d))
-        self.pending -= 1
-        if self.pending == 0 and not self.gather.more:
+        kept = self._kept
+        kept.rows.append((x, d))
+        kept.pending -= 1
+        if kept.pending == 0 and not self.gather.more:
             self.update()
 
     def take(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """X (T, n) without its protected part and D (T, m) of every forward pass since the last one, once."""
-        rows, self._rows = self._rows, []
-        if not rows:
+        kept = self._kept
+        if not (rows := kept.rows):
             return None
+        kept.rows = []
         x, d = rows[0] if len(rows) == 1 else (torch.cat(part) for part in zip(*rows, strict=True))
         return (x if self.protected is None else products.without(x, self.protected)), d
 
@@ -110,7 +126,7 @@ class TrainedLinear(torch.nn.Module):
 
     def forget(self) -> None:
         """Drop what a pass that failed half-way has left."""
-        self.pending, self._rows = 0, []
+        self._kept.pending, self._kept.rows = 0, []
 
 
 class TiedHead(TrainedLinear):

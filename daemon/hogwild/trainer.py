@@ -287,13 +287,13 @@ class Trainer:
     def _states(self, segments: list[Segment]) -> list[State]:
         if not self._packs:
             return [read_one(self.model, self._layers, segment, self._batch_tokens) for segment in segments]
-        pack = Pack(segments, self._layers, self._wide.dtype, self.model.device, keep=True)
+        pack = Pack(segments, self._layers, self._wide.dtype, self._stream.device, keep=True)
         self.model.base_model(pack.ids, **pack.arguments)
         return pack.states()
 
     def _losses(self, group: Sequence[Work]) -> list[torch.Tensor]:
         """Of each one (T,) fp32: the negative log-likelihoods of its trained tokens, or their divergences."""
-        device = self.model.device
+        device = self._stream.device
         constant = [[False] * len(one.ids) if not one.constant else one.constant for one in group]
         mask = [flag for flags in constant for flag in flags]
         fixed = put(mask, device) if torch.is_grad_enabled() and any(mask) else None
@@ -334,10 +334,8 @@ class Trainer:
         """The norm of each update, in order, and how many were skipped: of all at once, for on a GPU this waits."""
         results = [result for _, result in self._results]
         if self._stream.waits and results:
-            norms = torch.stack([torch.as_tensor(one.norm, device=self.model.device) for one in results])
-            flags = torch.stack([torch.as_tensor(one.skipped, device=self.model.device) for one in results])
-            numbers = torch.cat([norms.double(), flags.double()]).tolist()
-            found, skipped = numbers[: len(results)], int(sum(numbers[len(results) :]))
+            numbers = torch.stack([one.to(self._stream.device) for one in results]).t().tolist()
+            found, skipped = numbers[0], int(sum(numbers[1]))
             self.progress.moved()  # again: an epoch that began since the update was queued may have missed it
         else:
             found = [float(one.norm) for one in results]

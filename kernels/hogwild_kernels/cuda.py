@@ -3,8 +3,8 @@ once.
 
     project    Y P^T, P generated in place, and Y Y^T: parts of both, by columns of Y
     collect    their sums
-    channels   R and the norms of its channels, s; |G_j|^2 from the Gram matrix, |U|^2
-    finish     guard, limiter, bias correction: a few scalars
+    channels   R and the norms of its channels, s; |G_j|^2 from the Gram matrix, |U|^2; at its end guard, limiter and
+               bias correction: a few scalars
     write      D^T X, scaled, into W, rounded once; M and V
 
 Whether an update is skipped is known only on the device: `write` reads the verdict there. Only the factored form
@@ -27,6 +27,7 @@ from torch import Tensor
 from . import counter
 from . import triton_kernels as kernels
 from .config import AdamConfig, ApolloConfig
+from .launch import Grid, Prepared, Scratch, aligned, follows_early, stream_of
 from .state import AdamState, ApolloState, UpdateResult
 
 Blocks = tuple[int, int, int, int, int, int]
@@ -51,7 +52,11 @@ TUNING_ROWS = 1024
 """Autotuning runs on private memory of this many rows. It must never touch a served weight, not even with
 its own values."""
 
+_MOST_PLANS = 8192
+
 _tuned: dict[tuple[Any, ...], Blocks] = {}
+_plans: dict[tuple[Any, ...], _Plan] = {}
+_adams: dict[tuple[Any, ...], Prepared] = {}
 _tables: dict[torch.device, Tensor] = {}
 
 
@@ -66,55 +71,111 @@ def step(
     seed: int = 0,
 ) -> UpdateResult:
     """One step; see `reference.factored_step`. The result's fields are 0-d tensors on the device."""
-    m, n = state.shape
-    tokens, rank, by_row = len(x), state.rank, m >= n
-    y, z = (x, d) if by_row else (d, x)
-    size, count = min(m, n), max(m, n)
-    device = weight.device
-    key0, key1 = (_signed(word) for word in state.key)
-    b1, b2 = config.betas
-    moments = {"b1": b1, "c1": 1 - b1, "b2": b2, "c2": 1 - b2}
+    kind = (
+        weight.device, weight.dtype, x.dtype, d.dtype, len(x), state.shape, state.rank, weight.stride(), x.stride(),
+        d.stride(), aligned(weight, x, d), id(config), state.config.gap,
+    )  # fmt: skip
+    plan = _plans.get(kind)
+    if plan is None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        plan = _plans[kind] = _Plan(weight, x, d, state, config)
+    return plan.run(weight, x, d, state, lr, seed)
 
-    by_tensor, widen = config.by_tensor(rank), not weight.is_cuda
-    rank_step, channel_step = (1, rank) if by_row else (n, 1)
-    split = _split(tokens, rank, size, count)
-    programs = _cdiv(count, split.channels)
-    # [Y P^T | Y Y^T]; matrix units want it in bf16
-    planes, kind = (2, torch.bfloat16) if x.dtype == d.dtype == torch.bfloat16 else (1, torch.float32)
-    small = torch.empty(planes, tokens, rank + tokens, dtype=kind, device=device)
-    parts = torch.empty(split.parts, *small.shape[1:], device=device)
-    r, scale = torch.empty_like(state.exp_avg), torch.empty(count, device=device)
-    sums, scalars = torch.empty(3, programs, device=device), torch.empty(4, device=device)
-    skipped = torch.empty((), dtype=torch.bool, device=device)
 
-    columns = _cdiv(rank, split.columns) + _cdiv(tokens, split.columns)
-    kernels.project[(_cdiv(tokens, split.tokens), columns, split.parts)](
-        y, y.stride(0), y.stride(1), parts, state.counts, state.config.gap, key0, key1, _table(device),
-        counter.gaussian_gain(rank), tokens, size, rank, split.chunk,
-        WIDEN=widen, BLOCK_T=split.tokens, BLOCK_C=split.columns, BLOCK_K=_BLOCK_K,
-        num_warps=8 if split.tokens > 64 else 4, num_stages=1,
-    )  # fmt: skip
-    kernels.collect[(_cdiv(parts[0].numel(), 128),)](
-        parts, small, parts[0].numel(), split.parts, PLANES=planes, BLOCK=128, DEPTH=16
-    )
-    kernels.channels[(programs,)](
-        small, z, z.stride(0), z.stride(1), r, state.exp_avg, state.exp_avg_sq, rank_step, channel_step,
-        scale, sums, tokens, count, rank, eps=config.eps, **moments,
-        BY_TENSOR=by_tensor, PLANES=planes, WIDEN=widen,
-        BLOCK_T=min(64, split.tokens), BLOCK_R=split.columns, BLOCK_C=split.channels,
-        num_stages=1 if tokens <= 64 else 3,
-    )  # fmt: skip
-    kernels.finish[(1,)](
-        sums, programs, state.norm, state.counts, scalars, skipped, lr, math.sqrt(config.alpha(size, rank)),
-        _log(b1), _log(b2), config.gamma, config.limiter_floor, config.weight_decay,
-        BY_TENSOR=by_tensor, BLOCK=512,
-    )  # fmt: skip
-    keys, state_of_step = (key0, key1, _signed(seed)), (r, state.exp_avg, state.exp_avg_sq)
-    stochastic = config.rounding == "stochastic"
-    _write(
-        _Write(weight, x, d, scale, scalars, state.counts, keys, state_of_step, moments, by_row, stochastic)
-    )
-    return UpdateResult(scalars[2], skipped)
+class _Plan:
+    """How the updates of one kind are done: those that agree in all that a kernel is compiled for.
+
+    It holds no tensor of theirs: weights of a shape, in all layers of a model, share one. It does hold the
+    configuration, whose identity is part of the kind.
+    """
+
+    def __init__(
+        self, weight: Tensor, x: Tensor, d: Tensor, state: ApolloState, config: ApolloConfig
+    ) -> None:
+        m, n = state.shape
+        tokens, rank = len(x), state.rank
+        self.config, self.gap, self.by_row = config, state.config.gap, m >= n
+        y, z = (x, d) if self.by_row else (d, x)
+        self.size, self.count = min(m, n), max(m, n)
+        split = self.split = _split(tokens, rank, self.size, self.count)
+        self.programs = _cdiv(self.count, split.channels)
+        # [Y P^T | Y Y^T]; matrix units want it in bf16
+        both = x.dtype == d.dtype == torch.bfloat16
+        planes, kind = (2, torch.bfloat16) if both else (1, torch.float32)
+        self.gain, self.table = counter.gaussian_gain(rank), _table(weight.device)
+        self.root_alpha = math.sqrt(config.alpha(self.size, rank))
+        b1, b2 = config.betas
+        self.moments, self.logs = (b1, 1 - b1, b2, 1 - b2), (_log(b1), _log(b2))
+        ahead, widen = follows_early(weight.device), not weight.is_cuda
+        options = {"launch_pdl": True} if ahead else {}
+        columns = _cdiv(rank, split.columns) + _cdiv(tokens, split.columns)
+        self.y_strides, self.z_strides = y.stride(), z.stride()
+        self.project_grid: Grid = (_cdiv(tokens, split.tokens), columns, split.parts)
+        self.project = Prepared(
+            kernels.project,
+            {
+                "AHEAD": ahead, "WIDEN": widen,
+                "BLOCK_T": split.tokens, "BLOCK_C": split.columns, "BLOCK_K": _BLOCK_K,
+            },
+            num_warps=8 if split.tokens > 64 else 4, num_stages=1, **options,
+        )  # fmt: skip
+        self.width = tokens * (rank + tokens)
+        self.collect = Prepared(
+            kernels.collect, {"AHEAD": ahead, "PLANES": planes, "BLOCK": 128, "DEPTH": 16}, **options
+        )
+        self.channels = Prepared(
+            kernels.channels,
+            {
+                "AHEAD": ahead, "BY_TENSOR": config.by_tensor(rank), "PLANES": planes, "WIDEN": widen,
+                "BLOCK_T": min(64, split.tokens), "BLOCK_R": split.columns, "BLOCK_C": split.channels, "BLOCK": 512,
+            },
+            num_stages=1 if tokens <= 64 else 3, **options,
+        )  # fmt: skip
+        self.scratch = Scratch(
+            (planes * self.width, kind),
+            (split.parts * self.width, torch.float32),
+            (state.exp_avg.numel(), torch.float32),
+            (self.count, torch.float32),
+            (3 * self.programs, torch.float32),
+            (3, torch.float32),
+            (1, torch.int32),
+        )
+        self.write: _Launch | None = None
+
+    def run(
+        self, weight: Tensor, x: Tensor, d: Tensor, state: ApolloState, lr: float, seed: int
+    ) -> UpdateResult:
+        tokens, rank, split, config, device = len(x), state.rank, self.split, self.config, weight.device
+        y, z = (x, d) if self.by_row else (d, x)
+        key0, key1 = (_signed(word) for word in state.key)
+        mean, square = state.exp_avg, state.exp_avg_sq
+        stream, width = stream_of(weight), self.width
+
+        _memory, parts_of_it = self.scratch.take(device, as_tensors=self.write is None or stream is None)
+        small, parts, r, scale, sums, scalars, finished = parts_of_it
+        numbers = torch.empty(2, device=device)
+        self.project(
+            self.project_grid, stream,
+            y, *self.y_strides, parts, state.counts, self.gap, key0, key1, self.table, self.gain, finished,
+            tokens, self.size, rank, split.chunk,
+        )  # fmt: skip
+        self.collect((_cdiv(width, 128), 1, 1), stream, parts, small, width, split.parts)
+        self.channels(
+            (self.programs, 1, 1), stream,
+            small, z, *self.z_strides, r, mean, square, *((1, rank) if self.by_row else (self.count, 1)),
+            scale, sums, finished, state.norm, state.counts, scalars, numbers,
+            tokens, self.count, rank, *self.moments, config.eps, lr, self.root_alpha, *self.logs,
+            config.gamma, config.limiter_floor, config.weight_decay,
+        )  # fmt: skip
+        work = _Write(
+            weight, x, d, scale, scalars, state.counts, (key0, key1, _signed(seed)), (r, mean, square), self.moments,
+            self.by_row, config.rounding == "stochastic",
+        )  # fmt: skip
+        if self.write is None:
+            self.write = work.launch_with(_fastest(work))
+        self.write.start(work, stream)
+        return UpdateResult.on_device(numbers)
 
 
 def adam_step(
@@ -122,17 +183,23 @@ def adam_step(
 ) -> UpdateResult:
     """See `reference.adam_step`: one program of one kernel, for these tensors are tiny."""
     place, device = weight.contiguous(), weight.device
-    norm, skipped = torch.empty((), device=device), torch.empty((), dtype=torch.bool, device=device)
+    numbers = torch.empty(2, device=device)
     b1, b2 = config.betas
     key0, key1 = (_signed(word) for word in state.key)
-    kernels.adam[(1,)](
-        place, gradient.contiguous(), state.exp_avg, state.exp_avg_sq, state.counts, norm, skipped,
+    gradient, stochastic = gradient.contiguous(), config.rounding == "stochastic"
+    kind = device, place.dtype, gradient.dtype, place.numel(), aligned(place, gradient), stochastic
+    kernel = _adams.get(kind)
+    if kernel is None:
+        kernel = _adams[kind] = Prepared(kernels.adam, {"STOCHASTIC": stochastic, "BLOCK": 1024})
+    kernel(
+        (1, 1, 1), stream_of(weight),
+        place, gradient, state.exp_avg, state.exp_avg_sq, state.counts, numbers,
         key0, key1, _signed(seed), place.numel(), lr, b1, 1 - b1, b2, 1 - b2, _log(b1), _log(b2),
-        config.eps, config.weight_decay, STOCHASTIC=config.rounding == "stochastic", BLOCK=1024,
+        config.eps, config.weight_decay,
     )  # fmt: skip
     if place is not weight:
         weight.copy_(place)
-    return UpdateResult(norm, skipped)
+    return UpdateResult.on_device(numbers)
 
 
 @dataclass(frozen=True)
@@ -158,34 +225,41 @@ def _split(tokens: int, rank: int, size: int, count: int) -> _Split:
 
 @dataclass(slots=True)
 class _Write:
-    """What `write` is given, but for its blocks."""
+    """What `write` is given, but for its blocks. (Scratch is a tensor, or an address.)"""
 
     weight: Tensor  # (m, n)
     x: Tensor  # (T, n)
     d: Tensor  # (T, m)
-    scale: Tensor  # (max(m, n),)
-    scalars: Tensor  # (4,) from `finish`
+    scale: Any  # (max(m, n),)
+    scalars: Any  # (3,) from `channels`
     counts: Tensor
     key: tuple[int, int, int]
-    state: tuple[Tensor, Tensor, Tensor]  # R, M, V
-    betas: dict[str, float]
+    state: tuple[Any, Tensor, Tensor]  # R, M, V
+    betas: tuple[float, float, float, float]
     by_row: bool
     stochastic: bool
 
-    def launch(self, blocks: Blocks, only_compile: bool = False) -> None:
-        (m, n), w, x, d = self.weight.shape, self.weight, self.x, self.d
+    def launch_with(self, blocks: Blocks) -> _Launch:
+        """How it is launched with these blocks."""
+        (m, n), on_device = self.weight.shape, self.weight.is_cuda
         block_m, block_n, block_t, warps, stages, run = blocks
         run = max(1, min(run, _cdiv(n, block_n)))
-        block_t = min(block_t, max(16, _power_of_2(len(x))))
-        grid = _cdiv(m, block_m), _cdiv(_cdiv(n, block_n), run)
-        start = functools.partial(kernels.write.warmup, grid=grid) if only_compile else kernels.write[grid]
-        start(
-            w, w.stride(0), w.stride(1), x, x.stride(0), x.stride(1), d, d.stride(0), d.stride(1),
-            self.scale, self.scalars, self.counts, *self.key, *self.state, self.state[0].numel(), **self.betas,
-            m=m, n=n, pairs=_cdiv(n, 2), tokens=len(x), run=run,
-            BY_ROW=self.by_row, STOCHASTIC=self.stochastic, EVEN=m % block_m == 0 and n % block_n == 0,
-            WHOLE=len(x) <= block_t, WIDEN=not w.is_cuda, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_T=block_t,
-            num_warps=warps, num_stages=stages,
+        block_t = min(block_t, max(16, _power_of_2(len(self.x))))
+        ahead = follows_early(self.weight.device)
+        constants = {
+            "AHEAD": ahead, "BY_ROW": self.by_row, "STOCHASTIC": self.stochastic,
+            "EVEN": m % block_m == 0 and n % block_n == 0, "WHOLE": len(self.x) <= block_t, "WIDEN": not on_device,
+            "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_T": block_t,
+        }  # fmt: skip
+        options = {"launch_pdl": True} if ahead else {}
+        prepared = Prepared(kernels.write, constants, num_warps=warps, num_stages=stages, **options)
+        return _Launch((_cdiv(m, block_m), _cdiv(_cdiv(n, block_n), run), 1), run, prepared)
+
+    def arguments(self, run: int) -> tuple[Any, ...]:
+        (m, n), w, x, d = self.weight.shape, self.weight, self.x, self.d
+        return (
+            w, *w.stride(), x, *x.stride(), d, *d.stride(), self.scale, self.scalars, self.counts, *self.key,
+            *self.state, self.state[1].numel(), *self.betas, m, n, _cdiv(n, 2), len(x), run,
         )  # fmt: skip
 
     def on_scratch(self) -> _Write:
@@ -197,29 +271,46 @@ class _Write:
             weight=torch.empty_like(self.weight[:rows]).normal_(),
             d=self.d[:, :rows],
             scale=self.scale[:rows] if self.by_row else self.scale,
-            scalars=torch.tensor([0.0, 1.0, 0.0, 1.0], device=self.weight.device),
+            scalars=torch.tensor([0.0, 1.0, 1.0], device=self.weight.device),
             state=(nothing, nothing, nothing),
         )
 
 
-def _write(work: _Write) -> None:
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """`write` with one choice of blocks, `run` tiles for each program."""
+
+    grid: Grid
+    run: int
+    kernel: Prepared
+
+    def start(self, work: _Write, stream: int | None) -> None:
+        self.kernel(self.grid, stream, *work.arguments(self.run))
+
+
+def _fastest(work: _Write) -> Blocks:
+    """Of the candidates for this kind of shape; found by timing the first time, which waits for the device, unlike a
+    step."""
     w, x = work.weight, work.x
     kind = (w.dtype, x.dtype, w.shape[1], _power_of_2(len(x)), w.stride(1) == 1, work.by_row)
     if kind not in _tuned:
         _tuned[kind] = _tune(work) if w.is_cuda else CANDIDATES[0]
-    work.launch(_tuned[kind])
+    return _tuned[kind]
 
 
 def _tune(work: _Write) -> Blocks:
-    """The fastest candidate, timed once per kind of shape. Waits for the device, unlike a step."""
     scratch = work.on_scratch()
+    stream = stream_of(scratch.weight)
+    launches = {candidate: scratch.launch_with(candidate) for candidate in CANDIDATES}
     with ThreadPoolExecutor(len(CANDIDATES)) as threads, triton.AsyncCompileMode(threads):
-        for candidate in CANDIDATES:
-            scratch.launch(candidate, only_compile=True)
+        for one in launches.values():
+            one.kernel.compile(one.grid, *scratch.arguments(one.run))
 
     def seconds(candidate: Blocks) -> float:
         try:
-            return float(triton.testing.do_bench(lambda: scratch.launch(candidate), warmup=5, rep=20))
+            return float(
+                triton.testing.do_bench(lambda: launches[candidate].start(scratch, stream), warmup=5, rep=20)
+            )
         except triton.OutOfResources:  # of a GPU with less shared memory
             return math.inf
 

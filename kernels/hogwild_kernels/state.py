@@ -20,7 +20,6 @@ within an element.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,16 +32,41 @@ BuildProjection = Callable[[tuple[int, int], int, int, int], Tensor]
 bits."""
 
 
-@dataclass(frozen=True)
 class UpdateResult:
-    """What one update did. On CUDA both fields are 0-d device tensors: reading them is the caller's
-    synchronisation."""
+    """What one update did.
 
-    norm: float | Tensor
-    """|dW| of the gradient part of the update (without weight decay), before rounding. 0 when skipped."""
+    Attributes:
+        numbers: (norm, skipped) as below: a pair, or one (2,) fp32 tensor of the device. Reading that one is the
+            caller's synchronisation.
+    """
 
-    skipped: bool | Tensor
-    """True when an inf or NaN in x, d or a norm stopped the update before it touched anything."""
+    __slots__ = ("numbers",)
+
+    def __init__(self, norm: float | Tensor, skipped: bool | Tensor) -> None:
+        self.numbers: tuple[float | Tensor, bool | Tensor] | Tensor = (norm, skipped)
+
+    @classmethod
+    def on_device(cls, numbers: Tensor) -> UpdateResult:
+        """Of an update on a device, which is queued there."""
+        made = cls.__new__(cls)
+        made.numbers = numbers
+        return made
+
+    def to(self, device: torch.device) -> Tensor:
+        """(2,) fp32: `numbers` there, without waiting for those that are there already."""
+        if isinstance(self.numbers, Tensor):
+            return self.numbers
+        return torch.stack([torch.as_tensor(one, dtype=torch.float32, device=device) for one in self.numbers])
+
+    @property
+    def norm(self) -> float | Tensor:
+        """|dW| of the gradient part of the update (without weight decay), before rounding. 0 when skipped."""
+        return self.numbers[0]
+
+    @property
+    def skipped(self) -> bool | Tensor:
+        """True when an inf or NaN in x, d or a norm stopped the update before it touched anything."""
+        return self.numbers[1]
 
 
 class ApolloState:

@@ -8,6 +8,9 @@ One side of the weight is projected away (size K = min(m, n), factor Y), the oth
 
 What depends on the step count (projection epoch, rounding stream, bias correction) is derived on the
 device, so that no kernel waits for the host. All random bits are those of `counter.py`.
+
+`AHEAD`: the kernel is launched while the one before it in the stream still runs (programmatic dependent launch, from
+compute capability 9.0 on), and waits for its results here.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc, import-untyped"
@@ -21,6 +24,7 @@ import triton.language as tl
 from .triton_functions import (
     PROJECTION_STREAM,
     ROUNDING_STREAM,
+    await_previous,
     dot,
     dot_fp32,
     gaussian,
@@ -41,10 +45,14 @@ def project(
     y, y_token, y_column,  # (T, K) and its strides
     parts,  # (cdiv(K, chunk), T, rank + T) fp32 out: of each `chunk` of columns, [Y P^T | Y Y^T]
     counts, gap, key0, key1, table, gain,
+    finished,  # (1,) int32 out: 0, for `channels`
     tokens, size, rank, chunk,
-    WIDEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr, WIDEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Y P^T with P generated in place, tile by tile: P is never in memory. And the Gram matrix Y Y^T."""
+    await_previous(AHEAD)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
+        tl.store(finished, 0)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     block = tl.program_id(1)
     begin = tl.program_id(2) * chunk
@@ -81,9 +89,10 @@ def collect(
     parts,  # (count, size) fp32 from `project`
     out,  # (PLANES, size): fp32 if that is one, else two bf16 whose sum it is, to 16 bits
     size, count,
-    PLANES: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+    AHEAD: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The sum of the parts, always in the same order."""
+    await_previous(AHEAD)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, count, DEPTH):
@@ -110,18 +119,71 @@ def _dot_planes(place, inside, plane, right, total, PLANES: tl.constexpr, WIDEN:
 
 
 @triton.jit
+def _finish(
+    sums, programs,  # from `channels`
+    phi, counts,  # state
+    scalars,  # (3,) out: [what multiplies D^T X scaled, keep, applied]
+    numbers,  # (2,) out: [|dW|, skipped]
+    lr, root_alpha, log_b1, log_b2, gamma, floor, decay,
+    BY_TENSOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Steps (4) for a whole tensor, (6) and (7): guard, limiter, bias correction. By one program; the only place that
+    advances phi and the step."""
+    i = tl.arange(0, BLOCK)
+    normals = tl.zeros((BLOCK,), tl.float32)
+    raws = tl.zeros((BLOCK,), tl.float32)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, programs, BLOCK):
+        inside = start + i < programs
+        normals += tl.load(sums + start + i, mask=inside, other=0.0)
+        raws += tl.load(sums + programs + start + i, mask=inside, other=0.0)
+        squares += tl.load(sums + 2 * programs + start + i, mask=inside, other=0.0)
+    raw = tl.sum(raws, 0)
+    s = 1.0
+    if BY_TENSOR:
+        s = tl.sqrt(tl.sum(normals, 0)) / (tl.sqrt(raw) + NORM_EPS)
+    # A non-finite R must stop the update even where its channel's own norm came out finite.
+    total = s * s * tl.sum(squares, 0) + raw * 0.0
+    length = tl.sqrt(total)
+    good = (total >= 0.0) & (total < float("inf"))  # False for NaN
+    before = tl.load(phi)
+    limited = (gamma > 0.0) & (length > 0.0)
+    first = before == 0.0
+    limit = tl.where(limited & (before > 0.0), tl.maximum(length / (before + NORM_EPS), gamma) / gamma, 1.0)
+    after = tl.where(first, length, tl.maximum(length / limit, floor * before))
+    after = tl.where(limited, after, before)
+    done = tl.load(counts)
+    t = (done + 1).to(tl.float64)
+    # fp64: 1 - 0.999^t loses four digits in fp32 at t = 1.
+    root = tl.sqrt(1.0 - tl.exp(t * log_b2))
+    correction = root / (1.0 - tl.exp(t * log_b1))
+    step = lr * correction.to(tl.float32) * root_alpha / limit
+    tl.store(phi, tl.where(good, after, before))
+    tl.store(counts, tl.where(good, done + 1, done))
+    tl.store(counts + 1, tl.load(counts + 1) + tl.where(good, 0, 1))
+    tl.store(scalars, step * s)
+    tl.store(scalars + 1, 1.0 - lr * decay)
+    tl.store(scalars + 2, tl.where(good, 1.0, 0.0))
+    tl.store(numbers, tl.where(good, step * length, 0.0))
+    tl.store(numbers + 1, tl.where(good, 0.0, 1.0))
+
+
+@triton.jit
 def channels(
     small,  # (PLANES, T, rank + T) from `collect`: [Y P^T | Y Y^T]
     z, z_token, z_channel,  # (T, C) and its strides
     r_out, mean, square, rank_step, channel_step,  # R, M and V share one layout
-    scale,  # (C,) fp32 out: s of step (4); ones where the whole tensor has one, which `finish` finds
+    scale,  # (C,) fp32 out: s of step (4); ones where the whole tensor has one
     sums,  # (3, programs) fp32 out: |N|^2, |R|^2 and |U|^2 (|G|^2) of the program's channels
-    tokens, count, rank, b1, c1, b2, c2, eps,
-    BY_TENSOR: tl.constexpr, PLANES: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    finished,  # (1,) int32: programs that have written theirs
+    phi, counts, scalars, numbers,  # for `_finish`
+    tokens, count, rank, b1, c1, b2, c2, eps, lr, root_alpha, log_b1, log_b2, gamma, floor, decay,
+    AHEAD: tl.constexpr, BY_TENSOR: tl.constexpr, PLANES: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """R = (Y P^T)^T Z and the channel norms of steps (3) and (4); |G_j|^2 by the Gram matrix, see reference.py. The
-    moments are only read."""
+    moments are only read. The program that is done last does `_finish`."""
+    await_previous(AHEAD)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     width = rank + tokens
     place = z + c[None, :].to(tl.int64) * z_channel
@@ -168,61 +230,18 @@ def channels(
     tl.store(sums + tl.program_id(0), tl.sum(normals, 0))
     tl.store(sums + programs + tl.program_id(0), tl.sum(raws, 0))
     tl.store(sums + 2 * programs + tl.program_id(0), tl.sum(s * s * squares, 0))
-
-
-@triton.jit
-def finish(
-    sums, programs,  # from `channels`
-    phi, counts, scalars,  # state; out: [what multiplies D^T X scaled, keep, |dW|, applied]
-    skipped,  # bool out
-    lr, root_alpha, log_b1, log_b2, gamma, floor, decay,
-    BY_TENSOR: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Steps (4) for a whole tensor, (6) and (7): guard, limiter, bias correction. One program; the only place that
-    advances phi and the step."""
-    i = tl.arange(0, BLOCK)
-    normals = tl.zeros((BLOCK,), tl.float32)
-    raws = tl.zeros((BLOCK,), tl.float32)
-    squares = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, programs, BLOCK):
-        inside = start + i < programs
-        normals += tl.load(sums + start + i, mask=inside, other=0.0)
-        raws += tl.load(sums + programs + start + i, mask=inside, other=0.0)
-        squares += tl.load(sums + 2 * programs + start + i, mask=inside, other=0.0)
-    raw = tl.sum(raws, 0)
-    s = 1.0
-    if BY_TENSOR:
-        s = tl.sqrt(tl.sum(normals, 0)) / (tl.sqrt(raw) + NORM_EPS)
-    # A non-finite R must stop the update even where its channel's own norm came out finite.
-    total = s * s * tl.sum(squares, 0) + raw * 0.0
-    length = tl.sqrt(total)
-    good = (total >= 0.0) & (total < float("inf"))  # False for NaN
-    before = tl.load(phi)
-    limited = (gamma > 0.0) & (length > 0.0)
-    first = before == 0.0
-    limit = tl.where(limited & (before > 0.0), tl.maximum(length / (before + NORM_EPS), gamma) / gamma, 1.0)
-    after = tl.where(first, length, tl.maximum(length / limit, floor * before))
-    after = tl.where(limited, after, before)
-    done = tl.load(counts)
-    t = (done + 1).to(tl.float64)
-    # fp64: 1 - 0.999^t loses four digits in fp32 at t = 1.
-    root = tl.sqrt(1.0 - tl.exp(t * log_b2))
-    correction = root / (1.0 - tl.exp(t * log_b1))
-    step = lr * correction.to(tl.float32) * root_alpha / limit
-    tl.store(phi, tl.where(good, after, before))
-    tl.store(counts, tl.where(good, done + 1, done))
-    tl.store(counts + 1, tl.load(counts + 1) + tl.where(good, 0, 1))
-    tl.store(scalars, step * s)
-    tl.store(scalars + 1, 1.0 - lr * decay)
-    tl.store(scalars + 2, tl.where(good, step * length, 0.0))
-    tl.store(scalars + 3, tl.where(good, 1.0, 0.0))
-    tl.store(skipped, good == 0)
+    tl.debug_barrier()  # all threads of the program have written
+    if tl.atomic_add(finished, 1, sem="acq_rel") == programs - 1:
+        _finish(
+            sums, programs, phi, counts, scalars, numbers, lr, root_alpha, log_b1, log_b2, gamma, floor, decay,
+            BY_TENSOR, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["key0", "key1", "seed"])
 def adam(
     weight, gradient, mean, square,  # of `size` elements, contiguous
-    counts, norm, skipped,  # state; fp32 and bool out
+    counts, numbers,  # state; (2,) fp32 out: [|dW|, skipped]
     key0, key1, seed, size,
     lr, b1, c1, b2, c2, log_b1, log_b2, eps, decay,
     STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
@@ -260,8 +279,8 @@ def adam(
             tl.store(square + at, v, mask=inside)
     tl.store(counts, tl.where(good, done + 1, done))
     tl.store(counts + 1, tl.load(counts + 1) + tl.where(good, 0, 1))
-    tl.store(norm, tl.sqrt(tl.sum(total, 0)))
-    tl.store(skipped, good == 0)
+    tl.store(numbers, tl.sqrt(tl.sum(total, 0)))
+    tl.store(numbers + 1, tl.where(good, 0.0, 1.0))
 
 
 @triton.jit
@@ -306,13 +325,15 @@ def write(
     scale, scalars, counts, key0, key1, seed,
     r, mean, square, moments, b1, c1, b2, c2,  # R, M and V, of `moments` elements each
     m, n, pairs, tokens, run,  # `pairs` of columns
+    AHEAD: tl.constexpr,
     BY_ROW: tl.constexpr, STOCHASTIC: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """W <- round((W - step D^T X scaled) * keep): one product per tile, accumulated in fp32, rounded once. A program
     has `run` tiles beside one another, and reads the next while it is at one. And M and V of step (3). Nothing, if the
     update was stopped. `EVEN`: blocks divide the weight. `WHOLE`: a block takes all tokens."""
-    if tl.load(scalars + 3) > 0.0:
+    await_previous(AHEAD)
+    if tl.load(scalars + 2) > 0.0:
         step = tl.load(scalars)
         keep = tl.load(scalars + 1)
         # `finish` has already counted this step, so its number from 0 is one less.
