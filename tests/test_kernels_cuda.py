@@ -89,7 +89,9 @@ def test_step_equals_the_reference(m: int, n: int, rank: int, dtype: torch.dtype
 
 
 @interpreted
-@pytest.mark.parametrize(("m", "n", "rank", "tokens"), [(70, 130, 70, 40), (130, 70, 33, 17), (40, 72, 8, 1)])
+@pytest.mark.parametrize(
+    ("m", "n", "rank", "tokens"), [(70, 130, 70, 40), (130, 70, 33, 17), (40, 72, 8, 1), (48, 40, 8, 150)]
+)
 def test_blocks_that_do_not_divide_the_shape(m: int, n: int, rank: int, tokens: int) -> None:
     compare(m, n, rank, torch.float32, tokens=tokens, steps=2, seed=2**31 + 5)
 
@@ -151,7 +153,7 @@ def test_projection_has_the_bits_of_the_cpu(epoch: int, seed: int, name: str) ->
     out = parts.sum(0)
     assert finished.item() == 0
     assert torch.equal(out[:, :rank].T, counter.projection(key, epoch, rank, size))
-    assert torch.equal(out[:, rank:], torch.eye(size))
+    assert torch.equal(out[:, rank:].triu(), torch.eye(size)), "the Gram matrix, down to its diagonal"
 
 
 @interpreted

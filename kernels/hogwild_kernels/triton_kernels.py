@@ -49,7 +49,8 @@ def project(
     tokens, size, rank, chunk,
     AHEAD: tl.constexpr, WIDEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Y P^T with P generated in place, tile by tile: P is never in memory. And the Gram matrix Y Y^T."""
+    """Y P^T with P generated in place, tile by tile: P is never in memory. And the Gram matrix Y Y^T; of that, tiles
+    below the diagonal are left as they are, for it is symmetric."""
     await_previous(AHEAD)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
         tl.store(finished, 0)
@@ -72,7 +73,7 @@ def project(
             index = (r[None, :].to(tl.int64) * size + k[:, None]).to(tl.uint32)
             total = dot_fp32(tile, gaussian(index, a, b, table), total, WIDEN)
         tl.store(here + r[None, :], total * gain, mask=(t[:, None] < tokens) & (r[None, :] < rank))
-    else:
+    elif (block - projections + 1) * BLOCK_C > tl.program_id(0) * BLOCK_T:
         u = (block - projections) * BLOCK_C + tl.arange(0, BLOCK_C)
         for start in range(begin, end, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
@@ -210,16 +211,20 @@ def channels(
         tl.store(r_out + at, total, mask=inside)
     for top in range(0, tokens, BLOCK_T):
         u = top + tl.arange(0, BLOCK_T)
+        itself = tl.load(
+            place + u[:, None].to(tl.int64) * z_token, mask=(u[:, None] < tokens) & (c[None, :] < count), other=0.0
+        )
+        row = small + u[:, None] * width + rank
         total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-        for start in range(0, tokens, BLOCK_T):
+        for start in range(top + BLOCK_T, tokens, BLOCK_T):
             t = start + tl.arange(0, BLOCK_T)
             inside = (t[:, None] < tokens) & (c[None, :] < count)
             right = tl.load(place + t[:, None].to(tl.int64) * z_token, mask=inside, other=0.0)
             inside = (u[:, None] < tokens) & (t[None, :] < tokens)
-            at = small + u[:, None] * width + rank + t[None, :]
-            total = _dot_planes(at, inside, tokens * width, right, total, PLANES, WIDEN)
-        inside = (u[:, None] < tokens) & (c[None, :] < count)
-        itself = tl.load(place + u[:, None].to(tl.int64) * z_token, mask=inside, other=0.0)
+            total = _dot_planes(row + t[None, :], inside, tokens * width, right, total, PLANES, WIDEN)
+        total = total * 2.0  # what is above the diagonal stands for what is below it, too
+        inside = (u[:, None] < tokens) & (u[None, :] < tokens)
+        total = _dot_planes(row + u[None, :], inside, tokens * width, itself, total, PLANES, WIDEN)
         squares += tl.sum(total * itself.to(tl.float32), 0)
     squares = tl.where(squares < 0.0, 0.0, squares)  # NaN stays
     s = tl.sqrt(normals) / (tl.sqrt(raws) + NORM_EPS)
