@@ -179,8 +179,9 @@ class _Clients:
                 if not line.startswith("data: {"):
                     continue
                 now, done = time.perf_counter(), json.loads(line[6:])["usage"]["completion_tokens"]
-                token_s += [(now - last) / (done - tokens)] * (done - tokens)
-                last, tokens = now, done
+                if done > tokens:  # the last message brings no token
+                    token_s += [(now - last) / (done - tokens)] * (done - tokens)
+                    last, tokens = now, done
                 if now > until:
                     return
 
