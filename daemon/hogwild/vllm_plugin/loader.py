@@ -5,15 +5,17 @@ import copy
 import logging
 import os
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader import base_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.platforms import current_platform
 
@@ -67,17 +69,26 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
         held = _answers[source] = client.ask(self._socket, source, _server())
         return 0 if held is None else held[0].layout.nbytes
 
-    def create_model(
-        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
-    ) -> torch.nn.Module:
-        """Build the model, on a GPU with parameters that have no memory yet; see BaseModelLoader.create_model."""
-        build = super().create_model
-        if current_platform.is_cpu():
-            alone: torch.nn.Module = build(vllm_config, model_config, prefix)
-            return alone
-        with building() as self._vacancies:
-            model: torch.nn.Module = build(vllm_config, model_config, prefix)
-        return model
+    @contextlib.contextmanager
+    def _without_memory(self) -> Iterator[None]:
+        """While active, a model is built on a GPU with parameters that have no memory yet.
+
+        Replaces initialize_model where BaseModelLoader.load_model calls it (vllm/model_executor/model_loader/
+        base_loader.py, vLLM 0.26 to 0.32). Can go when 0.29 is too old: then create_model is there to override.
+        """
+        build = base_loader.initialize_model
+
+        def build_vacant(**given: Any) -> torch.nn.Module:
+            with building() as self._vacancies:
+                model: torch.nn.Module = build(**given)
+            return model
+
+        if not current_platform.is_cpu():
+            base_loader.initialize_model = build_vacant
+        try:
+            yield
+        finally:
+            base_loader.initialize_model = build
 
     def load_model(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
@@ -97,6 +108,7 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
 
         with contextlib.ExitStack() as self._loading:
             self._loading.enter_context(patches.installed())
+            self._loading.enter_context(self._without_memory())
             model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
         self._share(model)
         return model
@@ -151,7 +163,7 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
 
     def _source(self, model_config: ModelConfig) -> Source:
         """The files of the model, which are downloaded if need be."""
-        folder, files, _, _ = self._prepare_weights(
+        folder, files, *_ = self._prepare_weights(  # of three values in vLLM 0.26, and of four in 0.32
             model_config.model,
             None,
             model_config.revision,
@@ -267,8 +279,8 @@ def _make_head_bias(model: torch.nn.Module, source: Source) -> None:
     Can go when the Transformers backend gives the head its bias from the start.
     """
     head = getattr(model, "lm_head", None)
-    if not isinstance(head, ParallelLMHead) or head.has_bias:
-        return
+    if not isinstance(head, ParallelLMHead) or getattr(head, "has_bias", True):
+        return  # in vLLM 0.26 it has one from the start or never
     files = [Path(source.path) / name for name, *_ in source.files if name.endswith(".safetensors")]
     if any(entry.name.endswith("lm_head.bias") for file in files for entry in read_header(file).entries):
         with torch.device(head.weight.device):
