@@ -53,6 +53,7 @@ def config_of(name: str, tiny: bool) -> PretrainedConfig:
     kind, settings = _CONFIGS[name]
     made = kind(**{**settings, **(_TINY if tiny else {})}, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     made.dtype = torch.bfloat16
+    made.architectures = [kind.__name__.replace("Config", "ForCausalLM")]  # as every checkpoint says
     return made
 
 

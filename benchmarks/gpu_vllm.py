@@ -1,4 +1,7 @@
-"""The real vLLM as the server of section 5, started as `hogwild vllm` starts it, with clients that stream."""
+"""The real vLLM as the server of section 5, started as `hogwild vllm` starts it, with clients that stream.
+
+What $HOGWILD_VLLM_ARGUMENTS says is added to its command line: "--enforce-eager", say, where a device has trouble.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -27,7 +31,8 @@ from hogwild.vllm_plugin import launch
 
 OLDEST = (0, 26)
 _START_S, _BATCH_TOKENS = 240.0, 256
-_LOG = "vllm.log"
+_ERRORS = 5
+_LOG, _ARGUMENTS = "vllm.log", "HOGWILD_VLLM_ARGUMENTS"
 
 
 def version() -> str:
@@ -50,9 +55,16 @@ def why_not() -> str:
 
 
 def last_words(sock: Path) -> str:
-    """The end of the log of a vLLM that `serve` has started; "" if there is none."""
+    """Of the log of a vLLM that `serve` has started: what its processes name as errors, and the end; "" without one.
+
+    The cause is named by the first process that fails. The end is of the last, which knows only that another has.
+    """
     log = sock.with_name(_LOG)
-    return f": {log.read_text(errors='replace')[-1500:]}" if log.exists() else ""
+    if not log.exists():
+        return ""
+    text = log.read_text(errors="replace")
+    errors = [line for line in text.splitlines() if "Error" in line][:_ERRORS]
+    return "\n".join([":", *errors, "...", text[-1500:]])
 
 
 def serve(
@@ -72,7 +84,8 @@ def serve(
         str(port),
         "--served-model-name",
         "random",
-        *_arguments(device, length),
+        *_arguments(device, batch, length),
+        *shlex.split(os.environ.get(_ARGUMENTS, "")),
     ]
     environment = launch.environment(sock, sock.parent / "state", arguments, os.environ, base_weights=True)
     for variable in ("CUDA_MPS_CLIENT_PRIORITY", "PYTORCH_ALLOC_CONF"):
@@ -91,8 +104,8 @@ def serve(
     obey(pipe, arena, clients.measure, clients.loss)
 
 
-def _arguments(device: torch.device, length: int) -> list[str]:
-    limits = ["--max-model-len", str(2 * length)]
+def _arguments(device: torch.device, batch: int, length: int) -> list[str]:
+    limits = ["--max-model-len", str(2 * length), "--max-num-seqs", str(batch)]  # so it captures few graphs
     if device.type == "cuda":
         return [*limits, "--gpu-memory-utilization", "0.3"]
     return [

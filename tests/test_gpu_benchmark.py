@@ -4,6 +4,7 @@ Every section's logic runs, with the CPU's kernels and memory, and with real pro
 only a device can do, nothing is shown here.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -28,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu
 import gpu_models
 import gpu_server
+import gpu_vllm
 from gpu_report import Finding, Recorder, Report, Section, WrongAnswerError
 from update_methods import EagerApollo
 
@@ -303,6 +305,30 @@ def test_sections_share_what_time_there_is(monkeypatch):
     assert given == [pytest.approx(gpu.PARTS["serving"].seconds + 1000, abs=0.5)], "vLLM takes long to start"
     assert gpu.run(CPU, names, 1.0).sections[0].left_out == ["no time was left for it"]
     assert sum(part.seconds for part in gpu.PARTS.values()) <= gpu.BUDGET_S
+
+
+def test_a_vllm_that_does_not_start_is_quoted_with_its_cause(tmp_path):
+    """The end of its log is of the API server, which knows only that its engine has failed."""
+    sock = tmp_path / "arena.sock"
+    assert gpu_vllm.last_words(sock) == ""
+    cause, end = "(EngineCore pid=7) hogwild.errors.ArenaError: no room", "RuntimeError: see root cause above"
+    sock.with_name("vllm.log").write_text("\n".join(["starting", cause, *["  a traceback"] * 500, end]))
+    said = gpu_vllm.last_words(sock)
+    assert cause in said
+    assert said.endswith(end)
+    assert len(said) < 2000
+
+
+def test_tokens_of_a_stream_are_timed_though_its_last_message_brings_none(monkeypatch):
+    def message(tokens: int) -> str:
+        return "data: " + json.dumps({"choices": [], "usage": {"completion_tokens": tokens}})
+
+    lines = [message(1), "", message(3), message(3), "data: [DONE]"]
+    answer = SimpleNamespace(raise_for_status=lambda: None, iter_lines=lambda: iter(lines))
+    monkeypatch.setattr(gpu_vllm.httpx, "stream", lambda *_, **__: contextlib.nullcontext(answer))
+    token_s: list[float] = []
+    gpu_vllm._Clients("http://server", 1, 3)._stream(0, time.perf_counter() + 60, token_s)
+    assert len(token_s) == 3
 
 
 # --- what is said ----------------------------------------------------------------------------------------------------
