@@ -109,16 +109,18 @@ class Report:
     Attributes:
         about: date, device, versions and settings.
         warning: why these figures are not those of a device; "": they are.
+        to_come: titles of sections that have not run yet.
     """
 
     about: dict[str, str]
     warning: str
     sections: list[Section] = field(default_factory=list)
+    to_come: list[str] = field(default_factory=list)
 
     @property
     def good(self) -> bool:
-        """Did every section end by itself, with every check holding?"""
-        return bool(self.sections) and all(section.good for section in self.sections)
+        """Did every section run and end by itself, with every check holding?"""
+        return bool(self.sections) and not self.to_come and all(section.good for section in self.sections)
 
     def to_json(self) -> str:
         return json.dumps({"good": self.good, **asdict(self)}, indent=1) + "\n"
@@ -131,6 +133,8 @@ class Report:
         lines += ["Written by `make gpu-check` (benchmarks/gpu.py), unedited.", ""]
         lines += [*_table([{"of this run": key, "": value} for key, value in self.about.items()]), ""]
         verdict = "Every check held." if self.good else "**Not everything held: see below.**"
+        if self.to_come:
+            verdict = f"**Not finished: {', '.join(self.to_come)} had not run.**"
         lines += [verdict, ""]
         for section in self.sections:
             lines += [f"## {section.title}", "", *section_lines(section)]

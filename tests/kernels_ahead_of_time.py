@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hogwild_kernels import triton_elementwise as elementwise
 from hogwild_kernels import triton_kernels as kernels
 
 FLOATS, COUNTS, INT = "*fp32", "*i64", "i32"
@@ -47,27 +48,22 @@ def jobs() -> list[Job]:
             (
                 kernels.project,
                 types,
-                {"AHEAD": True, "WIDEN": False, "BLOCK_T": 16, "BLOCK_C": 64, "BLOCK_K": 64},
+                {"WIDEN": False, "BLOCK_T": 16, "BLOCK_C": 64, "BLOCK_K": 64},
             )
         )
         types = {"parts": FLOATS, "out": small}
-        found.append((kernels.collect, types, {"AHEAD": True, "PLANES": planes, "BLOCK": 128, "DEPTH": 16}))
+        found.append((kernels.collect, types, {"PLANES": planes, "BLOCK": 128, "DEPTH": 16}))
         types = {"z": given, "small": small, **MOMENTS, **STEP, **more, "finished": "*i32"}
-        flags = {"AHEAD": True, "BY_TENSOR": planes == 1, "BLOCK": 512, "PLANES": planes, "WIDEN": False}
+        flags = {"BY_TENSOR": planes == 1, "BLOCK": 512, "PLANES": planes, "WIDEN": False}
         found.append((kernels.channels, types, {**flags, "BLOCK_T": 16, "BLOCK_R": 64, "BLOCK_C": 32}))
         types = {"weight": given, "gradient": given, **MOMENTS, **STEP}
-        found.append((kernels.adam, types, {"STOCHASTIC": True, "BLOCK": 1024}))
+        found.append((elementwise.adam, types, {"STOCHASTIC": True, "BLOCK": 1024}))
         types = {"weight": given, "x": given, "d": given, "counts": COUNTS, **MOMENTS}
-        flags = {
-            "AHEAD": True,
-            "STOCHASTIC": True,
-            "WIDEN": False,
-            "BLOCK_M": 64,
-            "BLOCK_N": 64,
-            "BLOCK_T": 32,
-        }
-        for by_row, even, whole in ((True, True, True), (False, False, False)):
-            found.append((kernels.write, types, {**flags, "BY_ROW": by_row, "EVEN": even, "WHOLE": whole}))
+        flags = {"STOCHASTIC": True, "WIDEN": False, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_T": 32}
+        for yes in (True, False):
+            found.append(
+                (kernels.write, types, {**flags, **dict.fromkeys(("BY_ROW", "EVEN", "WHOLE", "FETCH"), yes)})
+            )
     return found
 
 

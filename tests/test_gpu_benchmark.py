@@ -294,14 +294,13 @@ def test_sections_share_what_time_there_is(monkeypatch):
         del section
 
     monkeypatch.setattr(gpu, "_run_one", note)
-    monkeypatch.setattr(gpu, "_VLLM_S", 1000.0)
     names = ["machine", "arena", "serving"]
     whole = sum(gpu.PARTS[name].seconds for name in names)
     gpu.run(CPU, names, whole / 2)
     assert given[0] == pytest.approx(gpu.PARTS["machine"].seconds / 2, abs=0.5)
     assert sum(given) > whole / 2, "what one has left, later ones have"
     given.clear()
-    gpu.run(gpu.Settings(CPU.device, True, vllm=True), ["serving"], 2000)
+    gpu.run(gpu.Settings(CPU.device, True, vllm=True), ["serving"], 2000, vllm_s=1000)
     assert given == [pytest.approx(gpu.PARTS["serving"].seconds + 1000, abs=0.5)], "vLLM takes long to start"
     assert gpu.run(CPU, names, 1.0).sections[0].left_out == ["no time was left for it"]
     assert sum(part.seconds for part in gpu.PARTS.values()) <= gpu.BUDGET_S
@@ -332,6 +331,21 @@ def test_tokens_of_a_stream_are_timed_though_its_last_message_brings_none(monkey
 
 
 # --- what is said ----------------------------------------------------------------------------------------------------
+
+
+def test_what_has_been_found_is_kept_after_each_section(monkeypatch):
+    """Whoever ends the run early has the sections until then, on a page that says which are missing."""
+    monkeypatch.setattr(
+        gpu, "_run_one", lambda section, *_: section.checks.append(Finding("it is right", True, ""))
+    )
+    kept: list[tuple[bool, str]] = []
+    report = gpu.run(
+        CPU, ["machine", "arena"], 100, keep=lambda one: kept.append((one.good, one.to_markdown()))
+    )
+    assert [good for good, _ in kept] == [False, True] == [False, report.good]
+    assert "**Not finished: The arena had not run.**" in kept[0][1]
+    assert "Not finished" not in kept[1][1]
+    assert "Every check held." in kept[1][1]
 
 
 def test_a_check_fails_a_run_and_an_aim_does_not():

@@ -119,6 +119,26 @@ def test_step_equals_the_reference_on_a_device(case: int, monkeypatch: pytest.Mo
 
 
 @pytest.mark.gpu
+def test_a_launch_that_was_prepared_serves_only_arguments_of_its_kind_on_a_device() -> None:
+    """Of one shape: other weights, other numbers of tokens, and addresses that are multiples of 16 bytes or of 2."""
+    from hogwild_kernels import cuda
+
+    m, n, config = 192, 320, ApolloConfig(rank=8, lr=1e-3)
+    for tokens, offset in ((32, 0), (32, 1), (32, 0), (31, 0), (1, 3), (32, 1)):
+        w = (torch.randn(m * n + offset) * 0.02).bfloat16().to(device())[offset:].view(m, n)
+        x, d = (
+            torch.randn(tokens * k + offset).bfloat16().to(device())[offset:].view(tokens, k) for k in (n, m)
+        )
+        truth = w.clone()
+        fast, slow = (ApolloState("layer", (m, n), config, device=device()) for _ in range(2))
+        for lr in (1e-3, 2e-3):
+            one = cuda.step(w, x, d, fast, config, lr=lr)
+            two = reference.factored_step(truth, x, d, slow, config, lr=lr)
+            assert float(one.norm) == pytest.approx(two.norm, rel=1e-5), (tokens, offset)
+        assert float((w != truth).double().mean()) < 0.005, (tokens, offset)
+
+
+@pytest.mark.gpu
 def test_autotuning_chooses_a_candidate_and_leaves_the_weight_alone() -> None:
     from hogwild_kernels import cuda
 
@@ -148,7 +168,7 @@ def test_projection_has_the_bits_of_the_cpu(epoch: int, seed: int, name: str) ->
     kernels.project[(4, 3, 2)](
         torch.eye(size), size, 1, parts, counts, gap, cuda._signed(key[0]), cuda._signed(key[1]),
         counter.gaussian_table(), counter.gaussian_gain(rank), finished, size, size, rank, 32,
-        AHEAD=False, WIDEN=True, BLOCK_T=16, BLOCK_C=32, BLOCK_K=16,
+        WIDEN=True, BLOCK_T=16, BLOCK_C=32, BLOCK_K=16,
     )  # fmt: skip
     out = parts.sum(0)
     assert finished.item() == 0
@@ -160,7 +180,7 @@ def test_projection_has_the_bits_of_the_cpu(epoch: int, seed: int, name: str) ->
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_has_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
     from hogwild_kernels import cuda
-    from hogwild_kernels import triton_kernels as kernels
+    from hogwild_kernels import triton_elementwise as kernels
     from hogwild_kernels.rounding import round_to
 
     torch.manual_seed(0)

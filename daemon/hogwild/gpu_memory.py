@@ -15,11 +15,11 @@ Shape = tuple[int, ...]
 
 _CONTEXT = 768 << 20
 """Bytes of the CUDA context, the libraries' workspaces and the compiled kernels of one process: assumed."""
-_PARTS = 528 * 128 * 64
+_PARTS = 528 * 256 * 64
 """Elements of the parts of a product that cuda.py makes at once, where the product itself is no larger."""
 _TUNING = 384 << 20
 """Bytes of the first updates, which look for the fastest kernels: what empties the cache between two runs, and some
-rows of a weight (cuda.py, triton.testing.do_bench)."""
+rows of a weight (cuda.py)."""
 _DRIFT = 160 << 20
 """Bytes of a thread that takes back drift: ten blocks of drift.py."""
 VLLM_SHARE = 0.92

@@ -15,30 +15,32 @@ from __future__ import annotations
 
 import functools
 import math
-from concurrent.futures import ThreadPoolExecutor
+import statistics
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
-import triton.testing
 from torch import Tensor
 
 from . import counter
+from . import triton_elementwise as elementwise
 from . import triton_kernels as kernels
 from .config import AdamConfig, ApolloConfig
-from .launch import Grid, Prepared, Scratch, aligned, follows_early, stream_of
+from .launch import Grid, Prepared, Scratch, aligned, compile_together, stream_of
 from .state import AdamState, ApolloState, UpdateResult
 
-Blocks = tuple[int, int, int, int, int, int]
+Blocks = tuple[int, int, int, int, int, int, bool]
 
 CANDIDATES: list[Blocks] = [
-    # BLOCK_M, BLOCK_N, BLOCK_T at most, warps, stages, tiles of one program; the first is used where nothing is timed
-    (64, 64, 64, 4, 3, 4),
-    (64, 128, 64, 4, 3, 4),
-    (64, 128, 64, 8, 3, 8),
-    (32, 128, 64, 4, 3, 4),
-    (128, 128, 64, 8, 3, 1),
+    # BLOCK_M, BLOCK_N, BLOCK_T at most, warps, stages, tiles of one program, FETCH; the first is used where nothing is
+    # timed
+    (64, 64, 64, 4, 3, 4, True),
+    (64, 128, 64, 4, 3, 4, False),
+    (32, 128, 64, 4, 3, 4, False),
+    (64, 64, 256, 4, 2, 8, False),
+    (128, 128, 64, 8, 3, 1, False),
+    (128, 128, 32, 4, 4, 1, False),
 ]
 """What the autotuning of `write` chooses from: the whole search."""
 
@@ -48,9 +50,12 @@ _BLOCK_K = 64
 _MANY = 8192
 """Channels, of which a program takes twice as many."""
 
-TUNING_ROWS = 1024
-"""Autotuning runs on private memory of this many rows. It must never touch a served weight, not even with
-its own values."""
+TUNING_BYTES = 64 << 20
+"""Autotuning runs on private memory, on so many bytes of rows: enough to keep the whole device busy. It must never
+touch a served weight, not even with its own values."""
+
+_L2_BYTES, _TIMED = 256 << 20, 9
+"""More than any second-level cache; runs of each candidate, the first of which compiles it."""
 
 _MOST_PLANS = 8192
 
@@ -107,30 +112,27 @@ class _Plan:
         self.root_alpha = math.sqrt(config.alpha(self.size, rank))
         b1, b2 = config.betas
         self.moments, self.logs = (b1, 1 - b1, b2, 1 - b2), (_log(b1), _log(b2))
-        ahead, widen = follows_early(weight.device), not weight.is_cuda
-        options = {"launch_pdl": True} if ahead else {}
+        widen = not weight.is_cuda
         columns = _cdiv(rank, split.columns) + _cdiv(tokens, split.columns)
         self.y_strides, self.z_strides = y.stride(), z.stride()
         self.project_grid: Grid = (_cdiv(tokens, split.tokens), columns, split.parts)
         self.project = Prepared(
             kernels.project,
-            {
-                "AHEAD": ahead, "WIDEN": widen,
-                "BLOCK_T": split.tokens, "BLOCK_C": split.columns, "BLOCK_K": _BLOCK_K,
-            },
-            num_warps=8 if split.tokens > 64 else 4, num_stages=1, **options,
-        )  # fmt: skip
-        self.width = tokens * (rank + tokens)
-        self.collect = Prepared(
-            kernels.collect, {"AHEAD": ahead, "PLANES": planes, "BLOCK": 128, "DEPTH": 16}, **options
+            {"WIDEN": widen, "BLOCK_T": split.tokens, "BLOCK_C": split.columns, "BLOCK_K": _BLOCK_K},
+            num_warps=8 if split.tokens > 64 else 4,
+            num_stages=1,
         )
+        self.width = tokens * (rank + tokens)
+        block, depth = (128, 32) if tokens <= 64 else (256, 16)
+        self.collect_grid: Grid = (_cdiv(self.width, block), 1, 1)
+        self.collect = Prepared(kernels.collect, {"PLANES": planes, "BLOCK": block, "DEPTH": depth})
         self.channels = Prepared(
             kernels.channels,
             {
-                "AHEAD": ahead, "BY_TENSOR": config.by_tensor(rank), "PLANES": planes, "WIDEN": widen,
+                "BY_TENSOR": config.by_tensor(rank), "PLANES": planes, "WIDEN": widen,
                 "BLOCK_T": min(64, split.tokens), "BLOCK_R": split.columns, "BLOCK_C": split.channels, "BLOCK": 512,
             },
-            num_stages=1 if tokens <= 64 else 3, **options,
+            num_stages=1 if tokens <= 64 else 3,
         )  # fmt: skip
         self.scratch = Scratch(
             (planes * self.width, kind),
@@ -155,19 +157,23 @@ class _Plan:
         _memory, parts_of_it = self.scratch.take(device, as_tensors=self.write is None or stream is None)
         small, parts, r, scale, sums, scalars, finished = parts_of_it
         numbers = torch.empty(2, device=device)
-        self.project(
-            self.project_grid, stream,
-            y, *self.y_strides, parts, state.counts, self.gap, key0, key1, self.table, self.gain, finished,
-            tokens, self.size, rank, split.chunk,
+        calls = (
+            (self.project, self.project_grid, (
+                y, *self.y_strides, parts, state.counts, self.gap, key0, key1, self.table, self.gain, finished,
+                tokens, self.size, rank, split.chunk,
+            )),
+            (self.collect, self.collect_grid, (parts, small, width, split.parts)),
+            (self.channels, (self.programs, 1, 1), (
+                small, z, *self.z_strides, r, mean, square, *((1, rank) if self.by_row else (self.count, 1)),
+                scale, sums, finished, state.norm, state.counts, scalars, numbers,
+                tokens, self.count, rank, *self.moments, config.eps, lr, self.root_alpha, *self.logs,
+                config.gamma, config.limiter_floor, config.weight_decay,
+            )),
         )  # fmt: skip
-        self.collect((_cdiv(width, 128), 1, 1), stream, parts, small, width, split.parts)
-        self.channels(
-            (self.programs, 1, 1), stream,
-            small, z, *self.z_strides, r, mean, square, *((1, rank) if self.by_row else (self.count, 1)),
-            scale, sums, finished, state.norm, state.counts, scalars, numbers,
-            tokens, self.count, rank, *self.moments, config.eps, lr, self.root_alpha, *self.logs,
-            config.gamma, config.limiter_floor, config.weight_decay,
-        )  # fmt: skip
+        if self.write is None and stream is not None:
+            compile_together(calls)
+        for kernel, grid, arguments in calls:
+            kernel(grid, stream, *arguments)
         work = _Write(
             weight, x, d, scale, scalars, state.counts, (key0, key1, _signed(seed)), (r, mean, square), self.moments,
             self.by_row, config.rounding == "stochastic",
@@ -190,7 +196,7 @@ def adam_step(
     kind = device, place.dtype, gradient.dtype, place.numel(), aligned(place, gradient), stochastic
     kernel = _adams.get(kind)
     if kernel is None:
-        kernel = _adams[kind] = Prepared(kernels.adam, {"STOCHASTIC": stochastic, "BLOCK": 1024})
+        kernel = _adams[kind] = Prepared(elementwise.adam, {"STOCHASTIC": stochastic, "BLOCK": 1024})
     kernel(
         (1, 1, 1), stream_of(weight),
         place, gradient, state.exp_avg, state.exp_avg_sq, state.counts, numbers,
@@ -215,7 +221,7 @@ class _Split:
 
 @functools.cache
 def _split(tokens: int, rank: int, size: int, count: int) -> _Split:
-    block = min(128, max(16, _power_of_2(tokens)))
+    block = min(128 if tokens < 1024 else 256, max(16, _power_of_2(tokens)))
     columns = min(64, max(16, _power_of_2(rank)))
     tiles = _cdiv(tokens, block) * (_cdiv(rank, columns) + _cdiv(tokens, columns))
     parts = max(1, min(_PROGRAMS // tiles, _cdiv(size, _BLOCK_K)))
@@ -241,19 +247,17 @@ class _Write:
 
     def launch_with(self, blocks: Blocks) -> _Launch:
         """How it is launched with these blocks."""
-        (m, n), on_device = self.weight.shape, self.weight.is_cuda
-        block_m, block_n, block_t, warps, stages, run = blocks
-        run = max(1, min(run, _cdiv(n, block_n)))
+        m, n = self.weight.shape
+        block_m, block_n, block_t, warps, stages, run, fetch = blocks
+        run = max(1, min(run, _cdiv(m, block_m)))
         block_t = min(block_t, max(16, _power_of_2(len(self.x))))
-        ahead = follows_early(self.weight.device)
         constants = {
-            "AHEAD": ahead, "BY_ROW": self.by_row, "STOCHASTIC": self.stochastic,
-            "EVEN": m % block_m == 0 and n % block_n == 0, "WHOLE": len(self.x) <= block_t, "WIDEN": not on_device,
-            "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_T": block_t,
+            "BY_ROW": self.by_row, "STOCHASTIC": self.stochastic, "EVEN": m % block_m == 0 and n % block_n == 0,
+            "WHOLE": len(self.x) <= block_t, "WIDEN": not self.weight.is_cuda,
+            "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_T": block_t, "FETCH": fetch,
         }  # fmt: skip
-        options = {"launch_pdl": True} if ahead else {}
-        prepared = Prepared(kernels.write, constants, num_warps=warps, num_stages=stages, **options)
-        return _Launch((_cdiv(m, block_m), _cdiv(_cdiv(n, block_n), run), 1), run, prepared)
+        prepared = Prepared(kernels.write, constants, num_warps=warps, num_stages=stages)
+        return _Launch((_cdiv(n, block_n), _cdiv(_cdiv(m, block_m), run), 1), run, prepared)
 
     def arguments(self, run: int) -> tuple[Any, ...]:
         (m, n), w, x, d = self.weight.shape, self.weight, self.x, self.d
@@ -264,7 +268,7 @@ class _Write:
 
     def on_scratch(self) -> _Write:
         """The same on private rows, for timing."""
-        rows = min(TUNING_ROWS, len(self.weight))
+        rows = min(len(self.weight), max(1, TUNING_BYTES // self.weight[:1].nbytes))
         nothing = self.scale.new_empty(0)
         return replace(
             self,
@@ -302,19 +306,26 @@ def _tune(work: _Write) -> Blocks:
     scratch = work.on_scratch()
     stream = stream_of(scratch.weight)
     launches = {candidate: scratch.launch_with(candidate) for candidate in CANDIDATES}
-    with ThreadPoolExecutor(len(CANDIDATES)) as threads, triton.AsyncCompileMode(threads):
-        for one in launches.values():
-            one.kernel.compile(one.grid, *scratch.arguments(one.run))
+    compile_together([(one.kernel, one.grid, scratch.arguments(one.run)) for one in launches.values()])
 
-    def seconds(candidate: Blocks) -> float:
+    flush = torch.empty(_L2_BYTES, dtype=torch.uint8, device=scratch.weight.device)
+
+    def milliseconds(candidate: Blocks) -> float:
+        times = []
         try:
-            return float(
-                triton.testing.do_bench(lambda: launches[candidate].start(scratch, stream), warmup=5, rep=20)
-            )
+            for _ in range(_TIMED):
+                flush.zero_()  # so that it reads the weight from memory, as in a step
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+                begin.record()
+                launches[candidate].start(scratch, stream)
+                end.record()
+                times.append((begin, end))
         except triton.OutOfResources:  # of a GPU with less shared memory
             return math.inf
+        torch.cuda.current_stream().synchronize()
+        return float(statistics.median(begin.elapsed_time(end) for begin, end in times))
 
-    return min(CANDIDATES, key=seconds)
+    return min(CANDIDATES, key=milliseconds)
 
 
 def _table(device: torch.device) -> Tensor:

@@ -7,9 +7,12 @@ once, and launches that form from then on. Whoever keeps one answers for it that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime import driver
 
@@ -34,8 +37,7 @@ class Prepared:
         self._compiled: Any = None
 
     def compile(self, grid: Grid, *arguments: Any) -> Any:
-        """What Triton has compiled for arguments like these, without launching it; sooner or later within an
-        `AsyncCompileMode`."""
+        """What Triton has compiled for arguments like these, without launching it."""
         return self._kernel.warmup(*arguments, *self._values, grid=grid, **self._options)
 
     def __call__(self, grid: Grid, stream: int | None, *arguments: Any) -> None:
@@ -60,6 +62,13 @@ class Prepared:
             *arguments,
             *self._values,
         )
+
+
+def compile_together(calls: Sequence[tuple[Prepared, Grid, tuple[Any, ...]]]) -> None:
+    """Compile several kernels side by side, each for its grid and arguments, before any of them is launched."""
+    with ThreadPoolExecutor(len(calls)) as threads, triton.AsyncCompileMode(threads):
+        for kernel, grid, arguments in calls:
+            kernel.compile(grid, *arguments)
 
 
 class Scratch:
@@ -93,11 +102,6 @@ class Scratch:
 def stream_of(tensor: Tensor) -> int | None:
     """The handle of the calling thread's stream on the tensor's device; None under Triton's interpreter."""
     return driver.active.get_current_stream(tensor.device.index) if tensor.is_cuda else None
-
-
-def follows_early(device: torch.device) -> bool:
-    """Can a kernel be launched there while the one before it still runs (programmatic dependent launch)?"""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def aligned(*tensors: Tensor) -> tuple[bool, ...]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .counter import MIX1, MIX2, PROJECTION, ROUNDING, TABLE_BITS, TABLE_SIZE
 
@@ -19,15 +18,6 @@ PROJECTION_STREAM = tl.constexpr(PROJECTION)
 ROUNDING_STREAM = tl.constexpr(ROUNDING)
 _TABLE_MASK = tl.constexpr(TABLE_SIZE - 1)
 _TABLE_SHIFT = tl.constexpr(32 - TABLE_BITS)
-
-
-@triton.jit
-def await_previous(AHEAD: tl.constexpr):
-    """Where this kernel was launched ahead: wait until the one before it in the stream is done, and let the next one be
-    launched."""
-    if AHEAD:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit

@@ -8,9 +8,6 @@ One side of the weight is projected away (size K = min(m, n), factor Y), the oth
 
 What depends on the step count (projection epoch, rounding stream, bias correction) is derived on the
 device, so that no kernel waits for the host. All random bits are those of `counter.py`.
-
-`AHEAD`: the kernel is launched while the one before it in the stream still runs (programmatic dependent launch, from
-compute capability 9.0 on), and waits for its results here.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc, import-untyped"
@@ -24,15 +21,11 @@ import triton.language as tl
 from .triton_functions import (
     PROJECTION_STREAM,
     ROUNDING_STREAM,
-    await_previous,
     dot,
     dot_fp32,
     gaussian,
     nearest_bfloat16,
-    round_bfloat16,
-    round_float16,
     round_to,
-    rounding_bits,
     subkey,
     words,
 )
@@ -47,11 +40,10 @@ def project(
     counts, gap, key0, key1, table, gain,
     finished,  # (1,) int32 out: 0, for `channels`
     tokens, size, rank, chunk,
-    AHEAD: tl.constexpr, WIDEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    WIDEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Y P^T with P generated in place, tile by tile: P is never in memory. And the Gram matrix Y Y^T; of that, tiles
     below the diagonal are left as they are, for it is symmetric."""
-    await_previous(AHEAD)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
         tl.store(finished, 0)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -90,10 +82,9 @@ def collect(
     parts,  # (count, size) fp32 from `project`
     out,  # (PLANES, size): fp32 if that is one, else two bf16 whose sum it is, to 16 bits
     size, count,
-    AHEAD: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+    PLANES: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The sum of the parts, always in the same order."""
-    await_previous(AHEAD)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, count, DEPTH):
@@ -179,12 +170,11 @@ def channels(
     finished,  # (1,) int32: programs that have written theirs
     phi, counts, scalars, numbers,  # for `_finish`
     tokens, count, rank, b1, c1, b2, c2, eps, lr, root_alpha, log_b1, log_b2, gamma, floor, decay,
-    AHEAD: tl.constexpr, BY_TENSOR: tl.constexpr, PLANES: tl.constexpr, WIDEN: tl.constexpr,
+    BY_TENSOR: tl.constexpr, PLANES: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """R = (Y P^T)^T Z and the channel norms of steps (3) and (4); |G_j|^2 by the Gram matrix, see reference.py. The
     moments are only read. The program that is done last does `_finish`."""
-    await_previous(AHEAD)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     width = rank + tokens
     place = z + c[None, :].to(tl.int64) * z_channel
@@ -212,7 +202,9 @@ def channels(
     for top in range(0, tokens, BLOCK_T):
         u = top + tl.arange(0, BLOCK_T)
         itself = tl.load(
-            place + u[:, None].to(tl.int64) * z_token, mask=(u[:, None] < tokens) & (c[None, :] < count), other=0.0
+            place + u[:, None].to(tl.int64) * z_token,
+            mask=(u[:, None] < tokens) & (c[None, :] < count),
+            other=0.0,
         )
         row = small + u[:, None] * width + rank
         total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
@@ -243,51 +235,6 @@ def channels(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["key0", "key1", "seed"])
-def adam(
-    weight, gradient, mean, square,  # of `size` elements, contiguous
-    counts, numbers,  # state; (2,) fp32 out: [|dW|, skipped]
-    key0, key1, seed, size,
-    lr, b1, c1, b2, c2, log_b1, log_b2, eps, decay,
-    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """`reference.adam_step` of a small tensor by one program."""
-    i = tl.arange(0, BLOCK)
-    bad = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, size, BLOCK):
-        g = tl.load(gradient + start + i, mask=start + i < size, other=0.0).to(tl.float32)
-        bad += (g - g != 0.0).to(tl.int32)  # infinity and NaN give NaN
-    good = tl.sum(bad, 0) == 0
-    done = tl.load(counts)
-    t = (done + 1).to(tl.float64)
-    correction = (1.0 - tl.exp(t * log_b2)).to(tl.float32)
-    rate = (lr / (1.0 - tl.exp(t * log_b1))).to(tl.float32)
-    a, b = subkey(key0, key1, ROUNDING_STREAM, done, seed)
-    kind: tl.constexpr = weight.dtype.element_ty
-    total = tl.zeros((BLOCK,), tl.float32)
-    if good:
-        for start in range(0, size, BLOCK):
-            at = start + i
-            inside = at < size
-            g = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
-            m = b1 * tl.load(mean + at, mask=inside, other=0.0) + c1 * g
-            v = b2 * tl.load(square + at, mask=inside, other=0.0) + c2 * g * g
-            update = m / (tl.sqrt(v / correction) + eps) * rate
-            total += update * update
-            value = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) * (1.0 - lr * decay) - update
-            if STOCHASTIC and (kind == tl.bfloat16 or kind == tl.float16):
-                rounded = round_to(value, rounding_bits(at, a, b), kind)
-            else:
-                rounded = value.to(kind)
-            tl.store(weight + at, rounded, mask=inside)
-            tl.store(mean + at, m, mask=inside)
-            tl.store(square + at, v, mask=inside)
-    tl.store(counts, tl.where(good, done + 1, done))
-    tl.store(counts + 1, tl.load(counts + 1) + tl.where(good, 0, 1))
-    tl.store(numbers, tl.sqrt(tl.sum(total, 0)))
-    tl.store(numbers + 1, tl.where(good, 0.0, 1.0))
-
-
 @triton.jit
 def _commit(r, mean, square, size, b1, c1, b2, c2, BLOCK: tl.constexpr):
     """This program's share of M and V of step (3)."""
@@ -310,77 +257,90 @@ def _product(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, tokens, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
-        inside_left = t[None, :] < tokens
-        inside_right = t[:, None] < tokens
-        if not EVEN:
-            inside_left = inside_left & (i[:, None] < m)
-            inside_right = inside_right & (j[None, :] < n)
-        left = d + t[None, :].to(tl.int64) * d_token + i[:, None].to(tl.int64) * d_row
-        right = x + t[:, None].to(tl.int64) * x_token + j[None, :].to(tl.int64) * x_column
-        left = tl.load(left, mask=inside_left, other=0.0)
-        right = tl.load(right, mask=inside_right, other=0.0)
-        total = dot(left, right, total, WIDEN)
+        left = _left(d, d_token, d_row, t, i, m, tokens, EVEN)
+        total = dot(left, _right(x, x_token, x_column, t, j, n, tokens, EVEN), total, WIDEN)
     return total
 
 
-@triton.jit(do_not_specialize=["key0", "key1", "seed", "pairs"])
+@triton.jit
+def _left(d, d_token, d_row, t, i, m, tokens, EVEN: tl.constexpr):
+    """A tile of D^T."""
+    inside = t[None, :] < tokens
+    if not EVEN:
+        inside = inside & (i[:, None] < m)
+    return tl.load(
+        d + t[None, :].to(tl.int64) * d_token + i[:, None].to(tl.int64) * d_row, mask=inside, other=0.0
+    )
+
+
+@triton.jit
+def _right(x, x_token, x_column, t, j, n, tokens, EVEN: tl.constexpr):
+    """A tile of X."""
+    inside = t[:, None] < tokens
+    if not EVEN:
+        inside = inside & (j[None, :] < n)
+    return tl.load(
+        x + t[:, None].to(tl.int64) * x_token + j[None, :].to(tl.int64) * x_column, mask=inside, other=0.0
+    )
+
+
+@triton.jit(do_not_specialize=["key0", "key1", "seed", "pairs", "run"])
 def write(
     weight, row_stride, column_stride,  # (m, n), any strides
     x, x_token, x_column, d, d_token, d_row,  # (T, n) and (T, m), any strides
     scale, scalars, counts, key0, key1, seed,
     r, mean, square, moments, b1, c1, b2, c2,  # R, M and V, of `moments` elements each
     m, n, pairs, tokens, run,  # `pairs` of columns
-    AHEAD: tl.constexpr,
     BY_ROW: tl.constexpr, STOCHASTIC: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """W <- round((W - step D^T X scaled) * keep): one product per tile, accumulated in fp32, rounded once. A program
-    has `run` tiles beside one another, and reads the next while it is at one. And M and V of step (3). Nothing, if the
-    update was stopped. `EVEN`: blocks divide the weight. `WHOLE`: a block takes all tokens."""
-    await_previous(AHEAD)
+    has `run` tiles below one another. And M and V of step (3). Nothing, if the update was stopped.
+
+    `EVEN`: blocks divide the weight. `WHOLE`: a block takes all tokens, so X is loaded once for all tiles. `FETCH`: the
+    next tile of W is loaded while this one is worked on.
+    """
     if tl.load(scalars + 2) > 0.0:
         step = tl.load(scalars)
         keep = tl.load(scalars + 1)
-        # `finish` has already counted this step, so its number from 0 is one less.
+        # `channels` has already counted this step, so its number from 0 is one less.
         a, b = subkey(key0, key1, ROUNDING_STREAM, tl.load(counts) - 1, seed)
-        i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        pair = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         first = tl.program_id(1) * run
-        last = tl.minimum(first + run, tl.cdiv(n, BLOCK_N))
-        row = weight + i[:, None].to(tl.int64) * row_stride
+        last = tl.minimum(first + run, tl.cdiv(m, BLOCK_M))
+        column = weight + j[None, :].to(tl.int64) * column_stride
         kind: tl.constexpr = weight.dtype.element_ty
-        j = first * BLOCK_N + tl.arange(0, BLOCK_N)
+        i = first * BLOCK_M + tl.arange(0, BLOCK_M)
         if BY_ROW:
             s = tl.load(scale + i, mask=i < m, other=0.0) * step
         else:
             s = tl.load(scale + j, mask=j < n, other=0.0) * step
-        if EVEN:
-            old = tl.load(row + j[None, :].to(tl.int64) * column_stride)
-        else:
-            old = tl.load(
-                row + j[None, :].to(tl.int64) * column_stride,
-                mask=(i[:, None] < m) & (j[None, :] < n), other=0.0,
-            )  # fmt: skip
+        if FETCH:
+            inside = (i[:, None] < m) & (j[None, :] < n)
+            upcoming = tl.load(column + i[:, None].to(tl.int64) * row_stride, mask=inside, other=0.0)
+        t = tl.arange(0, BLOCK_T)
         if WHOLE:
-            t = tl.arange(0, BLOCK_T)
-            given = t[None, :] < tokens
-            if not EVEN:
-                given = given & (i[:, None] < m)
-            left = d + t[None, :].to(tl.int64) * d_token + i[:, None].to(tl.int64) * d_row
-            left = tl.load(left, mask=given, other=0.0)
-            x_rows = x + t[:, None].to(tl.int64) * x_token
+            right = _right(x, x_token, x_column, t, j, n, tokens, EVEN)
         for tile in range(first, last):
-            j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            following = j + BLOCK_N
-            ahead = following[None, :] < last * BLOCK_N
-            if not EVEN:
-                ahead = ahead & (i[:, None] < m) & (following[None, :] < n)
-            upcoming = tl.load(row + following[None, :].to(tl.int64) * column_stride, mask=ahead, other=0.0)
-            if WHOLE:
-                present = t[:, None] < tokens
+            i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+            following = i + BLOCK_M
+            place = column + i[:, None].to(tl.int64) * row_stride
+            inside = (i[:, None] < m) & (j[None, :] < n)
+            if FETCH:
+                old = upcoming
+                ahead = following[:, None] < last * BLOCK_M
                 if not EVEN:
-                    present = present & (j[None, :] < n)
-                right = tl.load(x_rows + j[None, :].to(tl.int64) * x_column, mask=present, other=0.0)
-                total = dot(left, right, None, WIDEN)
+                    ahead = ahead & (following[:, None] < m) & (j[None, :] < n)
+                upcoming = tl.load(
+                    column + following[:, None].to(tl.int64) * row_stride, mask=ahead, other=0.0
+                )
+            elif EVEN:
+                old = tl.load(place)
+            else:
+                old = tl.load(place, mask=inside, other=0.0)
+            if WHOLE:
+                total = dot(_left(d, d_token, d_row, t, i, m, tokens, EVEN), right, None, WIDEN)
             else:
                 total = _product(
                     d, d_token, d_row, x, x_token, x_column, i, j, m, n, tokens,
@@ -388,35 +348,18 @@ def write(
                 )  # fmt: skip
             if BY_ROW:
                 value = (old.to(tl.float32) - total * s[:, None]) * keep
+                s = tl.load(scale + following, mask=following < m, other=0.0) * step
             else:
                 value = (old.to(tl.float32) - total * s[None, :]) * keep
-                s = tl.load(scale + following, mask=following < n, other=0.0) * step
             if STOCHASTIC and (kind == tl.bfloat16 or kind == tl.float16):
-                pair = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-                word = words(
-                    i[:, None].to(tl.uint32) * pairs.to(tl.uint32) + pair[None, :].to(tl.uint32), a, b
-                )
+                index = i[:, None].to(tl.uint32) * pairs.to(tl.uint32) + pair[None, :].to(tl.uint32)
+                word = words(index, a, b)
                 random = tl.join(word & tl.full((), 0xFFFF, tl.uint32), word >> 16)
                 rounded = round_to(value, tl.reshape(random, (BLOCK_M, BLOCK_N)), kind)
             else:
                 rounded = value.to(kind)
-            place = row + j[None, :].to(tl.int64) * column_stride
             if EVEN:
                 tl.store(place, rounded)
             else:
-                tl.store(place, rounded, mask=(i[:, None] < m) & (j[None, :] < n))
-            old = upcoming
+                tl.store(place, rounded, mask=inside)
         _commit(r, mean, square, moments, b1, c1, b2, c2, 1024)
-
-
-@triton.jit(do_not_specialize=["a_bits", "b_bits"])
-def round_values(values, out, size, a_bits, b_bits, BLOCK: tl.constexpr):
-    """Stochastic rounding alone, element = position: for the tests of the bits."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    a, b = a_bits.to(tl.uint32, bitcast=True), b_bits.to(tl.uint32, bitcast=True)
-    random = rounding_bits(i, a, b)
-    value = tl.load(values + i, mask=i < size, other=0.0)
-    if out.dtype.element_ty == tl.bfloat16:
-        tl.store(out + i, round_bfloat16(value, random), mask=i < size)
-    else:
-        tl.store(out + i, round_float16(value, random), mask=i < size)
