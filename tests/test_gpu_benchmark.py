@@ -45,7 +45,7 @@ TABLES = {
     "step": {
         "Time of a step": 4, "Time of a step by its parts": 16, "Memory beside the weights, at its peak": 4,
     },
-    "serving": {"a Hugging Face model, eager, Llama 8B; training 8 tokens a step": 5},
+    "serving": {"a Hugging Face model, eager, Llama 8B; training 8 tokens a step": 4},
     "mps": {},
     "threads": {"Llama 1B, 16 steps of one example of 9 tokens": 3},
 }  # fmt: skip
@@ -80,6 +80,15 @@ def test_every_section_ends_by_itself_with_all_of_its_figures(whole):
                 assert all(cell >= 0 for cell in row.values() if isinstance(cell, float | int))
         assert all(check["holds"] for check in section["checks"])
     assert sum(len(section["checks"]) for section in found["sections"]) > 25
+
+
+def test_serving_is_measured_in_turns_and_between_times_without_training(whole):
+    found, _, _ = whole
+    (rows,) = next(one["tables"] for one in found["sections"] if one["name"] == "serving").values()
+    times = {row["training"]: [float(one) for one in row["each time"].split()] for row in rows}
+    assert [len(each) for each in times.values()] == [3, 2, 2, 2]
+    assert next(iter(times)) == "none"
+    assert sum(times["none"]) / 3 == pytest.approx(1, abs=0.01), "all are held against their mean"
 
 
 def test_a_run_on_a_cpu_says_everywhere_that_it_measured_nothing(whole):

@@ -33,7 +33,7 @@ from .triton_functions import (
 NORM_EPS = tl.constexpr(1e-8)
 
 
-@triton.jit(do_not_specialize=["key0", "key1"])
+@triton.jit(do_not_specialize=["key0", "key1", "gap", "chunk"])
 def project(
     y, y_token, y_column,  # (T, K) and its strides
     parts,  # (cdiv(K, chunk), T, rank + T) fp32 out: of each `chunk` of columns, [Y P^T | Y Y^T]
@@ -77,7 +77,7 @@ def project(
         tl.store(here + rank + u[None, :], total, mask=(t[:, None] < tokens) & (u[None, :] < tokens))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def collect(
     parts,  # (count, size) fp32 from `project`
     out,  # (PLANES, size): fp32 if that is one, else two bf16 whose sum it is, to 16 bits
