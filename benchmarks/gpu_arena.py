@@ -3,6 +3,7 @@ each part; here whole processes speak the real protocol, and there are figures."
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from gpu_timing import Clock
 from hogwild.arena import client, devices
 from hogwild.arena.client import Arena, Offer
 from hogwild.arena.control import ControlPage
+from hogwild.arena.cuda_ipc import IpcSegment
 from hogwild.layout import Layout, Region, Source
 
 CYCLES = 100
@@ -27,6 +29,11 @@ _SLACK = 2 << 20  # the driver's granularity
 
 def run(bench: Bench) -> None:
     nbytes = 8 << 20 if bench.tiny else min(4 << 30, (bench.free() or 0) // 4)
+    if not _outlives(bench.device):
+        bench.out.leave_out(
+            "all of it: this device's memory does not outlive its owner (legacy CUDA IPC, docs/cuda.md)"
+        )
+        return
     sock = bench.folder / "arena.sock"
     peers = [bench.start(peer, sock, nbytes, bench.device) for _ in range(4)]  # on a GPU this takes seconds
     for one in peers:
@@ -34,6 +41,12 @@ def run(bench: Bench) -> None:
     _cycles(bench, nbytes)
     _other_process_dies_as_server(bench, sock, *peers[:2])
     _other_process_dies_as_daemon(bench, sock, nbytes, *peers[2:])
+
+
+def _outlives(device: torch.device) -> bool:
+    """Is what is allocated there of the kind that this section is about, and not the fallback?"""
+    with contextlib.closing(devices.allocate(_SLACK, device)) as held:
+        return not isinstance(held, IpcSegment)
 
 
 # --- one process ---------------------------------------------------------------------------------------------------

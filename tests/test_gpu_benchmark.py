@@ -27,10 +27,12 @@ from support import environment, wait_until
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu
+import gpu_arena
 import gpu_models
 import gpu_server
 import gpu_vllm
 from gpu_report import Finding, Recorder, Report, Section, WrongAnswerError
+from hogwild.arena.cuda_ipc import IpcSegment
 from update_methods import EagerApollo
 
 CPU = gpu.Settings(torch.device("cpu"), tiny=True, vllm=False)
@@ -293,6 +295,20 @@ def test_a_section_that_does_not_end_by_itself_fails_the_run(monkeypatch, run, w
     assert report.sections[0].failure == words
     assert not report.good
     assert f"**Failed: {words}**" in report.to_markdown()
+
+
+def test_a_device_whose_memory_dies_with_its_owner_leaves_the_arena_out(monkeypatch):
+    class Fallback(IpcSegment):
+        def __init__(self) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(gpu_arena.devices, "allocate", lambda _nbytes, _device: Fallback())
+    report = gpu.run(CPU, ["arena"], 60)
+    assert report.good
+    assert "legacy CUDA IPC" in report.sections[0].left_out[0]
 
 
 def test_sections_share_what_time_there_is(monkeypatch):
