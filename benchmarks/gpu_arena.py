@@ -25,6 +25,8 @@ from hogwild.layout import Layout, Region, Source
 CYCLES = 100
 _SOURCE = Source("/random", (), "none")
 _SLACK = 2 << 20  # the driver's granularity
+_AT_ONCE, _CODES = 32 << 20, 128
+"""Elements that are written and read at once, while both go on; steps that their bits tell apart."""
 
 
 def run(bench: Bench) -> None:
@@ -145,6 +147,9 @@ def peer(pipe: Any, sock: Path, nbytes: int, device: torch.device) -> None:
         elif what == "holds":
             assert arena is not None
             answer = _holds(arena, given[0])
+        elif what == "step":
+            assert arena is not None
+            _step(arena, given[0])
         pipe.send((what, answer))
 
 
@@ -158,6 +163,8 @@ def _other_process_dies_as_server(bench: Bench, sock: Path, server: Peer, succes
     for value in (2, 3):
         server.ask("write", value)
         seen(value)
+    _ordering(bench, arena, server)
+    server.ask("write", 3)
     server.kill()
     bench.out.check("kill -9 of the server leaves the daemon's data intact", _holds(arena, 3))
     _write(arena, 4)
@@ -197,6 +204,57 @@ def _other_process_dies_as_daemon(
     bench.out.check("kill -9 of that one leaves them intact, too", _holds(arena, 9))
 
 
+# --- while the other process writes -----------------------------------------------------------------------------------
+
+
+def _elements(arena: Arena) -> torch.Tensor:
+    """Those that are written and read at once, as their bits: int16."""
+    return arena.weights.tensor(0, (min(arena.weights.nbytes // 64, _AT_ONCE),), (1,), torch.int16)
+
+
+def _step(arena: Arena, seconds: float) -> None:
+    """Write every element again and again, and count each time once it is written, as a trainer does."""
+    elements, until = _elements(arena), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        step = arena.control.steps + 1
+        elements.fill_(step % _CODES * 0x0101)  # both bytes alike
+        _wait(elements)
+        arena.control.steps = step
+
+
+def _ordering(bench: Bench, arena: Arena, writer: Peer) -> None:
+    """What docs/cuda.md says of a write in one process and a read in the other, on whatever is read meanwhile."""
+    elements, seconds = _elements(arena), 0.3 if bench.tiny else 2.0
+    elements.fill_(arena.control.steps % _CODES * 0x0101)
+    looks = mixed = torn = stale = 0
+    writer.tell("step", seconds)
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        counted = arena.control.steps
+        found = elements.clone()
+        _wait(found)
+        if arena.control.steps - counted >= _CODES // 2:
+            continue  # this process was held up, and can no longer tell old from new
+        low = found & 0xFF
+        looks, mixed = looks + 1, mixed + int(found.min() != found.max())
+        torn += int((low != found >> 8).any())
+        stale += int((((low - counted) & (_CODES - 1)) >= _CODES // 2).any())
+    writer.hear("step")
+    said = f"{looks} reads, {mixed} of them of elements of several steps"
+    if mixed:
+        bench.out.check(
+            "an element that is read during a write is old or new, never a mixture", not torn, said
+        )
+    else:
+        bench.out.leave_out(
+            f"whether an element is ever a mixture: no read fell into a write ({looks} reads)"
+        )
+    if looks:
+        bench.out.check(
+            "whoever reads that a step is counted reads what it has written, or later", not stale, said
+        )
+
+
 # --- data ----------------------------------------------------------------------------------------------------------
 
 
@@ -219,8 +277,13 @@ def _write(arena: Arena, value: int) -> None:
     numbers = _numbers(arena)
     torch.arange(len(numbers), out=numbers)
     numbers.mul_(1_000_003).add_(value)
-    if numbers.is_cuda:
-        torch.cuda.synchronize(numbers.device)
+    _wait(numbers)
+
+
+def _wait(tensor: torch.Tensor) -> None:
+    """Until what is queued for its device is done."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
 
 
 def _holds(arena: Arena, value: int) -> bool:

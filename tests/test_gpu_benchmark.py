@@ -311,6 +311,39 @@ def test_a_device_whose_memory_dies_with_its_owner_leaves_the_arena_out(monkeypa
     assert "legacy CUDA IPC" in report.sections[0].left_out[0]
 
 
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (
+            lambda elements, control, number: (
+                elements.fill_(number * 0x0101),
+                setattr(control, "steps", number + 20),
+            ),
+            "whoever reads that a step is counted",
+        ),
+        (
+            lambda elements, control, number: (
+                elements[::2].fill_(0x0102),
+                setattr(control, "steps", number),
+            ),
+            "never a mixture",
+        ),
+    ],
+    ids=["counted before it is written", "half of an element"],
+)
+def test_what_is_written_in_another_order_or_in_halves_is_found(monkeypatch, step, words):
+    def write(arena: Any, seconds: float) -> None:
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            step(gpu_arena._elements(arena), arena.control, (arena.control.steps + 1) % 64)
+
+    monkeypatch.setattr(gpu_arena, "_step", write)
+    (section,) = gpu.run(CPU, ["arena"], 60).sections
+    wrong = [check.what for check in section.checks if not check.holds]
+    assert len(wrong) == 1
+    assert words in wrong[0]
+
+
 def test_sections_share_what_time_there_is(monkeypatch):
     given: list[float] = []
 
