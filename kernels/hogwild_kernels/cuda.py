@@ -55,7 +55,7 @@ TUNING_BYTES = 64 << 20
 touch a served weight, not even with its own values."""
 
 _L2_BYTES, _TIMED = 256 << 20, 9
-"""More than any second-level cache; runs of each candidate, the first of which compiles it."""
+"""More than any second-level cache; runs of each candidate, the first of which loads it."""
 
 _MOST_PLANS = 8192
 
