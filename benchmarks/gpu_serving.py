@@ -8,6 +8,7 @@ import statistics
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ import gpu_server
 import gpu_vllm
 from gpu_bench import Bench, Peer, listen, wait_for
 from gpu_step import optimizer_of, trainer_of
+from hogwild import streams
 from hogwild.arena.hub import Hub
 from hogwild.governor import Governor, prepare_gpu
 from hogwild.settings import GovernorConfig, TrainingConfig
@@ -120,7 +122,7 @@ def _together(bench: Bench, hub: Hub, server: Peer, folder: Path, what: str) -> 
     arena = wait_for(lambda: hub.arena)
     before = gpu_models.bits(arena)
     bench.out.check("the trainer's process maps what the server has loaded", server.ask("bits") == before)
-    governor = Governor(GovernorConfig(policy="off"), arena.control)
+    governor = Governor(GovernorConfig(policy="off"), arena.control, partial(streams.settle, bench.device))
     progress = Progress(arena.control, 8)
     trainer = trainer_of(
         folder, arena, optimizer_of(arena, bench.tiny), progress, between_layers=governor.between_layers

@@ -84,6 +84,18 @@ def test_every_layer_has_its_turn_once_in_so_many_steps_in_pieces_of_any_size(tm
         assert outside.abs().max() < 2 * gap
 
 
+def test_answers_from_before_it_are_not_reused_once_training_rests(tmp_path):
+    trained = Trained(tmp_path, 0).train(2)
+    progress = trained.trainer.progress
+    progress.settle()  # as an epoch that began right after the step's last update
+    epoch = progress.epoch
+    every = Drift(trained.weights, trained.reader, trained.folder, 1, moved=progress.moved)
+    every.protect(trained.directions, digest(trained.folder))
+    every.after(2)
+    progress.settle()
+    assert progress.epoch == epoch + 1
+
+
 def test_what_has_not_moved_stays_to_the_bit(tmp_path):
     trained = Trained(tmp_path, 1)
     for step in range(3):

@@ -5,6 +5,7 @@ and whatever would make the host wait for the device is noted.
 """
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hogwild import apollo, streams
 from hogwild.apollo import Optimizer
+from hogwild.arena.control import ControlPage
 from hogwild.errors import ConfigError
-from hogwild.governor import prepare_gpu
-from hogwild.settings import OptimizerConfig, TrainingConfig
-from hogwild.streams import Stream
+from hogwild.governor import Governor, prepare_gpu
+from hogwild.settings import GovernorConfig, OptimizerConfig, TrainingConfig
+from hogwild.streams import Stream, settle
 from hogwild.trainer import Item, Trainer
 from hogwild_kernels import UpdateResult
 from test_trainer import EXAMPLE, OTHER, Setting
@@ -75,7 +77,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, bool]]:
 
 
 def waiting(trainer: Trainer) -> Trainer:
-    trainer._stream.waits = True
+    trainer.stream.waits = True
     return trainer
 
 
@@ -243,6 +245,28 @@ def test_a_step_on_a_device_makes_the_host_wait_twice(tmp_path: Path, monkeypatc
     with Waits(monkeypatch) as waits:
         setting.trainer.step([Item(EXAMPLE), Item(OTHER)])
     assert waits.found == {"tolist": 2}
+
+
+@pytest.mark.gpu
+def test_a_thread_stands_aside_when_what_it_has_queued_is_done():
+    device = torch.device("cuda", 0)
+    control = ControlPage.create(bytes(32))
+    gauge, stream = control.new_gauge(), Stream(device)
+    idle = list[bool]()
+
+    def rest(_seconds: float) -> None:
+        idle.append(torch.cuda.current_stream(device).query())
+        gauge.set_in_flight(0)
+
+    governor = Governor(GovernorConfig(policy="strict"), control, partial(settle, device), sleep=rest)
+    with stream.current():
+        torch.cuda._sleep(10**8)
+        governor.between_layers()
+        assert not torch.cuda.current_stream(device).query(), "nobody waits, so the host goes on"
+        gauge.set_in_flight(1)
+        governor.between_layers()
+    assert idle
+    assert all(idle)
 
 
 @pytest.mark.gpu

@@ -23,6 +23,7 @@ from hogwild import log as logs
 from hogwild import skeleton
 from hogwild.errors import CheckpointError
 from hogwild.layout import weight_files
+from hogwild.streams import settle
 from hogwild.tensor_file import Entry, read_header
 from hogwild.weights import Weights, digest
 from hogwild_kernels import counter, rounding
@@ -43,6 +44,7 @@ class Drift:
         every: steps in which each layer has its turn once; 0: never.
         seed: of the rounding.
         stochastic: round at random, as updates do.
+        moved: called after each write.
         between: called after each layer; the place to yield to the server.
     """
 
@@ -55,9 +57,11 @@ class Drift:
         *,
         seed: int = 0,
         stochastic: bool = True,
+        moved: Callable[[], None] = lambda: None,
         between: Callable[[], None] = lambda: None,
     ) -> None:
-        self._weights, self._model, self._every, self._between = weights, model, every, between
+        self._weights, self._model, self._every = weights, model, every
+        self._moved, self._between = moved, between
         self._seed, self._stochastic = seed, stochastic
         self._folder, base = folder, _Base(folder)
         places, stored = skeleton.bound(model), skeleton.stored(model)
@@ -111,6 +115,9 @@ class Drift:
             except CheckpointError as error:
                 self._end(str(error))
                 return
+            region, _ = self._places[name]
+            settle(self._weights.at(region).device)  # on a GPU: what is said to have moved, has
+            self._moved()
             self._between()
 
     def _end(self, reason: str) -> None:

@@ -104,10 +104,13 @@ class Governor:
         self,
         settings: GovernorConfig,
         control: ControlPage,
+        settle: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._settings, self._control, self._clock, self._sleep = settings, control, clock, sleep
+        """`settle` waits until what the calling thread has queued on a GPU is done."""
+        self._settings, self._control, self._settle = settings, control, settle
+        self._clock, self._sleep = clock, sleep
         self.share = Share(settings.added_latency)
         self.yields, self.yielded_s = 0, 0.0
         self._hurry = False
@@ -130,6 +133,7 @@ class Governor:
         if policy == "off" or self._hurry or not self._busy():
             self._local.since = None
             return
+        self._settle()  # what a GPU has left to do is work, and would run on into the pause
         now, since = self._clock(), getattr(self._local, "since", None)
         if policy == "strict":
             self._wait(None)

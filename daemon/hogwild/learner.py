@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Learner:
         streams.cap(device, config.training.gpu_memory_gib)
         self.optimizer = Optimizer(config.optimizer, config.training.seed, device)
         self.progress = Progress(arena.control, config.training.epoch_updates, config.training.epoch_s)
-        self.governor = Governor(config.governor, arena.control)
+        self.governor = Governor(config.governor, arena.control, partial(streams.settle, device))
         self.encoder = Encoder(folder, config.training, ledger)
         self.reader: PreTrainedModel = skeleton.build(folder, self.weights)
         self.trainable = skeleton.bound(self.reader)
@@ -106,6 +107,7 @@ class Learner:
             config.replay.protected_every,
             seed=config.training.seed,
             stochastic=config.optimizer.rounding == "stochastic",
+            moved=self.progress.moved,
             between=self.governor.between_layers,
         )
         self.failure: BaseException | None = None

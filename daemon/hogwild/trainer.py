@@ -138,6 +138,9 @@ class Trainer:
         unlearn_until_loss: nats; a token with a negative weight counts until its loss is that high.
         max_loss: nats a trained token; a step with an item above it is refused before its backward pass.
         embeddings: train the input embedding, and a head that is tied to it.
+
+    Attributes:
+        stream: where all of its work is queued, on a GPU.
     """
 
     def __init__(
@@ -161,7 +164,7 @@ class Trainer:
             unlearn_until_loss, model.config.get_text_config().vocab_size
         )
         self._max_loss = max_loss
-        self._stream = Stream(model.device)
+        self.stream = Stream(model.device)
         self._results: list[tuple[str, UpdateResult]] = []
         self._moved: dict[str, float] = {}
         self._wide = Wide(model)
@@ -198,7 +201,7 @@ class Trainer:
         Raises:
             LossError: an item's loss is not finite, or above `max_loss`; nothing has been written.
         """
-        with self._stream.current():
+        with self.stream.current():
             return self._step(items)
 
     def _step(self, items: Sequence[Item]) -> StepResult:
@@ -263,7 +266,7 @@ class Trainer:
     @torch.no_grad()
     def loss(self, example: Encoded) -> float:
         """The loss with the weights as they are now, nats a trained token."""
-        with self._stream.current():
+        with self.stream.current():
             self._wide.refresh()
             return float(self._losses([cut(0, Item(example), "full", merge=False)])[0].mean())
 
@@ -287,13 +290,13 @@ class Trainer:
     def _states(self, segments: list[Segment]) -> list[State]:
         if not self._packs:
             return [read_one(self.model, self._layers, segment, self._batch_tokens) for segment in segments]
-        pack = Pack(segments, self._layers, self._wide.dtype, self._stream.device, keep=True)
+        pack = Pack(segments, self._layers, self._wide.dtype, self.stream.device, keep=True)
         self.model.base_model(pack.ids, **pack.arguments)
         return pack.states()
 
     def _losses(self, group: Sequence[Work]) -> list[torch.Tensor]:
         """Of each one (T,) fp32: the negative log-likelihoods of its trained tokens, or their divergences."""
-        device = self._stream.device
+        device = self.stream.device
         constant = [[False] * len(one.ids) if not one.constant else one.constant for one in group]
         mask = [flag for flags in constant for flag in flags]
         fixed = put(mask, device) if torch.is_grad_enabled() and any(mask) else None
@@ -333,8 +336,8 @@ class Trainer:
     def _settle(self) -> tuple[list[float], int]:
         """The norm of each update, in order, and how many were skipped: of all at once, for on a GPU this waits."""
         results = [result for _, result in self._results]
-        if self._stream.waits and results:
-            numbers = torch.stack([one.to(self._stream.device) for one in results]).t().tolist()
+        if self.stream.waits and results:
+            numbers = torch.stack([one.to(self.stream.device) for one in results]).t().tolist()
             found, skipped = numbers[0], int(sum(numbers[1]))
             self.progress.moved()  # again: an epoch that began since the update was queued may have missed it
         else:

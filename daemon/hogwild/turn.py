@@ -64,7 +64,8 @@ class Turn:
             self._curriculum.done(batch)
             self._curriculum.wake()
             return
-        self._drift.after(result.step)
+        with trainer.stream.current():
+            self._drift.after(result.step)
         step_report.observe(result, new, old)
         measured = regroup(groups, result)
         passes = []
