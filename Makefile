@@ -14,8 +14,11 @@ setup:
 demo: setup
 	@$(BIN)/hogwild demo
 
+# Files of tests side by side, for many a test waits. PYTEST_ARGS="-n 0": one by one.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(TWO) $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -23,7 +26,7 @@ lint: setup
 	$(BIN)/mypy
 
 unit: setup   # the tests that need no server
-	$(BIN)/python -m pytest -m "not vllm and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(TWO) -m "not vllm and not gpu" $(PYTEST_ARGS)
 
 systemd: setup # the units in a real systemd, from install to uninstall; part of `make test` for root
 	$(BIN)/python -m pytest -m systemd $(PYTEST_ARGS)

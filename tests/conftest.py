@@ -1,13 +1,17 @@
 """Fixtures that are expensive and therefore made once per session."""
 
+import logging
 import shutil
 import subprocess
 import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import torch
 
 import faults
@@ -46,21 +50,46 @@ def world(tmp_path: Path) -> Iterator[World]:
     world.end()
 
 
+@pytest.fixture(autouse=True)
+def plain_log() -> Iterator[None]:
+    """Whatever a test makes of the log, the next one finds it as it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    hooks = sys.excepthook, threading.excepthook, sys.unraisablehook, warnings.showwarning
+    yield
+    root.handlers, root.level = handlers, level
+    sys.excepthook, threading.excepthook, sys.unraisablehook, warnings.showwarning = hooks
+    structlog.reset_defaults()
+
+
 LEFT_OUT = pytest.StashKey[list[str]]()
+LEFT_OUT_BY_WORKER = "left_out"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that this machine cannot run are left out, not skipped, and named in the summary."""
-    wanted = {
-        mark
-        for mark in ("gpu", "jq", "promtool", "strace", "powercut", "systemd")
-        if any(mark in item.keywords for item in items)
-    }
-    reasons = {mark: why for mark in sorted(wanted) if (why := _impossible(mark))}
-    left_out = [item for item in items if reasons.keys() & set(item.keywords)]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
-    config.stash[LEFT_OUT] = [f"left out: tests marked {mark}: {why}" for mark, why in reasons.items()]
+    """Tests that this machine cannot run are left out, not skipped, and named in the summary. Stories come first: a
+    long one that came last would run alone."""
+    marks = ("gpu", "jq", "promtool", "strace", "powercut", "systemd")
+    said, kept = [], items
+    for mark in marks:
+        concerned = [item for item in kept if mark in item.keywords]
+        if concerned and (why := _impossible(mark)):
+            said.append(f"left out: {len(concerned)} tests marked {mark}: {why}")
+            config.hook.pytest_deselected(items=concerned)
+            kept = [item for item in kept if mark not in item.keywords]
+    items[:] = sorted(kept, key=lambda item: not {"vllm", "systemd"} & set(item.keywords))
+    config.stash[LEFT_OUT] = said
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (output := getattr(session.config, "workeroutput", None)) is not None:  # one of several workers
+        output[LEFT_OUT_BY_WORKER] = session.config.stash.get(LEFT_OUT, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Called where the summary is printed. All workers collect the same tests."""
+    node.config.stash[LEFT_OUT] = node.workeroutput[LEFT_OUT_BY_WORKER]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

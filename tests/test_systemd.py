@@ -236,7 +236,7 @@ def test_a_thread_that_hangs_restarts_the_daemon_and_nothing_else(story: Story) 
     machine = story.machine
     server, daemon = machine.pid("hogwild-vllm"), machine.pid("hogwild")
     machine.wait_for("training.started", daemon)
-    machine.drop("ann", "long.jsonl", [chat("w50 w51", "w52 w53", 800)])  # 20 s: it has to be at work
+    machine.drop("ann", "long.jsonl", [chat("w50 w51", "w52 w53", 4000)])  # 80 s: it has to be at work
     machine.wait_for("example.pass", daemon, file="long.jsonl")
     (comm,) = machine.run("sh", "-c", f"grep -lx trainer-0 /proc/{daemon}/task/*/comm").stdout.split()
     tid = comm.split("/")[4]
