@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hogwild import norms
 from hogwild.apollo import Optimizer
 from hogwild.arena.control import ControlPage
 from hogwild.backward import train_in_backward
@@ -167,6 +168,8 @@ class Trainer:
         self.stream = Stream(model.device)
         self._results: list[tuple[str, UpdateResult]] = []
         self._moved: dict[str, float] = {}
+        if self.stream.waits:
+            norms.fuse(model)
         self._wide = Wide(model)
         self._gather = train_in_backward(
             model, optimizer, trainable, seed, self._count, self._wide.sources, embeddings
