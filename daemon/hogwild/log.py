@@ -115,9 +115,11 @@ class _Sink:
         self._stream = stream
         self._binary: BinaryIO | None = getattr(stream, "buffer", None) if binary else None
         self._lock = threading.Lock()
+        self._hangs = False  # a line that has not been written for so long: nobody waits for it again
 
     def write(self, line: bytes | str) -> None:
-        mine = self._lock.acquire(timeout=_PATIENCE_S)
+        mine = self._lock.acquire(timeout=0 if self._hangs else _PATIENCE_S)
+        self._hangs = not mine
         try:
             with contextlib.suppress(OSError, ValueError):
                 self._write(line) if mine else self._write_past(line)
