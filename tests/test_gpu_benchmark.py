@@ -45,7 +45,7 @@ TABLES = {
     "arena": {"Allocated and mapped, 100 times": 1, "Hand-over, both processes running": 1, "A copy within it": 2},
     "update": {"All linear weights of one layer": 6, "Each weight": 24},
     "step": {
-        "Time of a step": 4, "Time of a step by its parts": 16, "Memory beside the weights, at its peak": 4,
+        "Time of a step": 6, "Time of a step by its parts": 24, "Memory beside the weights, at its peak": 4,
     },
     "serving": {"a Hugging Face model, eager, Llama 8B; training 8 tokens a step": 4},
     "mps": {},
