@@ -92,7 +92,12 @@ class _OtherEpsilon(LlamaRMSNorm):
         return nn.functional.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
-@pytest.mark.parametrize("kind", [_Gated, _Shifted, _OtherEpsilon])
+class _OfHeads(LlamaRMSNorm):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden.view(1, 3, 3, -1))
+
+
+@pytest.mark.parametrize("kind", [_Gated, _Shifted, _OtherEpsilon, _OfHeads])
 def test_what_computes_something_else_is_left_alone(kind):
     assert norms.fuse(nn.Sequential(kind(8), nn.LayerNorm(8), nn.Linear(8, 8))) == []
     assert norms.fuse(nn.Sequential(LlamaRMSNorm(8))) == ["0"]

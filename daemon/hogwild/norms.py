@@ -31,17 +31,19 @@ def _epsilon(module: torch.nn.Module) -> float | None:
     is a class for each family, some of which multiply by 1 + weight or by a gate."""
     eps = next((getattr(module, name) for name in _EPSILONS if hasattr(module, name)), None)
     parameters = dict(module.named_parameters())
-    takes = inspect.signature(module.forward).parameters
-    if not isinstance(eps, float) or len(takes) != 1 or list(parameters) != ["weight"]:
+    if not isinstance(eps, float) or list(parameters) != ["weight"] or parameters["weight"].ndim != 1:
         return None
-    if (weight := parameters["weight"]).ndim != 1:
+    if len(inspect.signature(module.forward).parameters) != 1:
         return None
-    generator = torch.Generator().manual_seed(0)
-    tried = torch.randn(len(weight), generator=generator)
-    x = torch.randn(4, len(weight), generator=generator) * eps**0.5  # so that eps shows
-    out = torch.func.functional_call(module, {"weight": tried}, (x,))
+    width, generator = len(parameters["weight"]), torch.Generator().manual_seed(0)
+    tried = torch.randn(width, generator=generator)
+    x = torch.randn(4, width, generator=generator) * eps**0.5  # so that eps shows
+    try:
+        out = torch.func.functional_call(module, {"weight": tried}, (x,))
+    except Exception:  # other shapes, kernels for a GPU alone: it is something else
+        return None
     same = isinstance(out, Tensor) and out.shape == x.shape
-    return eps if same and torch.allclose(out, rms_norm(x, (len(weight),), tried, eps), atol=1e-4) else None
+    return eps if same and torch.allclose(out, rms_norm(x, (width,), tried, eps), atol=1e-4) else None
 
 
 def _fused(
