@@ -1,26 +1,34 @@
 """The serving product on plain weights: against fp64, for every number of rows and every remainder."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 
 from hogwild_kernels import linear
 from hogwild_kernels.linear import plain_linear
-from hogwild_kernels.linear_blocks import AVX2, Kind
+from hogwild_kernels.linear_blocks import AVX2, AVX512_BF16
+from hogwild_kernels.linear_ir import Kind
+from hogwild_kernels.linear_tiles import AMX_BF16
 
 # fp32 sums rounded once to bf16: half a unit in the last of 8 bits, and a little for the order of the sum
 TOLERANCE = 2.0**-8
 
 
-KINDS = {how.block.__name__: how for how in (linear.kind(), AVX2 if linear.kind() else None) if how}
+_ALL = (AMX_BF16, AVX512_BF16, AVX2)
+_BEST = [one.name for one in linear.kinds()]
+KINDS = {how.name: how for how in _ALL[min((_ALL.index(k) for k in _ALL if k.name in _BEST), default=3) :]}
 
 
 @pytest.fixture(autouse=True, params=KINDS)
 def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kind:
-    """Every kernel that this machine can run: a CPU with AVX512-BF16 has AVX2 too."""
-    monkeypatch.setattr(linear, "kind", lambda: KINDS[request.param])
-    return KINDS[request.param]
+    """Every kernel that this machine can run, alone, for all numbers of rows up to its last: a CPU with one of them has
+    those after it, too."""
+    one = KINDS[request.param]
+    one = replace(one, rows=range(1, one.rows.stop))
+    monkeypatch.setattr(linear, "kinds", lambda: (one,))
+    return one
 
 
 def exact(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -34,8 +42,8 @@ def assert_close(got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> No
     assert bool(((got.double() - want).abs() <= TOLERANCE * want.abs() + 2.0**-20 * scale).all())
 
 
-@pytest.mark.parametrize("rows", [*range(1, 10), 16, 17, 31, 128, 129])
-@pytest.mark.parametrize("shape", [(4, 32), (96, 64), (100, 576), (20, 1536)], ids=str)
+@pytest.mark.parametrize("rows", [*range(1, 10), 16, 17, 31, 63, 81, 128, 129, 200])
+@pytest.mark.parametrize("shape", [(4, 32), (96, 64), (100, 576), (48, 1536)], ids=str)
 def test_equals_the_product_in_fp64(rows: int, shape: tuple[int, int]) -> None:
     torch.manual_seed(rows)
     weight, x = torch.randn(shape).bfloat16(), torch.randn(rows, shape[1]).bfloat16()
@@ -46,6 +54,33 @@ def test_equals_the_product_in_fp64(rows: int, shape: tuple[int, int]) -> None:
 def test_shapes_that_the_kernel_is_not_made_for(shape: tuple[int, int]) -> None:
     weight, x = torch.randn(shape).bfloat16(), torch.randn(3, shape[1]).bfloat16()
     assert_close(plain_linear(x, weight), x, weight)
+
+
+def test_the_kernel_itself_has_answered(how: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear.products, "linear", None)
+    weight = torch.randn(32, 64).bfloat16()
+    for rows in (1, 16, how.rows.stop - 1):
+        x = torch.randn(rows, 64).bfloat16()
+        assert_close(plain_linear(x, weight), x, weight)
+    with pytest.raises(TypeError):
+        plain_linear(torch.randn(how.rows.stop, 64).bfloat16(), weight)
+
+
+def test_beside_a_library_that_uses_the_same_registers_of_tiles() -> None:
+    torch.manual_seed(0)
+    weight, few, many = (torch.randn(rows, 256).bfloat16() for rows in (512, 16, 300))
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            mine, theirs = plain_linear(few, weight), torch.nn.functional.linear(many, weight)
+            for _ in range(20):
+                assert torch.equal(plain_linear(few, weight), mine)
+                assert torch.equal(torch.nn.functional.linear(many, weight), theirs)
+        finally:
+            torch.set_num_threads(before)
+    assert_close(mine, few, weight)
+    assert_close(theirs, many, weight)
 
 
 def test_a_slice_of_a_fused_weight_and_inputs_of_three_dimensions() -> None:
@@ -69,7 +104,7 @@ def test_no_rows() -> None:
 
 
 def test_what_is_not_finite_stays_so() -> None:
-    weight, x = torch.ones(4, 32).bfloat16(), torch.ones(3, 32).bfloat16()
+    weight, x = torch.ones(16, 32).bfloat16(), torch.ones(3, 32).bfloat16()
     x[1, 7], x[2, 3] = float("nan"), float("inf")
     got = plain_linear(x, weight)
     assert bool((got[0] == 32).all())
@@ -79,10 +114,10 @@ def test_what_is_not_finite_stays_so() -> None:
 
 def test_sees_writes_to_the_weight() -> None:
     """No packed copy anywhere: that is what it is for."""
-    weight, x = torch.ones(8, 64).bfloat16(), torch.ones(1, 64).bfloat16()
+    weight, x = torch.ones(16, 64).bfloat16(), torch.ones(1, 64).bfloat16()
     assert bool((plain_linear(x, weight) == 64).all())
     weight[3] = 2
-    assert plain_linear(x, weight)[0].tolist() == [64, 64, 64, 128, 64, 64, 64, 64]
+    assert plain_linear(x, weight)[0].tolist() == [64, 64, 64, 128, *[64] * 12]
 
 
 def test_many_callers_and_many_threads() -> None:

@@ -3,10 +3,11 @@
 Fast CPU kernels want the weight packed, and a packed copy is a second copy that training would not reach. Without
 packing, a library's matrix product re-packs W in every call, which for one to a few dozen rows costs more than the
 product. AVX512-BF16 has no need of it: `vdpbf16ps` multiplies 32 pairs along the inner dimension, so rows of W and rows
-of x are read as they are. On AVX2, W is widened to fp32 in registers, on its way into the product. Either way W is read
-once, the product accumulates in fp32 and is rounded once, to nearest (linear_blocks.py).
+of x are read as they are. On AVX2, W is widened to fp32 in registers, on its way into the product (linear_blocks.py).
+AMX takes tiles of W as they lie if W is the left operand (linear_tiles.py). Either way W is read once, the product
+accumulates in fp32 and is rounded once, to nearest.
 
-The kernel is generated as LLVM IR and runs in OpenMP's own threads (the ones that torch uses and that the server has
+A kernel is generated as LLVM IR and runs in OpenMP's own threads (the ones that torch uses and that the server has
 bound to cores), through libgomp's entry point. Elsewhere (`kind()` is None) `products.linear` takes its place.
 """
 
@@ -14,26 +15,37 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from llvmlite import binding, ir
+from llvmlite import binding
 from torch import Tensor
 
 from . import products
-from .linear_blocks import AVX2, AVX512_BF16, ROWS, Kind, i32, i64
+from .linear_blocks import AVX2, AVX512_BF16
+from .linear_ir import Kind
+from .linear_tiles import AMX_BF16
 
 
 @functools.cache
-def kind() -> Kind | None:
-    """How this machine multiplies; None where it has neither AVX512-BF16 nor AVX2, or no OpenMP runtime is loaded."""
+def kinds() -> tuple[Kind, ...]:
+    """How this machine multiplies, the first that fits; none where it has no AVX2, or no OpenMP runtime is loaded."""
     flags = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
     if _openmp() is None:
-        return None
+        return ()
+    found = []
     if "avx512_bf16" in flags:
-        return AVX512_BF16
-    return AVX2 if {"avx2", "fma"} <= flags else None
+        found.append(AVX512_BF16)
+    elif {"avx2", "fma"} <= flags:
+        found.append(AVX2)
+    # A process has to ask Linux for it.
+    if "amx_bf16" in flags and torch.cpu._init_amx():
+        # What is left to the others: one row or two, and weights that are not made of tiles. There a library's
+        # product, which packs tiles in every call, takes over sooner.
+        return AMX_BF16, *(replace(one, rows=range(1, 13)) for one in found)
+    return tuple(found)
 
 
 def plain_linear(
@@ -43,31 +55,28 @@ def plain_linear(
 ) -> Tensor:
     """x W^T + b, as torch.nn.functional.linear gives it, to the rounding of the fp32 sum.
 
-    Falls back to `products.linear` for what the kernel is not made for: many rows, other dtypes or strides.
+    Falls back to `products.linear` for what no kernel is made for: many rows, other dtypes or strides.
     """
     m, n = weight.shape
     rows = x.numel() // n if n else 0
-    how = kind()
-    if (
-        how is None
-        or not 0 < rows <= how.max_rows
-        or not x.dtype == weight.dtype == torch.bfloat16
-        or n % how.lanes
-        or m % ROWS
-        or weight.stride(1) != 1
-    ):
+    plain = x.dtype == weight.dtype == torch.bfloat16 and weight.stride(1) == 1
+    how = next((one for one in kinds() if rows in one.rows and not (n % one.lanes or m % one.height)), None)
+    if how is None or not plain:
         return products.linear(x, weight, bias)
     flat = x.reshape(rows, n).to(torch.float32 if how.x_bytes == 4 else torch.bfloat16).contiguous()
-    out = torch.empty((rows, m), dtype=torch.bfloat16)
-    task = (ctypes.c_int64 * 7)(
-        weight.data_ptr(), weight.stride(0), flat.data_ptr(), out.data_ptr(), m // ROWS, n, rows
-    )
+    out = torch.empty((-(-rows // how.whole) * how.whole, m), dtype=torch.bfloat16)
     # A thread for every 64 KiB of weights at the most: fewer than that is not worth waking one.
     threads = max(1, min(torch.get_num_threads(), m * n // (1 << 15)))
+    mine = how.scratch(rows, n)
+    scratch = torch.empty(threads * mine, dtype=torch.uint8)
+    task = (ctypes.c_int64 * 9)(
+        weight.data_ptr(), weight.stride(0), flat.data_ptr(), out.data_ptr(), m // how.height, n, rows,
+        scratch.data_ptr(), mine,
+    )  # fmt: skip
     runtime, kernel = _openmp(), _kernel(how)
     assert runtime is not None
     runtime.GOMP_parallel(kernel, ctypes.byref(task), threads, 0)
-    out = out.view(*x.shape[:-1], m)
+    out = out[:rows].view(*x.shape[:-1], m)
     return out if bias is None else out.add_(bias.to(out.dtype))
 
 
@@ -94,10 +103,7 @@ _engines: list[Any] = []  # owns the machine code
 
 @functools.cache
 def _kernel(how: Kind) -> int:
-    """Address of `void kernel(int64_t *task)`, compiled for this machine; every thread of the team runs it.
-
-    task: address of W, elements between its rows, address of x, address of y, m / 4, n, rows of x.
-    """
+    """Address of `void kernel(int64_t *task)`, compiled for this machine."""
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     runtime = _openmp()
@@ -106,65 +112,9 @@ def _kernel(how: Kind) -> int:
     target = binding.Target.from_default_triple().create_target_machine(
         cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3
     )
-    module = binding.parse_assembly(str(_module(how)))
+    module = binding.parse_assembly(str(how.module()))
     module.verify()
     engine = binding.create_mcjit_compiler(module, target)
     engine.finalize_object()
     _engines.append(engine)
     return int(engine.get_function_address("kernel"))
-
-
-def _module(how: Kind) -> ir.Module:
-    module = ir.Module("plain_linear")
-    blocks = {columns: how.block(module, columns) for columns in range(1, how.columns + 1)}
-    team = ir.FunctionType(i32, [])
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [i64.as_pointer()]), "kernel")
-    b = ir.IRBuilder(function.append_basic_block("entry"))
-    task = [
-        b.load(b.gep(function.args[0], [ir.Constant(i64, i)], source_etype=i64), typ=i64) for i in range(7)
-    ]
-    weight, stride, x, y, groups, n, rows = task
-    me = b.zext(b.call(ir.Function(module, team, "omp_get_thread_num"), []), i64)
-    all_ = b.zext(b.call(ir.Function(module, team, "omp_get_num_threads"), []), i64)
-    first, last = b.udiv(b.mul(groups, me), all_), b.udiv(b.mul(groups, b.add(me, _int(1))), all_)
-    m2 = b.mul(groups, _int(ROWS * 2))  # bytes of a row of y
-    full = b.mul(b.udiv(rows, _int(how.columns)), _int(how.columns))
-
-    def four_rows(group: Any) -> None:
-        w = b.add(weight, b.mul(group, b.mul(stride, _int(ROWS * 2))))
-        out = b.add(y, b.mul(group, _int(ROWS * 2)))
-
-        def column_block(column: Any) -> None:
-            at_x, at_y = b.add(x, b.mul(column, b.mul(n, _int(how.x_bytes)))), b.add(out, b.mul(column, m2))
-            b.call(blocks[how.columns], [w, stride, at_x, at_y, m2, n])
-
-        _loop(b, _int(0), full, how.columns, column_block)
-        rest = b.sub(rows, full)
-        at_x, at_y = b.add(x, b.mul(full, b.mul(n, _int(how.x_bytes)))), b.add(out, b.mul(full, m2))
-        for columns in range(1, how.columns):
-            with b.if_then(b.icmp_unsigned("==", rest, _int(columns))):
-                b.call(blocks[columns], [w, stride, at_x, at_y, m2, n])
-
-    _loop(b, first, last, 1, four_rows)
-    b.ret_void()
-    return module
-
-
-def _loop(b: ir.IRBuilder, start: Any, stop: Any, step: int, body: Any) -> None:
-    """for i in range(start, stop, step): body(i)"""
-    before, head = b.block, b.append_basic_block()
-    b.branch(head)
-    b.position_at_end(head)
-    i = b.phi(i64)
-    i.add_incoming(start, before)
-    inside, after = b.append_basic_block(), b.append_basic_block()
-    b.cbranch(b.icmp_unsigned("<", i, stop), inside, after)
-    b.position_at_end(inside)
-    body(i)
-    i.add_incoming(b.add(i, _int(step)), b.block)
-    b.branch(head)
-    b.position_at_end(after)
-
-
-def _int(value: int) -> ir.Constant:
-    return ir.Constant(i64, value)

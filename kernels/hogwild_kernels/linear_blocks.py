@@ -7,48 +7,51 @@ bytes between rows of y, n); W and y are bf16.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
+
+from .linear_ir import BFloat, Kind, begin, constant, f32, i16, i32, i64, loop, prefetch
 
 ROWS = 4
 """Rows of W in a block."""
 _AHEAD = 16  # rows of W between what is read and what is fetched into L2; without it one row of x takes twice as long
 
-i64, i32, i16 = ir.IntType(64), ir.IntType(32), ir.IntType(16)
-_f32 = ir.FloatType()
-_f32x16, _f32x8 = ir.VectorType(_f32, 16), ir.VectorType(_f32, 8)
+_f32x16, _f32x8 = ir.VectorType(f32, 16), ir.VectorType(f32, 8)
+_bf16x32, _bf16x16 = ir.VectorType(BFloat(), 32), ir.VectorType(BFloat(), 16)
 
 
-class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite is untyped and has no bfloat of its own
-    def _to_string(self) -> str:
-        return "bfloat"
+def _module(block: Callable[[ir.Module, int], ir.Function], most: int, x_bytes: int) -> ir.Module:
+    """`block` makes the function for a number of columns, of which there are `most` at once."""
+    module = ir.Module("linear_blocks")
+    blocks = {columns: block(module, columns) for columns in range(1, most + 1)}
+    b, task, first, last = begin(module)
+    weight, stride, x, y, groups, n, rows, _scratch, _mine = task
+    m2 = b.mul(groups, constant(ROWS * 2))  # bytes of a row of y
+    full = b.mul(b.udiv(rows, constant(most)), constant(most))
+
+    def four_rows(group: Any) -> None:
+        w = b.add(weight, b.mul(group, b.mul(stride, constant(ROWS * 2))))
+        out = b.add(y, b.mul(group, constant(ROWS * 2)))
+
+        def column_block(column: Any) -> None:
+            at_x, at_y = b.add(x, b.mul(column, b.mul(n, constant(x_bytes)))), b.add(out, b.mul(column, m2))
+            b.call(blocks[most], [w, stride, at_x, at_y, m2, n])
+
+        loop(b, constant(0), full, most, column_block)
+        rest = b.sub(rows, full)
+        at_x, at_y = b.add(x, b.mul(full, b.mul(n, constant(x_bytes)))), b.add(out, b.mul(full, m2))
+        for columns in range(1, most):
+            with b.if_then(b.icmp_unsigned("==", rest, constant(columns))):
+                b.call(blocks[columns], [w, stride, at_x, at_y, m2, n])
+
+    loop(b, first, last, 1, four_rows)
+    b.ret_void()
+    return module
 
 
-_bf16x32, _bf16x16 = ir.VectorType(_BFloat(), 32), ir.VectorType(_BFloat(), 16)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How one kind of CPU multiplies.
-
-    Attributes:
-        block: makes the function for a number of columns.
-        columns: rows of x in one block.
-        lanes: n has to be a multiple of this.
-        x_bytes: of an element of x: 2 where bf16 is multiplied as it is, 4 where x is widened first.
-        max_rows: rows of x up to which this is faster than a product that packs W or widens it.
-    """
-
-    block: Callable[[ir.Module, int], ir.Function]
-    columns: int
-    lanes: int
-    x_bytes: int
-    max_rows: int
-
-
-def avx512_bf16(module: ir.Module, columns: int) -> ir.Function:
+def _avx512_bf16(module: ir.Module, columns: int) -> ir.Function:
     """y[c, r] = sum over i of W[r, i] x[c, i], for 4 rows r and `columns` columns c."""
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [i64] * 6), f"block{columns}")
     function.linkage = "internal"
@@ -58,35 +61,30 @@ def avx512_bf16(module: ir.Module, columns: int) -> ir.Function:
     dot = module.globals.get("llvm.x86.avx512bf16.dpbf16ps.512") or ir.Function(
         module, ir.FunctionType(_f32x16, [_f32x16, _bf16x32, _bf16x32]), "llvm.x86.avx512bf16.dpbf16ps.512"
     )
-    name, pointer = "llvm.prefetch.p0", i64.as_pointer()
-    prefetch = module.globals.get(name) or ir.Function(
-        module, ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32]), name
-    )
-    w_rows = [b.add(w, b.mul(stride, _int(2 * r))) for r in range(ROWS)]
-    x_rows = [b.add(x, b.mul(n, _int(2 * c))) for c in range(columns)]
+    w_rows = [b.add(w, b.mul(stride, constant(2 * r))) for r in range(ROWS)]
+    x_rows = [b.add(x, b.mul(n, constant(2 * c))) for c in range(columns)]
     zero = ir.Constant(_f32x16, [0.0] * 16)
     body, done = function.append_basic_block("body"), function.append_basic_block("done")
     b.branch(body)
     b.position_at_end(body)
     i = b.phi(i64)
-    i.add_incoming(_int(0), entry)
+    i.add_incoming(constant(0), entry)
     sums = [b.phi(_f32x16) for _ in range(ROWS * columns)]
-    at = b.mul(i, _int(2))
+    at = b.mul(i, constant(2))
     ws, xs = ([_vector(b, b.add(row, at)) for row in rows] for rows in (w_rows, x_rows))
     for k, total in enumerate(sums):
         total.add_incoming(zero, entry)
         total.add_incoming(b.call(dot, [total, ws[k % ROWS], xs[k // ROWS]]), body)
     for row in w_rows:  # rows are too short for the hardware to see where they lead
-        ahead = b.inttoptr(b.add(row, b.add(at, b.mul(stride, _int(2 * _AHEAD)))), i64.as_pointer())
-        b.call(prefetch, [ahead, *(ir.Constant(i32, flag) for flag in (0, 2, 1))])  # read, into L2, data
-    following = b.add(i, _int(32))
+        prefetch(b, b.add(row, b.add(at, b.mul(stride, constant(2 * _AHEAD)))))
+    following = b.add(i, constant(32))
     i.add_incoming(following, body)
     b.cbranch(b.icmp_unsigned("<", following, n), body, done)
     b.position_at_end(done)
     ends = [total.incomings[1][0] for total in sums] + [zero] * (16 - len(sums))
     four = b.bitcast(b.fptrunc(_sum_each(b, ends), _bf16x16), ir.VectorType(i64, 4))
     for c in range(columns):
-        place = b.inttoptr(b.add(y, b.mul(m2, _int(c))), i64.as_pointer())
+        place = b.inttoptr(b.add(y, b.mul(m2, constant(c))), i64.as_pointer())
         b.store(b.extract_element(four, ir.Constant(i32, c)), place, align=2)
     b.ret_void()
     return function
@@ -111,7 +109,7 @@ def _vector(b: ir.IRBuilder, address: Any) -> Any:
     return b.load(b.inttoptr(address, _bf16x32.as_pointer()), typ=_bf16x32, align=2)
 
 
-def avx2(module: ir.Module, columns: int) -> ir.Function:
+def _avx2(module: ir.Module, columns: int) -> ir.Function:
     """x is fp32; W is widened as it is read: bf16 is the upper half of fp32. Sums are rounded once, to nearest even."""
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [i64] * 6), f"block{columns}")
     function.linkage = "internal"
@@ -119,10 +117,9 @@ def avx2(module: ir.Module, columns: int) -> ir.Function:
     entry = function.append_basic_block("entry")
     b = ir.IRBuilder(entry)
     multiply_add = _intrinsic(module, "llvm.fma.v8f32", _f32x8, [_f32x8] * 3)
-    add_up = _intrinsic(module, "llvm.vector.reduce.fadd.v8f32", _f32, [_f32, _f32x8])
-    prefetch = _intrinsic(module, "llvm.prefetch.p0", ir.VoidType(), [i64.as_pointer(), i32, i32, i32])
-    w_rows = [b.add(w, b.mul(stride, _int(2 * r))) for r in range(ROWS)]
-    x_rows = [b.add(x, b.mul(n, _int(4 * c))) for c in range(columns)]
+    add_up = _intrinsic(module, "llvm.vector.reduce.fadd.v8f32", f32, [f32, _f32x8])
+    w_rows = [b.add(w, b.mul(stride, constant(2 * r))) for r in range(ROWS)]
+    x_rows = [b.add(x, b.mul(n, constant(4 * c))) for c in range(columns)]
     halves = (
         2 if columns == 1 else 1
     )  # sums of their own for each half: one column alone waits for its additions
@@ -130,17 +127,17 @@ def avx2(module: ir.Module, columns: int) -> ir.Function:
     b.branch(body)
     b.position_at_end(body)
     i = b.phi(i64)
-    i.add_incoming(_int(0), entry)
+    i.add_incoming(constant(0), entry)
     sums = [b.phi(_f32x8) for _ in range(halves * ROWS * columns)]
     totals = list(sums)
     for half in range(2):
         xs = [
-            b.load(b.inttoptr(b.add(row, b.mul(b.add(i, _int(8 * half)), _int(4))), _f32x8.as_pointer()),
+            b.load(b.inttoptr(b.add(row, b.mul(b.add(i, constant(8 * half)), constant(4))), _f32x8.as_pointer()),
                    typ=_f32x8, align=4)
             for row in x_rows
         ]  # fmt: skip
         for r, row in enumerate(w_rows):
-            wide = _widened(b, b.add(row, b.mul(b.add(i, _int(8 * half)), _int(2))))
+            wide = _widened(b, b.add(row, b.mul(b.add(i, constant(8 * half)), constant(2))))
             for c in range(columns):
                 k = (half % halves) * ROWS * columns + c * ROWS + r
                 totals[k] = b.call(multiply_add, [wide, xs[c], totals[k]])
@@ -149,10 +146,8 @@ def avx2(module: ir.Module, columns: int) -> ir.Function:
         total.add_incoming(zero, entry)
         total.add_incoming(following_total, body)
     for row in w_rows:  # rows are too short for the hardware to see where they lead
-        at = b.add(b.mul(i, _int(2)), b.mul(stride, _int(2 * _AHEAD)))
-        ahead = b.inttoptr(b.add(row, at), i64.as_pointer())
-        b.call(prefetch, [ahead, *(ir.Constant(i32, flag) for flag in (0, 2, 1))])  # read, into L2, data
-    following = b.add(i, _int(16))
+        prefetch(b, b.add(row, b.add(b.mul(i, constant(2)), b.mul(stride, constant(2 * _AHEAD)))))
+    following = b.add(i, constant(16))
     i.add_incoming(following, body)
     b.cbranch(b.icmp_unsigned("<", following, n), body, done)
     b.position_at_end(done)
@@ -160,8 +155,8 @@ def avx2(module: ir.Module, columns: int) -> ir.Function:
         for r in range(ROWS):
             k = c * ROWS + r
             total = totals[k] if halves == 1 else b.fadd(totals[k], totals[ROWS * columns + k])
-            value = b.call(add_up, [ir.Constant(_f32, 0.0), total], fastmath=["reassoc"])
-            place = b.add(y, b.add(b.mul(m2, _int(c)), _int(2 * r)))
+            value = b.call(add_up, [ir.Constant(f32, 0.0), total], fastmath=["reassoc"])
+            place = b.add(y, b.add(b.mul(m2, constant(c)), constant(2 * r)))
             b.store(_rounded(b, value), b.inttoptr(place, i16.as_pointer()), align=2)
     b.ret_void()
     return function
@@ -189,9 +184,7 @@ def _intrinsic(module: ir.Module, name: str, returns: ir.Type, takes: list[ir.Ty
     return module.globals.get(name) or ir.Function(module, ir.FunctionType(returns, takes), name)
 
 
-def _int(value: int) -> ir.Constant:
-    return ir.Constant(i64, value)
-
-
-AVX512_BF16 = Kind(avx512_bf16, columns=4, lanes=32, x_bytes=2, max_rows=128)
-AVX2 = Kind(avx2, columns=3, lanes=16, x_bytes=4, max_rows=16)
+AVX512_BF16 = Kind(
+    "AVX512-BF16", partial(_module, _avx512_bf16, 4, 2), height=ROWS, lanes=32, rows=range(1, 129)
+)
+AVX2 = Kind("AVX2", partial(_module, _avx2, 3, 4), height=ROWS, lanes=16, rows=range(1, 17), x_bytes=4)
