@@ -42,7 +42,7 @@ def kinds() -> tuple[Kind, ...]:
         found.append(AVX2)
     # A process has to ask Linux for it.
     if "amx_bf16" in flags and torch.cpu._init_amx():
-        # What is left to the others: one row or two, and weights that are not made of tiles. There a library's
+        # What is left to the others: a few rows, and weights that are not made of tiles. There a library's
         # product, which packs tiles in every call, takes over sooner.
         return AMX_BF16, *(replace(one, rows=range(1, 13)) for one in found)
     return tuple(found)

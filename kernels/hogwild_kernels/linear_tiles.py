@@ -162,7 +162,7 @@ AMX_BF16 = Kind(
     _module,
     height=SIDE,
     lanes=_DEPTH,
-    rows=range(3, 257),
+    rows=range(5, 257),
     whole=SIDE,
     scratch=lambda rows, n: -(-rows // SIDE) * (n // _DEPTH) * _BYTES,
 )
