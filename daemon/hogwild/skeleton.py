@@ -16,6 +16,7 @@ from hogwild.errors import VerificationError
 from hogwild.layout import Region
 from hogwild.weights import Weights, read_tensors
 from hogwild_kernels import products
+from hogwild_kernels.linear import plain_linear
 
 
 def build(folder: Path, weights: Weights) -> PreTrainedModel:
@@ -170,7 +171,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.weight = weight
-        return products.linear(x, weight, bias)
+        return plain_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -178,7 +179,7 @@ class _Product(torch.autograd.Function):
 
 
 class FrozenLinear(torch.nn.Linear):
-    """A linear layer that passes gradients on and has none, multiplied as `hogwild_kernels.products` does."""
+    """A linear layer that passes gradients on and has none, multiplied as `hogwild_kernels` does."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., n) -> (..., m)"""

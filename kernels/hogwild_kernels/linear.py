@@ -1,4 +1,5 @@
-"""y = x W^T for a few rows of x, on bf16 weights as they lie: what a CPU server needs while it decodes.
+"""y = x W^T for some rows of x, on bf16 weights as they lie: what a CPU server needs while it decodes, and a trainer on
+its way forward.
 
 Fast CPU kernels want the weight packed, and a packed copy is a second copy that training would not reach. Without
 packing, a library's matrix product re-packs W in every call, which for one to a few dozen rows costs more than the
@@ -55,11 +56,13 @@ def plain_linear(
 ) -> Tensor:
     """x W^T + b, as torch.nn.functional.linear gives it, to the rounding of the fp32 sum.
 
-    Falls back to `products.linear` for what no kernel is made for: many rows, other dtypes or strides.
+    Falls back to `products.linear` for what no kernel is made for: many rows, other dtypes, strides or devices.
     """
     m, n = weight.shape
     rows = x.numel() // n if n else 0
-    plain = x.dtype == weight.dtype == torch.bfloat16 and weight.stride(1) == 1
+    plain = (
+        x.dtype == weight.dtype == torch.bfloat16 and weight.stride(1) == 1 and weight.device.type == "cpu"
+    )
     how = next((one for one in kinds() if rows in one.rows and not (n % one.lanes or m % one.height)), None)
     if how is None or not plain:
         return products.linear(x, weight, bias)
