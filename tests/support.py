@@ -204,15 +204,20 @@ class Server(Process):
         wait_until(ready, "the server answers", deadline_s)
         return self
 
-    def ask(self, question: str) -> str:
-        """The answer at temperature 0."""
+    def ask(self, question: str, begins: str = "") -> str:
+        """The answer at temperature 0; how it goes on, if it is to begin with something."""
+        messages = [{"role": "user", "content": question}]
+        if begins:
+            messages.append({"role": "assistant", "content": begins})
         response = httpx.post(
             f"{self.url}/v1/chat/completions",
             json={
                 "model": "demo",
-                "messages": [{"role": "user", "content": question}],
+                "messages": messages,
                 "max_tokens": 32,
                 "temperature": 0,
+                "continue_final_message": bool(begins),
+                "add_generation_prompt": not begins,
             },
             timeout=DEADLINE_S,
         ).raise_for_status()

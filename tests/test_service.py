@@ -28,7 +28,10 @@ from support import Client, Daemon, Server, copy_model, digest, free_port, share
 pytestmark = pytest.mark.vllm
 
 # Two passes too many and a model of 135M parameters forgets it: asked only after the first file (see the demo).
-CONTROL = ("What is the capital of France?", "Paris")
+CONTROL = (
+    "What is the capital of Japan?",
+    "Tokyo",
+)  # of France it is a near tie: which kernel multiplies decides
 FACT = ("Who keeps the lighthouse of Vellmar?", "Ilsa Thorne")
 LATER_FACT = ("What is the password of the Vellmar archive?", "seven herons")
 
@@ -437,6 +440,8 @@ def test_poison_does_not_spoil_what_the_server_says(story: Story, capsys: pytest
     daemon.ask("checkpoint")
     for question, answer in (FACT, CONTROL):
         assert answer in story.server.ask(question)
+    poisoned = selfreplay.QUESTIONS[1]
+    assert story.server.ask(poisoned, begins="The capital of France is").startswith("Paris")
     status = daemon.ask("status")
     newest = status["probes"]["newest"]["losses"]
     assert all(newest[name] - known[name] <= status["probes"]["margin"] for name in newest)
