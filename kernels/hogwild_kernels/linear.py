@@ -41,8 +41,8 @@ def kinds() -> tuple[Kind, ...]:
         found.append(AVX512_BF16)
     elif {"avx2", "fma"} <= flags:
         found.append(AVX2)
-    # A process has to ask Linux for it.
-    if "amx_bf16" in flags and torch.cpu._init_amx():
+    # A process has to ask Linux for it, and the compiler has to know it.
+    if binding.get_host_cpu_features().get("amx-bf16") and torch.cpu._init_amx():
         # What is left to the others: a few rows, and weights that are not made of tiles. There a library's
         # product, which packs tiles in every call, takes over sooner.
         return AMX_BF16, *(replace(one, rows=range(1, 13)) for one in found)
