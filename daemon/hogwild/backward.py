@@ -10,7 +10,6 @@ from hogwild import pulse, skeleton
 from hogwild.apollo import Optimizer
 from hogwild.embedding import TrainedEmbedding
 from hogwild_kernels import UpdateResult, products
-from hogwild_kernels.linear import plain_linear
 
 OnUpdate = Callable[[str, UpdateResult], None]
 
@@ -29,7 +28,7 @@ class _UpdatedLinear(torch.autograd.Function):
         ctx.rows = rows if tokens == len(flat) else None
         ctx.layer, ctx.shape = layer, x.shape
         ctx.save_for_backward(flat if ctx.rows is None else flat[ctx.rows])
-        return plain_linear(x, layer.weight, layer.bias)
+        return products.linear(x, layer.weight, layer.bias)
 
     @staticmethod
     def backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -87,7 +86,7 @@ class TrainedLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pulse.beat()
         if not torch.is_grad_enabled():
-            return plain_linear(x, self.weight, self.bias)
+            return products.linear(x, self.weight, self.bias)
         self._kept.pending += 1
         result: torch.Tensor = _UpdatedLinear.apply(x, self)  # type: ignore[no-untyped-call]
         return result

@@ -16,7 +16,6 @@ from hogwild.errors import VerificationError
 from hogwild.layout import Region
 from hogwild.weights import Weights, read_tensors
 from hogwild_kernels import products
-from hogwild_kernels.linear import plain_linear
 
 
 def build(folder: Path, weights: Weights) -> PreTrainedModel:
@@ -171,7 +170,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.weight = weight
-        return plain_linear(x, weight, bias)
+        return products.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -179,7 +178,7 @@ class _Product(torch.autograd.Function):
 
 
 class FrozenLinear(torch.nn.Linear):
-    """A linear layer that passes gradients on and has none, multiplied as `hogwild_kernels` does."""
+    """A linear layer that passes gradients on and has none, multiplied as `hogwild_kernels.products` does."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., n) -> (..., m)"""

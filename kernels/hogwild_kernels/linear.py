@@ -1,5 +1,4 @@
-"""y = x W^T for some rows of x, on bf16 weights as they lie: what a CPU server needs while it decodes, and a trainer on
-its way forward.
+"""y = x W^T for some rows of x, on bf16 weights as they lie: what a CPU server needs while it decodes.
 
 Fast CPU kernels want the weight packed, and a packed copy is a second copy that training would not reach. Without
 packing, a library's matrix product re-packs W in every call, which for one to a few dozen rows costs more than the
