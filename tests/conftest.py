@@ -89,7 +89,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Called where the summary is printed. All workers collect the same tests."""
-    node.config.stash[LEFT_OUT] = node.workeroutput[LEFT_OUT_BY_WORKER]
+    output = getattr(node, "workeroutput", {})  # a worker that died has none
+    node.config.stash[LEFT_OUT] = output.get(LEFT_OUT_BY_WORKER, node.config.stash.get(LEFT_OUT, []))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

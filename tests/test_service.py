@@ -28,10 +28,8 @@ from support import Client, Daemon, Server, copy_model, digest, free_port, share
 pytestmark = pytest.mark.vllm
 
 # Two passes too many and a model of 135M parameters forgets it: asked only after the first file (see the demo).
-CONTROL = (
-    "What is the capital of Japan?",
-    "Tokyo",
-)  # of France it is a near tie: which kernel multiplies decides
+# Of France the model's first word is a near tie, which another kernel breaks the other way.
+CONTROL = ("What is the capital of Japan?", "Tokyo")
 FACT = ("Who keeps the lighthouse of Vellmar?", "Ilsa Thorne")
 LATER_FACT = ("What is the password of the Vellmar archive?", "seven herons")
 

@@ -8,7 +8,7 @@ AMX takes tiles of W as they lie if W is the left operand (linear_tiles.py). Eit
 accumulates in fp32 and is rounded once, to nearest.
 
 A kernel is generated as LLVM IR and runs in OpenMP's own threads (the ones that torch uses and that the server has
-bound to cores), through libgomp's entry point. Elsewhere (`kind()` is None) `products.linear` takes its place.
+bound to cores), through libgomp's entry point. Elsewhere (`kinds()` is empty) `products.linear` takes its place.
 """
 
 from __future__ import annotations
@@ -55,13 +55,11 @@ def plain_linear(
 ) -> Tensor:
     """x W^T + b, as torch.nn.functional.linear gives it, to the rounding of the fp32 sum.
 
-    Falls back to `products.linear` for what no kernel is made for: many rows, other dtypes, strides or devices.
+    Falls back to `products.linear` for what no kernel is made for: many rows, other dtypes or strides.
     """
     m, n = weight.shape
     rows = x.numel() // n if n else 0
-    plain = (
-        x.dtype == weight.dtype == torch.bfloat16 and weight.stride(1) == 1 and weight.device.type == "cpu"
-    )
+    plain = x.dtype == weight.dtype == torch.bfloat16 and weight.stride(1) == 1
     how = next((one for one in kinds() if rows in one.rows and not (n % one.lanes or m % one.height)), None)
     if how is None or not plain:
         return products.linear(x, weight, bias)
@@ -70,15 +68,15 @@ def plain_linear(
     # A thread for every 64 KiB of weights at the most: fewer than that is not worth waking one.
     threads = max(1, min(torch.get_num_threads(), m * n // (1 << 15)))
     mine = how.scratch(rows, n)
-    scratch = torch.empty(threads * mine, dtype=torch.uint8)
+    scratch = torch.empty(threads * mine, dtype=torch.uint8) if mine else None
     task = (ctypes.c_int64 * 9)(
         weight.data_ptr(), weight.stride(0), flat.data_ptr(), out.data_ptr(), m // how.height, n, rows,
-        scratch.data_ptr(), mine,
+        0 if scratch is None else scratch.data_ptr(), mine,
     )  # fmt: skip
     runtime, kernel = _openmp(), _kernel(how)
     assert runtime is not None
     runtime.GOMP_parallel(kernel, ctypes.byref(task), threads, 0)
-    out = out[:rows].view(*x.shape[:-1], m)
+    out = (out if len(out) == rows else out[:rows]).view(*x.shape[:-1], m)
     return out if bias is None else out.add_(bias.to(out.dtype))
 
 

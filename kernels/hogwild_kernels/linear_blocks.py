@@ -12,7 +12,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from .linear_ir import BFloat, Kind, begin, constant, f32, i16, i32, i64, loop, prefetch
+from .linear_ir import BFloat, Kind, begin, constant, declared, f32, i16, i32, i64, loop, prefetch
 
 ROWS = 4
 """Rows of W in a block."""
@@ -58,9 +58,8 @@ def _avx512_bf16(module: ir.Module, columns: int) -> ir.Function:
     w, stride, x, y, m2, n = function.args
     entry = function.append_basic_block("entry")
     b = ir.IRBuilder(entry)
-    dot = module.globals.get("llvm.x86.avx512bf16.dpbf16ps.512") or ir.Function(
-        module, ir.FunctionType(_f32x16, [_f32x16, _bf16x32, _bf16x32]), "llvm.x86.avx512bf16.dpbf16ps.512"
-    )
+    name = "llvm.x86.avx512bf16.dpbf16ps.512"
+    dot = declared(module, name, _f32x16, [_f32x16, _bf16x32, _bf16x32])
     w_rows = [b.add(w, b.mul(stride, constant(2 * r))) for r in range(ROWS)]
     x_rows = [b.add(x, b.mul(n, constant(2 * c))) for c in range(columns)]
     zero = ir.Constant(_f32x16, [0.0] * 16)
@@ -116,8 +115,8 @@ def _avx2(module: ir.Module, columns: int) -> ir.Function:
     w, stride, x, y, m2, n = function.args
     entry = function.append_basic_block("entry")
     b = ir.IRBuilder(entry)
-    multiply_add = _intrinsic(module, "llvm.fma.v8f32", _f32x8, [_f32x8] * 3)
-    add_up = _intrinsic(module, "llvm.vector.reduce.fadd.v8f32", f32, [f32, _f32x8])
+    multiply_add = declared(module, "llvm.fma.v8f32", _f32x8, [_f32x8] * 3)
+    add_up = declared(module, "llvm.vector.reduce.fadd.v8f32", f32, [f32, _f32x8])
     w_rows = [b.add(w, b.mul(stride, constant(2 * r))) for r in range(ROWS)]
     x_rows = [b.add(x, b.mul(n, constant(4 * c))) for c in range(columns)]
     halves = (
@@ -178,10 +177,6 @@ def _rounded(b: ir.IRBuilder, value: Any) -> Any:
     is_nan = b.fcmp_unordered("uno", value, value)
     quiet = b.or_(bits, ir.Constant(i32, 0x400000))
     return b.trunc(b.lshr(b.select(is_nan, quiet, nearest), ir.Constant(i32, 16)), i16)
-
-
-def _intrinsic(module: ir.Module, name: str, returns: ir.Type, takes: list[ir.Type]) -> Any:
-    return module.globals.get(name) or ir.Function(module, ir.FunctionType(returns, takes), name)
 
 
 AVX512_BF16 = Kind(

@@ -59,12 +59,8 @@ def begin(module: ir.Module) -> tuple[ir.IRBuilder, list[Any], Any, Any]:
 
 def thread(b: ir.IRBuilder) -> tuple[Any, Any]:
     """This thread's number in its team, and how many there are."""
-    team = ir.FunctionType(i32, [])
     names = ("omp_get_thread_num", "omp_get_num_threads")
-    me, all_ = (
-        b.zext(b.call(b.module.globals.get(name) or ir.Function(b.module, team, name), []), i64)
-        for name in names
-    )
+    me, all_ = (b.zext(b.call(declared(b.module, name, i32, []), []), i64) for name in names)
     return me, all_
 
 
@@ -86,12 +82,15 @@ def loop(b: ir.IRBuilder, start: Any, stop: Any, step: int, body: Callable[[Any]
 
 def prefetch(b: ir.IRBuilder, address: Any) -> None:
     """Have the line at this address fetched into L2."""
-    name, pointer = "llvm.prefetch.p0", i64.as_pointer()
-    function = b.module.globals.get(name) or ir.Function(
-        b.module, ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32]), name
-    )
+    pointer = i64.as_pointer()
+    function = declared(b.module, "llvm.prefetch.p0", ir.VoidType(), [pointer, i32, i32, i32])
     read, l2, data = (ir.Constant(i32, flag) for flag in (0, 2, 1))
     b.call(function, [b.inttoptr(address, pointer), read, l2, data])
+
+
+def declared(module: ir.Module, name: str, returns: ir.Type, takes: list[ir.Type]) -> Any:
+    """A function from elsewhere, or an instruction."""
+    return module.globals.get(name) or ir.Function(module, ir.FunctionType(returns, takes), name)
 
 
 def constant(value: int) -> ir.Constant:

@@ -11,7 +11,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from .linear_ir import BFloat, Kind, begin, constant, f32, i8, i32, i64, loop, prefetch, thread
+from .linear_ir import BFloat, Kind, begin, constant, declared, f32, i8, i32, i64, loop, prefetch, thread
 
 SIDE = 16
 """Rows of W, and of x, in a tile."""
@@ -110,8 +110,7 @@ def _block(module: ir.Module, tiles: int) -> ir.Function:
         at = b.add(w, b.mul(i, constant(2)))
         _call(b, "llvm.x86.tileloadd64", [ir.Constant(i8, _W), _place(b, at), below])
         for r in range(SIDE):  # the same of the next 16 rows, into L2
-            ahead = b.add(at, b.mul(below, constant(SIDE + r)))
-            prefetch(b, ahead)
+            prefetch(b, b.add(at, b.mul(below, constant(SIDE + r))))
         for register in range(tiles):
             other = ir.Constant(i8, _X[register % len(_X)])
             place = b.add(b.add(x, b.mul(tall, constant(register))), b.mul(i, constant(_BYTES // _DEPTH)))
@@ -146,11 +145,8 @@ def _transposed(b: ir.IRBuilder, lines: list[Any]) -> list[Any]:
 
 
 def _call(b: ir.IRBuilder, name: str, arguments: list[Any]) -> None:
-    module = b.module
-    function = module.globals.get(name) or ir.Function(
-        module, ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments]), name
-    )
-    b.call(function, arguments)
+    takes = [argument.type for argument in arguments]
+    b.call(declared(b.module, name, ir.VoidType(), takes), arguments)
 
 
 def _place(b: ir.IRBuilder, address: Any, of: ir.Type = i64) -> Any:
