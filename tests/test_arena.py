@@ -229,6 +229,31 @@ def test_every_arena_has_an_id_of_its_own():
     assert len({ControlPage.create(bytes(32)).arena_id for _ in range(5)}) == 5
 
 
+def write_words(pipe: Any, fd: int) -> None:
+    page = ControlPage(Segment.from_fd(os.dup(fd), CONTROL_NBYTES))
+    pipe.send(("writing", None))
+    for number in range(1 << 40, 1 << 62):
+        page.epoch = number
+
+
+def test_a_reader_sees_the_old_word_or_the_new_one():
+    """Never what is neither: epoch 0 would be the salt of untrained weights."""
+    page = ControlPage.create(bytes(32))
+    page.epoch = 1 << 40
+    child = Child(write_words, page.segment.fd)
+    child.hear("writing")
+    last, seen = 1 << 40, 0
+    until = time.monotonic() + 2.0
+    while time.monotonic() < until:
+        for _ in range(1000):
+            now = page.epoch
+            assert now >= last
+            seen += now > last
+            last = now
+    child.kill()
+    assert seen > 100, "it was written meanwhile"
+
+
 def test_a_page_of_another_version_or_size_is_refused():
     page = ControlPage.create(bytes(32))
     page.segment.mapping[7] = MAGIC[7] + 1

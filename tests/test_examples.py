@@ -171,6 +171,38 @@ def test_tools_may_be_called_and_answered():
     assert parse_line(line(messages=messages[:3])).messages
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ('{"x": "\\ud83d"}', "surrogate"),  # escaped twice in the line, so that only this text has it
+        ('{"x": NaN}', "NaN is not JSON"),
+        ('{"x": 1, "x": 2}', "given twice"),
+        ('{"x": ' + "[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_arguments_given_as_text_are_as_strict_as_the_line(arguments, says):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    error = reason(line(messages=[CHAT[0], {"role": "assistant", "tool_calls": [call]}]))
+    assert error.field == "messages[1].tool_calls[0].function.arguments"
+    assert says in error.reason
+
+
+def test_null_is_left_out():
+    """As exporters write it that put every column into every row."""
+    row = {
+        "messages": None,
+        "tools": None,
+        "prompt": None,
+        "completion": None,
+        "text": "t",
+        "id": None,
+        "weight": None,
+    }
+    assert parse_line(line(**row)) == Example(text="t")
+    assert 'needs "messages"' in reason(line(text=None)).reason
+    assert reason(line(text="t", txet=None)).field == "txet", "a misspelt name is one, whatever it says"
+
+
 def test_strings_are_kept_to_the_letter():
     text = " \t Zoë 😀 \u2028 \\ud83d \x00"
     assert parse_line(line(text=text)).text == text

@@ -222,7 +222,7 @@ def test_any_layout_is_written_in_place(layout: str) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan, 3e38])
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan, 3e38, 1e20])
 @pytest.mark.parametrize("where", ["x", "d"])
 @pytest.mark.parametrize(("m", "n"), [(24, 40), (40, 24)])
 def test_non_finite_input_touches_nothing_and_is_counted(m: int, n: int, where: str, bad: float) -> None:
@@ -340,10 +340,19 @@ def test_no_step_reads_a_scalar_back() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 def test_kernels_compile_for_a_real_target_without_a_device(tmp_path: Any) -> None:
     """Ahead of time, for compute capability 9.0. It shows that they compile, not that they run."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    run_without_a_device("kernels_ahead_of_time.py", tmp_path)
+
+
+def test_a_second_thread_waits_for_what_the_first_compiles(tmp_path: Any) -> None:
+    """Two trainer threads that begin at once, with nothing in Triton's cache."""
+    run_without_a_device("kernels_two_threads.py", tmp_path)
+
+
+def run_without_a_device(script: str, cache: Path) -> None:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
     environment.pop("TRITON_INTERPRET", None)
     run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("kernels_ahead_of_time.py"))],
+        [sys.executable, str(Path(__file__).with_name(script))],
         env=environment,
         capture_output=True,
         text=True,

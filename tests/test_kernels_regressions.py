@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_the_limiter_still_limits_growth() -> None:
 
 
 @pytest.mark.parametrize("backend", STEPS)
-@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, 3e38])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, 3e38, 1e20])
 @pytest.mark.parametrize("where", ["x", "d"])
 @pytest.mark.parametrize("shape", ["wide", "tall"])
 def test_non_finite_input_touches_nothing_and_is_counted(
@@ -132,7 +133,20 @@ def test_non_finite_input_touches_nothing_and_is_counted(
     assert state.step == 2
 
 
-@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("form", ["factored", "plain"])
+@pytest.mark.parametrize("large", [1e19, 1e22, 1e30])
+def test_what_the_moments_cannot_hold_is_skipped(large: float, form: Literal["factored", "plain"]) -> None:
+    """R is finite and R^2 is not: taken in, it would freeze the channel for good, and nobody would be told."""
+    torch.manual_seed(0)
+    state = ApolloState("layer", (M, N), ApolloConfig(rank=8, lr=1e-3, form=form))
+    w = torch.randn(M, N).bfloat16()
+    x, d = batch()
+    x[3, 5] = large
+    assert apollo_update(w, x, d, state).skipped
+    assert state.exp_avg_sq.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan, 1e20])  # the square of the last overflows
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adam_guards_too(bad: float, dtype: torch.dtype) -> None:
     state = AdamState("norm", (64,))

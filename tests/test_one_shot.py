@@ -206,8 +206,51 @@ def test_ctrl_c_saves_what_was_learned_and_the_state_folder_goes_on(model: Path,
         first["model.layers.0.mlp.up_proj.weight"], second["model.layers.0.mlp.up_proj.weight"]
     )
     ran = train(*arguments, "--out", tmp_path / "none", **settings)
-    assert ran.returncode == 1
-    assert "nothing to train" in ran.stderr
+    assert ran.returncode == 0, ran.stderr
+    third = load_file(tmp_path / "none" / "model.safetensors")
+    assert all(torch.equal(third[name], tensor) for name, tensor in second.items()), (
+        "what was learned, once more"
+    )
+
+
+def test_an_out_that_could_not_be_written_is_written_by_the_same_command_again(
+    model: Path, tmp_path: Path
+) -> None:
+    """Also: step_tokens counts as in the daemon, and another spelling of a file's name is the same file."""
+    file, state, out = write(tmp_path / "a.jsonl", TEACH), tmp_path / "state", tmp_path / "out"
+    arguments = [
+        file,
+        "--model",
+        model,
+        "--out",
+        out,
+        "--state",
+        state,
+        "--passes",
+        2,
+        "--threads",
+        1,
+        "--json",
+    ]
+    settings: dict[str, object] = {"replay__ratio": 0, "training__step_tokens": 1000}
+    with subprocess.Popen(
+        command(*arguments), env=env(settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        wait_until(lambda: (state / "ledger.sqlite").exists(), "it has begun")
+        out.mkdir()
+        (out / "somebody's").touch()  # as another program might, meanwhile
+        _, stderr = running.communicate(timeout=120)
+    assert running.returncode == 1
+    assert "could not be written" in stderr
+    assert "the same command tries again" in stderr
+    (out / "somebody's").unlink()
+    arguments[0] = f"{file.parent}/../{file.parent.name}/{file.name}"
+    ran = train(*arguments, **settings)
+    assert ran.returncode == 0, ran.stderr
+    said = json.loads(ran.stdout)
+    assert (said["passes"], said["steps"]) == (2 * len(TEACH), 2), "all lines in one step"
+    assert said["files"][0]["same_as"] is None
+    assert (out / "model.safetensors").exists()
 
 
 def passes(state: Path) -> int:

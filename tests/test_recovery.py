@@ -178,6 +178,40 @@ def test_an_arena_left_in_the_middle_of_a_restore_is_restored_again(desk, saved)
     assert not arena.control.restoring
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_killed_between_the_weights_and_the_ledger_the_arena_is_restored_again(desk, monkeypatch, saved):
+    """Or else the ledger would count passes that these weights do not hold."""
+    first = load_arena(desk.model)
+    desk.take(first)
+    desk.accept()
+    desk.train(first)
+    if saved:
+        desk.save(first)
+        desk.train(first)
+    else:
+        desk.train(first, recorded=False)  # further than the ledger knows
+        desk.train(first, recorded=False)
+        desk.train(first, recorded=False)
+    second = load_arena(desk.model) if saved else first
+    desk.reopen()
+
+    class KilledError(BaseException):
+        pass
+
+    def killed(*_arguments):
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "reset_to_durable", killed)
+        with pytest.raises(KilledError):
+            desk.take(second)
+    desk.reopen()
+    desk.take(second)
+    assert desk.ledger.counts().passes == int(saved)
+    expected = load_arena(desk.checkpoints.current() if saved else desk.model)
+    assert sums_of(Weights(second)) == sums_of(Weights(expected))
+
+
 def test_an_error_in_the_middle_of_a_restore_leaves_the_mark(trained):
     with pytest.raises(OSError, match="disk"), trained.control.rewriting():
         raise OSError("disk")

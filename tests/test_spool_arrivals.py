@@ -130,6 +130,18 @@ def test_an_empty_done_folder_is_not_needed_to_keep_names_apart(spool, ledger, c
     assert len(names(spool.failed)) == 3
 
 
+def test_a_file_named_like_a_list_of_errors_is_kept_apart_from_one(spool, ledger, clock):
+    """Somebody has moved failed/facts.jsonl.errors.jsonl back, and drops facts.jsonl with a bad line again."""
+    only_copy = '{"foo": "the only copy"}\n'
+    (spool.incoming / "facts.jsonl.errors.jsonl").write_text(only_copy)
+    settle(spool, clock)
+    (spool.incoming / "facts.jsonl").write_text('{"text": "a"}\nbad\n')
+    settle(spool, clock)
+    (kept,) = [file.stored_as for file in ledger.files() if file.name.endswith(".errors.jsonl")]
+    assert (spool.failed / kept).read_text() == only_copy
+    assert '"line":2' in (spool.failed / "facts.jsonl.errors.jsonl").read_text()
+
+
 # --- editors ---
 
 

@@ -10,11 +10,11 @@ when serving. That much is shared with the server on purpose. What is trained is
 template's own text, never by searching for roles, so a faked turn in somebody's words is context and never trained.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from hogwild import strict_json
 from hogwild.errors import ExampleError
 
 Message = Mapping[str, Any]
@@ -77,13 +77,14 @@ def arguments_of(call: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a tool call as an object; they may be given as its JSON text, and be empty.
 
     Raises:
+        ExampleError: their text is not JSON.
         ValueError: they are neither.
     """
     arguments = call["function"].get("arguments")
     if not arguments and arguments in (None, "", {}):
         return {}
     if isinstance(arguments, str):
-        arguments = json.loads(arguments)
+        arguments = strict_json.loads(arguments)
     if not isinstance(arguments, dict):
         raise ValueError("not an object")  # noqa: TRY004 - a JSON text of another type is a wrong value
     return arguments

@@ -109,12 +109,9 @@ class Curriculum:
             self._changed.notify_all()
 
     def give_back(self, batch: Batch) -> None:
-        """Not trained after all: its new examples are the next ones."""
-        with self._changed:
-            if self._out.pop(id(batch), None) is not None:
-                self._taken.difference_update(one.example_id for one in batch.new)
-                self._queue.extendleft(reversed(batch.new))
-                self._changed.notify_all()
+        """Not trained after all: the order is read anew, for what held it up may have changed its examples."""
+        self.done(batch)
+        self.wake()
 
     def wake(self) -> None:
         """The ledger changed: new examples, or passes undone. The order is read anew."""

@@ -62,15 +62,18 @@ def parse_line(line: bytes) -> Example:
     Raises:
         ExampleError: the line is not one of the three forms; names the field and what would be right.
     """
-    data = loads_object(line)
+    known = {name for names in FORMS.values() for name in names}
+    # null is "left out", as many exporters write every column; but a misspelt name is an error whatever it says.
+    data = {
+        name: value for name, value in loads_object(line).items() if value is not None or name not in known
+    }
     forms = [form for form in FORMS if form in data]
     if len(forms) > 1:
         raise ExampleError(f"{' and '.join(forms)} in one line; choose one", forms[1])
     if not forms:
-        allowed = sorted({name for names in FORMS.values() for name in names})
         for name in data:
-            if name not in allowed:
-                raise unknown(name, allowed)
+            if name not in known:
+                raise unknown(name, sorted(known))
         raise ExampleError('needs "messages", or "prompt" and "completion", or "text"')
     for name in data:
         if name not in FORMS[forms[0]]:
@@ -113,16 +116,21 @@ def encode(
         (see `encode_text`); they make up the example together, each trained token counting the same.
 
     Raises:
-        ExampleError: too long, or the chat template does not allow it.
+        ExampleError: too long, or the chat template or the tokenizer does not allow it.
     """
-    if example.messages is not None:
-        turns = example.train_on or train_on
-        parts = encode_chat(example.messages, example.tools, tokenizer, only_last=turns == "last")
-    elif example.completion is not None:
-        parts = [encode_completion(example.prompt or "", example.completion, tokenizer)]
-    else:
-        longest = max_tokens if context_length is None else min(max_tokens, context_length)
-        parts = encode_text(example.text or "", tokenizer, longest)
+    try:
+        if example.messages is not None:
+            turns = example.train_on or train_on
+            parts = encode_chat(example.messages, example.tools, tokenizer, only_last=turns == "last")
+        elif example.completion is not None:
+            parts = [encode_completion(example.prompt or "", example.completion, tokenizer)]
+        else:
+            longest = max_tokens if context_length is None else min(max_tokens, context_length)
+            parts = encode_text(example.text or "", tokenizer, longest)
+    except (ExampleError, MemoryError):
+        raise
+    except Exception as error:  # a tokenizer raises what it likes; one line must not stop all others
+        raise ExampleError(f"the tokenizer refuses it: {error!r:.200}") from error
     for part in parts:
         length = len(part.ids)
         if context_length is not None and length > context_length:

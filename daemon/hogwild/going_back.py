@@ -62,6 +62,8 @@ class GoingBack:
             command.refuse(f"not a generation: {command.arguments!r:.100}")
             return
         waited = command.age_s
+        learner = self._attachment.learner
+        fallen = self.stuck or (learner is not None and learner.judge.tripped is not None)
         try:
             with self._attachment.changing:
                 done = rollback.roll_back(
@@ -69,7 +71,7 @@ class GoingBack:
                     retrain=retrain,
                     ledger=self._ledger,
                     keeper=self._keeper,
-                    learner=self._attachment.learner,
+                    learner=learner,
                 )
         except HogwildError as error:
             log.error("rollback.failed", generation=number, error=str(error))
@@ -78,9 +80,13 @@ class GoingBack:
                 raise  # the weights may be half-written: the next start finishes it
             return
         self._schedule.collect(wait=True)  # it was under way when the command came
-        if (learner := self._attachment.learner) is not None:
+        if learner is not None:
             self._schedule.mark_saved(learner.progress.steps)
             self.stuck, learner.judge.tripped = False, None
+        if (
+            fallen
+        ):  # training had stopped for it: it begins again once the server is seen to serve these weights
+            self._attachment.must_check = True
         metrics.rollbacks.labels(by="person").inc()
         self._keeper.start_tidying()
         command.done(**done, waited_ms=round(waited * 1000))

@@ -168,7 +168,8 @@ class Keeper:
                 break
             except CheckpointError as error:
                 good = self.history.last_good(number)
-                if not good:  # None, or generation 0: all that was learned would be gone
+                # None, or generation 0: all that was learned would be gone. The same one: the disk is to blame.
+                if not good or good == number:
                     raise
                 log.error("history.fell_back", generation=number, to=good, error=str(error))
                 number = good

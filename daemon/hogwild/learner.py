@@ -1,8 +1,9 @@
 """What works on one arena: the verified views, the shared optimizer, and the trainer threads."""
 
+import contextlib
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -113,6 +114,7 @@ class Learner:
         self.failure: BaseException | None = None
         self._stopping = threading.Event()
         self._may_train = threading.Event()
+        self._working: set[int] = set()  # threads that train or judge, by index
         self._asked_for_own_texts = False
         self._preparation = Preparation(
             self.reader, self.encoder, config, self._stopping.is_set, self._stand_back
@@ -136,10 +138,13 @@ class Learner:
         """Are the trainer threads allowed to take examples?"""
         return self._may_train.is_set()
 
-    def restore(self, folder: Path) -> dict[str, Any]:
+    def restore(self, folder: Path, also: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Write a checkpoint's weights and optimizer state into the arena, in place; return its state.
 
         No trainer may be at work.
+
+        Args:
+            also: what must have happened before these weights are trusted; after a crash before that they are not.
 
         Raises:
             CheckpointError: it is damaged or does not fit; nothing has been written to the arena.
@@ -151,8 +156,10 @@ class Learner:
         self.progress.new_epoch()
         with self.arena.control.rewriting():
             self.weights.write(folder)
+            streams.settle(self.arena.weights.device)
             self.progress.resume(state["step"], state["epoch"])
             self.arena.control.generation = state["generation"]
+            also()
         self.judge.hold_against(state)
         return state
 
@@ -257,6 +264,16 @@ class Learner:
         """Until they are written, or given up."""
         self._preparation.done()
 
+    @contextlib.contextmanager
+    def _work(self, index: int) -> Iterator[bool]:
+        """What `quiet` waits for; gives whether it may be done at all. Said first and asked then, so that it is either
+        waited for or not done."""
+        self._working.add(index)
+        try:
+            yield self._may_train.is_set()
+        finally:
+            self._working.discard(index)
+
     def pause(self) -> None:
         """Take no further example; what is under way is finished, however busy the server is."""
         self._may_train.clear()
@@ -274,9 +291,9 @@ class Learner:
         return not any(thread.is_alive() for thread in self._threads)
 
     def quiet(self, timeout_s: float) -> bool:
-        """After `pause`: wait until no example is being trained. False if one still is in the end."""
+        """After `pause`: wait until no example is being trained or judged. False if one still is in the end."""
         deadline = time.monotonic() + timeout_s
-        while self.curriculum.in_flight:
+        while self.curriculum.in_flight or self._working:
             if self.failure is not None or time.monotonic() > deadline:
                 return False
             time.sleep(0.01)
@@ -352,13 +369,20 @@ class Learner:
                     continue
                 if not self._preparation.done(_IDLE_S):
                     continue
-                self.judge.begin()
+                with self._work(index) as may:
+                    if may:
+                        self.judge.begin()
                 batch = self.curriculum.take(timeout=_IDLE_S, step=self.progress.steps)
-                if batch is not None:
-                    self.turn.take(trainer, index, batch)
-                elif not self.curriculum.in_flight:
-                    self.progress.settle()
-                self.judge.look()
+                if batch is None:
+                    if not self.curriculum.in_flight:
+                        self.progress.settle()
+                    continue
+                with self._work(index) as may:
+                    if may:
+                        self.turn.take(trainer, index, batch)
+                        self.judge.look()
+                    else:  # a pause began while it waited for the example
+                        self.curriculum.give_back(batch)
         except BaseException as error:
             # A trainer that dies may have left a layer half-written: the supervisor stops the service.
             self.failure = error

@@ -19,7 +19,7 @@ CHUNK_BYTES = 256 * 1024
 # Four bytes of Zstandard can stand for 128 KiB, so this many can become 16 MiB.
 ZSTD_CHUNK_BYTES = 512
 EXCERPT_BYTES = 200
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r"
 
 
@@ -94,7 +94,7 @@ def split_lines(chunks: Iterable[bytes], max_line_bytes: int) -> Iterator[tuple[
 
     def line() -> tuple[int, int, bytes, int]:
         raw = b"".join(held)
-        return line_no, offset, raw.removeprefix(_BOM) if line_no == 1 else raw, length
+        return line_no, offset, raw.removeprefix(BOM) if line_no == 1 else raw, length
 
     for chunk in chunks:
         first, *rest = chunk.split(b"\n")

@@ -100,9 +100,11 @@ def _check_call(call: Message, where: str) -> None:
     _check_function(call, where)
     try:
         arguments_of(call)
-    except (ValueError, RecursionError):
+    except (ValueError, ExampleError) as error:
+        why = f" ({error.reason})" if isinstance(error, ExampleError) else ""
         raise ExampleError(
-            'must be an object, or its JSON text, as in {"city": "Oslo"}', f"{where}.function.arguments"
+            f'must be an object, or its JSON text, as in {{"city": "Oslo"}}{why}',
+            f"{where}.function.arguments",
         ) from None
 
 

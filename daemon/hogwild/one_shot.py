@@ -10,12 +10,12 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hogwild import __version__, recovery, state_lock
+from hogwild import __version__, generation, recovery, state_lock
 from hogwild.checkpoint import Checkpoints
 from hogwild.curriculum import Curriculum
 from hogwild.errors import AlreadyAccepted, ExampleError, HogwildError, UsageError
@@ -69,6 +69,10 @@ class Now:
     """Mean of the newest passes, before each update."""
 
 
+Records = Mapping[Path, tuple[FileRecord, str | None]]
+"""Of each file, what the ledger knows of it, and the name of another with the same content."""
+
+
 @dataclass
 class OneShot:
     """One training run.
@@ -105,18 +109,22 @@ class OneShot:
             )
             with Ledger(state / "ledger.sqlite") as ledger:
                 records = {path: self._accept(path, ledger) for path in files}
+                checkpoints = Checkpoints(state / "checkpoints", config.checkpoint.keep)
+                if ledger.is_idle() and checkpoints.current() is not None and not ledger.has_passes_to_save():
+                    return self._publish_again(checkpoints, ledger, records, began)
                 if ledger.is_idle():
                     raise HogwildError(
                         "there is nothing to train: no good line that has not been trained before"
                     )
-                checkpoints = Checkpoints(state / "checkpoints", config.checkpoint.keep)
-                curriculum = Curriculum(ledger, config.replay, seed=config.training.seed)
+                curriculum = Curriculum(
+                    ledger,
+                    config.replay,
+                    seed=config.training.seed,
+                    step_tokens=config.training.step_tokens,
+                )
                 arena = load_arena(self.model, self.device)
                 learner = recovery.take(arena, config, ledger, checkpoints, curriculum).learner
-                results = [
-                    FileResult(str(path), record.examples, record.rejected, same_as=same_as)
-                    for path, (record, same_as) in records.items()
-                ]
+                results = _results(records)
                 most = max(min(MEASURED_OF_A_FILE, MEASURED // len(files)), 1)
                 samples = [
                     [] if result.same_as else self._sample(Path(result.file), result.examples, most, learner)
@@ -141,6 +149,19 @@ class OneShot:
             learner.progress.steps,
             round(time.monotonic() - began, 1),
             interrupted=self._stop.is_set(),
+        )
+
+    def _publish_again(
+        self, checkpoints: Checkpoints, ledger: Ledger, records: Records, began: float
+    ) -> Result:
+        """An earlier run in this state folder has trained all of it, and may not have been able to write `out`."""
+        self._publish(checkpoints)
+        current = checkpoints.current()
+        assert current is not None
+        steps = generation.read_state(current)["step"]
+        seconds = round(time.monotonic() - began, 1)
+        return Result(
+            str(self.out), _results(records), ledger.counts().passes, steps, seconds, interrupted=False
         )
 
     def interrupt(self) -> None:
@@ -168,7 +189,8 @@ class OneShot:
             passes = self.config.training.passes
             record = ledger.accept_file(str(path), digest, lines, passes=passes, content_bytes=length)
         except AlreadyAccepted as known:  # or an earlier run in this state folder did it, and we go on
-            return ledger.file(known.file_id), None if known.name == str(path) else known.name
+            same = Path(known.name).resolve() == path.resolve()
+            return ledger.file(known.file_id), None if same else known.name
         except (DamagedFileError, OSError) as error:
             raise UsageError(f"{path}: cannot be read: {error}") from error
         return record, None
@@ -218,7 +240,19 @@ class OneShot:
             _fsync(self.out.parent)
         except OSError as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            raise HogwildError(f"--out {self.out} could not be written: {error}") from error
+            kept = (
+                ""
+                if self.state is None
+                else f"; what was trained is in {current}, and the same command tries again"
+            )
+            raise HogwildError(f"--out {self.out} could not be written: {error}{kept}") from error
+
+
+def _results(records: Records) -> list[FileResult]:
+    return [
+        FileResult(str(path), record.examples, record.rejected, same_as=same_as)
+        for path, (record, same_as) in records.items()
+    ]
 
 
 def _mean_loss(learner: Learner, groups: Sequence[Group]) -> float | None:

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from hogwild import metrics, model_file, pulse, selfreplay
 from hogwild.errors import ConfigError, ExampleError
 from hogwild.examples import Encoded, Example, parse_line
+from hogwild.lines import BOM
 from hogwild.settings import ProbesConfig
 
 VERSION = 1
@@ -192,7 +193,7 @@ def read(path: Path, encode: Callable[[Example], Sequence[Encoded]]) -> list[Pro
         ConfigError: naming every line that is not a probe.
     """
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().removeprefix(BOM).splitlines()
     except OSError as error:
         raise ConfigError(f"probes.file: {path}: {error.strerror}") from error
     found, problems = [], []

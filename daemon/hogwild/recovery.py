@@ -20,7 +20,7 @@ docs/crashes.md says what each message means.
 from dataclasses import dataclass
 from pathlib import Path
 
-from hogwild import checkpoint, generation, rollback
+from hogwild import checkpoint, generation, rollback, streams
 from hogwild import log as logs
 from hogwild.arena.client import Arena
 from hogwild.checkpoint import Checkpoints
@@ -218,6 +218,19 @@ def _restore(learner: Learner, current: Path | None, write: bool) -> None:
         write: False: its weights are in the arena already.
     """
     ledger, control, position = learner.ledger, learner.arena.control, 0
+
+    def requeue() -> (
+        None
+    ):  # before the arena is trusted: a kill after that would leave passes counted that it lacks
+        undone = ledger.reset_to_durable(position)
+        if undone.passes_undone:
+            log.warning(
+                "ledger.requeued",
+                passes=undone.passes_undone,
+                examples=undone.examples_reopened,
+                reason="the weights that they were trained into are gone",
+            )
+
     if current is not None:
         state = checkpoint.read_state(current)
         if state["ledger_position"] > ledger.durable_marker():  # killed between the two
@@ -230,20 +243,17 @@ def _restore(learner: Learner, current: Path | None, write: bool) -> None:
             )
         position = state["ledger_position"]
         if write:
-            learner.restore(current)
+            learner.restore(current, requeue)
         else:
             learner.load_moments(current)
             learner.progress.resume(state["step"], state["epoch"])
+            requeue()
     elif control.trained or control.restoring:  # an arena that nothing but the model itself can mend
         learner.claim()
         with control.rewriting():
             learner.weights.write(learner.folder)
+            streams.settle(learner.arena.weights.device)
             control.generation = 0
-    undone = ledger.reset_to_durable(position)
-    if undone.passes_undone:
-        log.warning(
-            "ledger.requeued",
-            passes=undone.passes_undone,
-            examples=undone.examples_reopened,
-            reason="the weights that they were trained into are gone",
-        )
+            requeue()
+    else:
+        requeue()

@@ -123,8 +123,8 @@ def roll_back(
             "rollback.started", generation=number, asked=generation, left=left, retrain=retrain,
             live=learner is not None, step=learner.progress.steps if learner is not None else None,
         )  # fmt: skip
-        whole = False
         _note(ledger, intent)
+        whole = False
         if learner is not None:
             learner.restore(folder)
         undone = _apply(intent, ledger, keeper)

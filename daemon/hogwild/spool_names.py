@@ -9,6 +9,8 @@ from hogwild.spool_read import Candidate
 
 FORCE = ".force."
 """In a file's name: learn it although the same content was learned before."""
+ERRORS = ".errors.jsonl"
+"""What failed/ adds to the name of a file whose bad lines it lists."""
 NAME_BYTES = 220  # of 255: <name>.errors.jsonl and its temporary name must fit
 
 
@@ -19,7 +21,10 @@ def choose(batch: Sequence[Candidate], ledger: Ledger, folders: Sequence[Path]) 
         folders: done/ and failed/, for files there that the ledger does not know: somebody's own.
     """
     for one in batch:
-        one.stored_as = _shortened(one.name, one.digest)
+        name = one.name
+        if name.endswith(ERRORS):  # failed/<name> is where another file's bad lines are written down
+            name = f"{name.removesuffix('.jsonl')}.{one.digest[:8]}.jsonl"
+        one.stored_as = _shortened(name, one.digest)
     taken = ledger.names_taken([one.stored_as for one in batch])
     for one in batch:
         number = 1

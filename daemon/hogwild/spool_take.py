@@ -16,7 +16,7 @@ from hogwild.ledger_records import BadLine, FileRecord, Growing, NewFile
 from hogwild.settings import SpoolConfig
 from hogwild.spool_files import Signature, fsync_folder, move, printable, user, write_errors_file
 from hogwild.spool_grown import Growth
-from hogwild.spool_names import FORCE
+from hogwild.spool_names import ERRORS, FORCE
 from hogwild.spool_read import Candidate, ChangedError
 
 BATCH_FILES = 256  # each is held open meanwhile
@@ -197,7 +197,7 @@ class Intake:
                     stored_as = result.stored_as
                     folder = self.done if result.state == "accepted" else self.failed
                     if result.rejected:
-                        errors = self.failed / f"{stored_as}.errors.jsonl"
+                        errors = self.failed / f"{stored_as}{ERRORS}"
                         first = write_errors_file(self._ledger, stored_as, one.name, errors)
                 target = f"{folder}/{stored_as}"
                 same = move(one.path, target, one.signature.inode)
@@ -226,6 +226,13 @@ class Intake:
         for one, result, target, first in moved:
             self._report(one, result, target, first, scan)
 
+    def _became(self, known: AlreadyAccepted) -> str:
+        record = self._ledger.file(known.file_id)
+        counts = {"quarantined": record.quarantined, "failed": record.failed}
+        counts |= {"undone by a rollback": record.undone}
+        away = [f"{count} {state}" for state, count in counts.items() if count]
+        return f"accepted before, of its examples: {', '.join(away)}" if away else "already learned"
+
     def _report(
         self,
         one: Candidate,
@@ -243,7 +250,7 @@ class Intake:
                 same_as=result.name,
                 accepted_at=result.accepted_at,
                 stored_as=where,
-                hint=f"already learned; to learn it again, put `{FORCE[:-1]}` before .jsonl in its name",
+                hint=f"{self._became(result)}; to learn it again, put `{FORCE[:-1]}` before .jsonl in its name",
             )
             return
         self._unmoved.pop((result.name, result.content_hash), None)

@@ -26,6 +26,17 @@ def loads_object(line: bytes) -> dict[str, Any]:
         raise ExampleError(
             f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start}; save the file as UTF-8"
         ) from None
+    value = loads(text)
+    if not isinstance(value, dict):
+        kind = {list: "array", str: "string", bool: "boolean", type(None): "null"}.get(type(value), "number")
+        raise ExampleError(
+            f'a bare {kind}; a line is an object like {{"prompt": "...", "completion": "..."}}'
+        )
+    return value
+
+
+def loads(text: str) -> Any:
+    """Parses a JSON text; raises as `loads_object`."""
     try:
         value = _DECODER.decode(text)
         # Only an escape can have smuggled a surrogate in: UTF-8 itself cannot carry one.
@@ -38,11 +49,6 @@ def loads_object(line: bytes) -> dict[str, Any]:
         raise ExampleError("a number with too many digits") from None
     if surrogate:
         raise ExampleError("half of a surrogate pair (\\ud800-\\udfff) is not a character")
-    if not isinstance(value, dict):
-        kind = {list: "array", str: "string", bool: "boolean", type(None): "null"}.get(type(value), "number")
-        raise ExampleError(
-            f'a bare {kind}; a line is an object like {{"prompt": "...", "completion": "..."}}'
-        )
     return value
 
 

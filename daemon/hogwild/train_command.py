@@ -74,7 +74,8 @@ def _refuse(files: Sequence[Path], model: Path, out: Path) -> None:
     """
     for path in files:
         if not path.is_file():
-            raise UsageError(f"{path}: cannot be read: there is no such file")
+            why = "it is not a plain file" if path.exists() else "there is no such file"
+            raise UsageError(f"{path}: cannot be read: {why}")
     if not (model / "config.json").is_file():
         raise UsageError(f"--model {model}: no config.json there; give the folder of a Hugging Face model")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

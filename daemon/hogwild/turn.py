@@ -1,5 +1,9 @@
 """One training step of the daemon, from the batch that the curriculum hands out to what the ledger keeps of it."""
 
+from collections.abc import Sequence
+
+import torch
+
 from hogwild import log as logs
 from hogwild import metrics, step_report
 from hogwild.arena.control import ControlPage
@@ -54,6 +58,11 @@ class Turn:
         ]
         own = [Group((Item(sample, self._self_weight, likeliest=sample.likeliest),)) for sample in batch.own]
         if (batch.new and not new) or not (new or old or own):
+            if (
+                not batch.new
+            ):  # what was to be replayed fits no longer: a step all the same, or it is drawn for ever
+                self._guard.judge.progress.advance()
+                self._ledger.count_step_without_pass()
             self._curriculum.done(batch)  # nothing new is left, and replay was there for its sake
             return
         groups = [*(group for _, group in new), *(group for _, group in old), *own]
@@ -64,6 +73,9 @@ class Turn:
             self._curriculum.done(batch)
             self._curriculum.wake()
             return
+        except torch.OutOfMemoryError as error:
+            self._too_large(new, error)
+            raise
         with trainer.stream.current():
             self._drift.after(result.step)
         step_report.observe(result, new, old)
@@ -99,6 +111,17 @@ class Turn:
             log.debug("example.replayed", **one.who, loss=round(loss, 4), step=result.step, thread=index)
             if self._curriculum.forgotten(one, loss):
                 log.info("example.reopened", **one.who, loss=round(loss, 4), until_loss=one.until_loss)
+
+    def _too_large(self, new: Sequence[tuple[Pending, Group]], error: Exception) -> None:
+        """The service is about to end, and must not come back to the very same step."""
+        if new:
+            one, _ = max(new, key=lambda pair: len(pair[1].ids))
+            reason = (
+                "the GPU's memory did not suffice for a step with it; less training.batch_tokens or "
+                f"training.max_tokens, or more training.gpu_memory_gib, makes room ({str(error).splitlines()[0]:.200})"
+            )
+            self._ledger.set_failed(one.example_id, reason, None)
+            log.error("example.failed", **one.who, reason=reason, field=None)
 
 
 def _wants_loss_after(pending: Pending) -> bool:

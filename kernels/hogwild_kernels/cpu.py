@@ -63,7 +63,8 @@ def step(
 
     s = _channel_scales(state, config, r)
     length = _length(state, s, xs, ds, gradient)
-    if not math.isfinite(length):
+    # The moments hold R^2, which overflows long before R does: then the scales are 0, and so is the length.
+    if not (math.isfinite(length) and math.isfinite(float(r.square().sum()))):
         return skip(state)
     b1, b2 = config.betas
     loops.update_moments(

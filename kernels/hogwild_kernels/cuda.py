@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
+import threading
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,6 +64,9 @@ _tuned: dict[tuple[Any, ...], Blocks] = {}
 _plans: dict[tuple[Any, ...], _Plan] = {}
 _adams: dict[tuple[Any, ...], Prepared] = {}
 _tables: dict[torch.device, Tensor] = {}
+_first = threading.Lock()
+"""One plan at a time is compiled and tuned: Triton hands a second thread what the first has not compiled yet, and two
+that tune spoil each other's timings."""
 
 
 def step(
@@ -146,6 +150,14 @@ class _Plan:
         self.write: _Launch | None = None
 
     def run(
+        self, weight: Tensor, x: Tensor, d: Tensor, state: ApolloState, lr: float, seed: int
+    ) -> UpdateResult:
+        if self.write is not None:
+            return self._run(weight, x, d, state, lr, seed)
+        with _first:
+            return self._run(weight, x, d, state, lr, seed)
+
+    def _run(
         self, weight: Tensor, x: Tensor, d: Tensor, state: ApolloState, lr: float, seed: int
     ) -> UpdateResult:
         tokens, rank, split, config, device = len(x), state.rank, self.split, self.config, weight.device

@@ -341,15 +341,16 @@ def adam(
     weight, weight_marker, gradient, gradient_marker, mean, square, count,
     b1, c1, b2, c2, eps, root_correction, rate, keep, stochastic, a, b,
 ):  # fmt: skip
-    """AdamW over contiguous memory. Returns |dW|^2; touches nothing and returns NaN when a gradient is not
-    finite."""
+    """AdamW over contiguous memory. Returns |dW|^2; touches nothing and returns NaN when a gradient, or its square, is
+    not finite."""
     w = carray(_pointer(weight, weight_marker), (count,))
     g = carray(_pointer(gradient, gradient_marker), (count,))
     m = carray(_pointer(mean, FLOAT32), (count,))
     v = carray(_pointer(square, FLOAT32), (count,))
     bad = False
     for j in range(count):
-        bad |= (_float_bits(_widen(g[j])) & u32(0x7F800000)) == u32(0x7F800000)
+        x = _widen(g[j])
+        bad |= (_float_bits(x * x) & u32(0x7F800000)) == u32(0x7F800000)
     if bad:
         return math.nan
     words = np.empty((count + 1) // 2 + 1, np.uint32)

@@ -126,7 +126,7 @@ def adam_step(
     rate = config.lr if lr is None else lr
     b1, b2 = config.betas
     g = gradient.to(state.exp_avg.dtype)
-    if not bool(g.isfinite().all()):
+    if not bool(g.square().isfinite().all()):  # what the second moment holds
         return skip(state)
     step = state.step
     state.exp_avg.mul_(b1).add_(g, alpha=1 - b1)

@@ -24,7 +24,8 @@ def adam(
     bad = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, size, BLOCK):
         g = tl.load(gradient + start + i, mask=start + i < size, other=0.0).to(tl.float32)
-        bad += (g - g != 0.0).to(tl.int32)  # infinity and NaN give NaN
+        squared = g * g  # what the second moment holds
+        bad += (squared - squared != 0.0).to(tl.int32)  # infinity and NaN give NaN
     good = tl.sum(bad, 0) == 0
     done = tl.load(counts)
     t = (done + 1).to(tl.float64)

@@ -197,7 +197,9 @@ class ControlPage:
         return int(struct.unpack_from("<Q", self.segment.mapping, offset)[0])
 
     def _set_word(self, offset: int, value: int) -> None:
-        struct.pack_into("<Q", self.segment.mapping, offset, value)
+        # Not struct.pack_into, which clears the place first: a reader must see the old value or the new one.
+        with memoryview(self.segment.mapping) as view, view.cast("Q") as words:
+            words[offset // 8] = value
 
 
 class Gauge:

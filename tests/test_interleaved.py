@@ -1,0 +1,240 @@
+"""What comes in between: files, rollbacks, scores, failures, at moments when they hurt. Real threads, a tiny model."""
+
+import errno
+import json
+import os
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hogwild import probes, rollback
+from hogwild.checkpoint_schedule import CheckpointSchedule
+from hogwild.commands import Command
+from hogwild.errors import CheckpointError, LedgerError
+from hogwild.files import Sink
+from hogwild.going_back import GoingBack
+from hogwild.ledger import Trip
+from hogwild.trainer import Trainer
+from studio import DEADLINE_S, Studio, model
+from support import wait_until
+from tiny import WORDS
+
+QUIET = {"replay__self_texts": 0, "probes__own": 0}
+
+
+@pytest.fixture
+def root(tmp_path):
+    model(tmp_path / "model")
+    return tmp_path
+
+
+def going_back(studio: Studio) -> GoingBack:
+    schedule = CheckpointSchedule(studio.config, studio.ledger, studio.keeper)
+    attachment = SimpleNamespace(learner=studio.learner, changing=threading.Lock(), must_check=False)
+    return GoingBack(studio.ledger, studio.keeper, schedule, attachment)
+
+
+def ask_for(back: GoingBack, generation: int, *, retrain: bool = False) -> dict:
+    command = Command("rollback", {"generation": generation, "retrain": retrain})
+    back.on_command(command)
+    return command.wait()
+
+
+def test_a_file_that_comes_during_a_rollback_is_trained_after_it(root, monkeypatch):
+    """A trainer that has nothing to do waits for an example, and gets it while the weights are replaced."""
+    studio = Studio(root, **QUIET)
+    studio.drop("a", 4)
+    studio.train()
+    studio.save()
+    one = studio.bits()
+    studio.drop("b", 4)
+    studio.train()
+    studio.save()
+    waiting, take = threading.Event(), studio.curriculum.take
+
+    def noted(*args, **kwargs):
+        waiting.set()
+        return take(*args, **kwargs)
+
+    weights, during = studio.learner.weights, {}
+    write = weights.write
+
+    def slow(folder):
+        studio.drop("new", 1)
+        write(folder)
+        time.sleep(1.0)  # twice as long as a trainer waits for an example
+        during.update(studio.bits())
+
+    monkeypatch.setattr(studio.curriculum, "take", noted)
+    monkeypatch.setattr(weights, "write", slow)
+    studio.learner.start()
+    assert waiting.wait(DEADLINE_S)
+    studio.roll_back(1)
+    assert {name: during[name] for name in weights.names} == {name: one[name] for name in weights.names}
+    wait_until(studio.ledger.is_idle, "the new file is learned", DEADLINE_S)
+    assert [one.undone for one in studio.ledger.files() if one.name == "new"] == [0]
+    studio.close()
+
+
+def test_a_rollback_waits_for_a_score_that_is_being_taken(root, monkeypatch):
+    """One that is measured half with the weights of before would be compared with the generation of after."""
+    studio = Studio(root, **{**QUIET, "probes__own": 4}, probes__every_updates=4, probes__margin=50.0)
+    studio.learner.wait_for_own_texts()
+    studio.drop("a", 2)
+    studio.train()
+    assert studio.save() == 1
+    began, go_on, ended, measure = threading.Event(), threading.Event(), threading.Event(), probes.measure
+
+    def slow(*args):
+        began.set()
+        assert go_on.wait(DEADLINE_S)
+        result = measure(*args)
+        ended.set()
+        return result
+
+    studio.drop("b", 4)
+    monkeypatch.setattr(probes, "measure", slow)
+    studio.learner.start()
+    assert began.wait(DEADLINE_S)
+    wait_until(lambda: studio.curriculum.in_flight == 0, "the step is recorded", DEADLINE_S)
+    threading.Timer(0.5, go_on.set).start()
+    restored, restore = [], studio.learner.restore
+
+    def noted(*args):
+        restored.append(ended.is_set())
+        return restore(*args)
+
+    monkeypatch.setattr(studio.learner, "restore", noted)
+    studio.roll_back(1)
+    assert restored == [True]
+    studio.close()
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_after_a_rollback_of_what_had_fallen_training_is_asked_for_again(root, stuck):
+    studio = Studio(root, **QUIET)
+    studio.drop("a", 2)
+    studio.train()
+    studio.save()
+    studio.learner.judge.tripped = Trip("probes", 4, {})  # as Judge.judge leaves it: at rest
+    back = going_back(studio)
+    if stuck:
+        back.on_trip(studio.learner, go_on=True)  # there is no score of a good generation
+        assert back.stuck
+    assert ask_for(back, 1)["status"] == "done"
+    assert (back.stuck, studio.learner.judge.tripped) == (False, None)
+    assert back._attachment.must_check, "the supervisor compares with the server, and starts the trainers"
+    assert not studio.learner.training, "not before"
+    studio.close()
+
+
+def test_a_rollback_that_cannot_be_noted_changes_nothing_and_training_goes_on(root, monkeypatch):
+    studio = Studio(root, **QUIET)
+    studio.drop("a", 2)
+    studio.train()
+    studio.save()
+    before = studio.bits()
+    studio.learner.start()
+
+    def full(*_arguments):
+        raise LedgerError("ledger.sqlite: database or disk is full")
+
+    monkeypatch.setattr(studio.ledger, "set_meta", full)
+    answer = ask_for(going_back(studio), 1)
+    assert (answer["status"], rollback.pending(studio.ledger)) == ("refused", None)
+    assert studio.bits() == before
+    assert studio.learner.training
+    studio.close()
+
+
+def test_what_is_replayed_and_fits_no_longer_does_not_hold_up_the_rest(root):
+    """training.max_tokens is less than it was, and the one thing to replay between two passes is longer."""
+    studio = Studio(root, **QUIET)
+    studio.accept("long", [json.dumps({"prompt": " ".join(WORDS[:30]), "completion": " w1"}).encode()])
+    studio.train()
+    studio.save()
+    studio.close()
+    studio = Studio(root, **QUIET, training__max_tokens=20)
+    studio.accept("new", [b'{"prompt": "w1 w2", "completion": " w3", "passes": 3}'])
+    studio.train()
+    assert studio.states()["pending"] == 0
+    studio.close()
+
+
+def test_a_line_that_the_tokenizer_refuses_is_set_aside_and_the_rest_is_trained(root):
+    studio = Studio(root, **QUIET)
+    studio.accept("a", [b'{"text": "w1 poison w2"}', b'{"text": "w1 w2 w3"}'])
+    studio.learner.encoder.tokenizer = Refusing(studio.learner.encoder.tokenizer)
+    studio.train()
+    assert (studio.states()["failed"], studio.states()["trained"]) == (1, 1)
+    studio.close()
+
+
+def test_a_checkpoint_that_cannot_be_made_anew_is_an_error_and_not_tried_for_ever(root, monkeypatch):
+    """`current` is damaged, history is whole, and the disk is full."""
+    studio = Studio(root, **QUIET)
+    studio.drop("a", 2)
+    studio.train()
+    studio.save()
+    current = studio.keeper.checkpoints.current()
+    with (current / "model.safetensors").open("r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(b"\xff" * 8)
+
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Sink, "write", full)
+    tried, restore = [], studio.keeper.history.restore
+
+    def noted(number):
+        tried.append(number)
+        assert len(tried) < 10
+        return restore(number)
+
+    monkeypatch.setattr(studio.keeper.history, "restore", noted)
+    with pytest.raises(CheckpointError, match="No space left"):
+        studio.keeper.restore_current()
+    assert len(tried) == 1
+    studio.close()
+
+
+class Refusing:
+    """A tokenizer that raises what no caller expects."""
+
+    def __init__(self, real):
+        self._real = real
+
+    def __getattr__(self, name):
+        return getattr(self._real, name)
+
+    def __call__(self, text, **options):
+        if "poison" in text:
+            raise TypeError("TextEncodeInput must be Union[...]")
+        return self._real(text, **options)
+
+
+def test_a_step_that_takes_too_much_memory_is_not_taken_again_after_a_restart(root, monkeypatch):
+    """The service ends, as it must; what it was about to learn is set aside, so that it gets on."""
+    losses = Trainer._losses
+
+    def small(self, group):
+        if torch.is_grad_enabled() and any(len(item.ids) > 30 for item in group):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.16 GiB.")
+        return losses(self, group)
+
+    monkeypatch.setattr(Trainer, "_losses", small)
+    studio = Studio(root, **QUIET)
+    studio.accept("long", [json.dumps({"text": " ".join(["w1 w2 w3 w4"] * 10)}).encode()])
+    studio.drop("short", 3)
+    studio.learner.start()
+    wait_until(lambda: studio.learner.failure is not None, "it ends", DEADLINE_S)
+    assert isinstance(studio.learner.failure, torch.OutOfMemoryError)
+    arena = studio.close()
+    studio = Studio(root, arena, **QUIET)
+    studio.train()
+    assert (studio.states()["failed"], studio.states()["trained"]) == (1, 3)
+    studio.close()
