@@ -95,9 +95,14 @@ def test_a_slice_of_a_fused_weight_and_inputs_of_three_dimensions() -> None:
     assert_close(plain_linear(x, transposed), x, transposed)
 
 
-def test_bias() -> None:
-    weight, x, bias = torch.randn(8, 32).bfloat16(), torch.zeros(2, 32).bfloat16(), torch.randn(8).bfloat16()
-    assert torch.equal(plain_linear(x, weight, bias), bias.expand(2, 8))
+@pytest.mark.parametrize("rows", [2, 16])
+def test_a_bias_is_added_to_the_rounded_product(rows: int) -> None:
+    torch.manual_seed(rows)
+    weight, bias = torch.randn(32, 64).bfloat16(), torch.randn(32).bfloat16()
+    x = torch.randn(rows, 64).bfloat16()
+    product = plain_linear(x, weight)
+    assert bool((product != 0).any())
+    assert torch.equal(plain_linear(x, weight, bias), product + bias)
 
 
 def test_no_rows() -> None:

@@ -53,7 +53,8 @@ def plain_linear(
     weight: Tensor,  # (m, n) bf16, rows contiguous
     bias: Tensor | None = None,  # (m,)
 ) -> Tensor:
-    """x W^T + b, as torch.nn.functional.linear gives it, to the rounding of the fp32 sum.
+    """x W^T, as torch.nn.functional.linear gives it, to the rounding of the fp32 sum. A bias is added to what has been
+    rounded, which rounds a second time; torch adds it before.
 
     Falls back to `products.linear` for what no kernel is made for: many rows, other dtypes or strides.
     """
