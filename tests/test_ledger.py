@@ -699,3 +699,21 @@ def test_a_damaged_file_is_noticed_after_a_crash(path, used):
         file.write(kept)
     Ledger(path).close()
     assert states(path) == used
+
+
+def test_losses_before_and_after_are_of_the_same_examples(ledger):
+    """Of each example: before its first own pass in between, and after its last. Replay is not progress."""
+    drop(ledger, good("a", 1), good("b", 2), good("c", 3), passes=3)
+    one_pass(ledger, 1, 9.0, 8.0)
+    since = ledger.newest_pass()
+    one_pass(ledger, 1, 4.0, None)
+    one_pass(ledger, 1, 3.0, 2.0)
+    one_pass(ledger, 2, 2.0, 1.0)
+    one_pass(ledger, 3, 7.0, None)
+    ledger.record_pass(Pass(3, 0.1, None, 3, 1, 0, "arena", replay=True))
+    found = ledger.trained_between(since, ledger.newest_pass())
+    assert found == {"examples": 3, "passes": 5, "loss_before": 3.0, "loss_after": 1.5}
+    assert ledger.trained_between(since, since)["passes"] == 0
+    assert ledger.trained_between(since, since + 1)["loss_before"] == 4.0, (
+        "nothing was measured after: what there is"
+    )

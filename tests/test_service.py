@@ -374,6 +374,8 @@ def test_kill_9_of_the_server(story: Story) -> None:
     # The daemon goes on: there is work, and it does it while no server is there.
     story.running.drop("meanwhile.jsonl", [chat("Is Vellmar a town?", "Vellmar is a town.", passes=2)])
     story.running.wait_for("example.trained", file="meanwhile.jsonl")
+    wait_until(lambda: "no server is attached" in newest_status(story)["warnings"], "the status says so")
+    assert newest_status(story)["server"] == {}
     # Every weight in the file becomes zero and the file looks the same: reading it would give a dead model.
     weights = story.model / "model.safetensors"
     status = weights.stat()

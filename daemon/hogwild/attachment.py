@@ -5,6 +5,7 @@ the comparison with the server. `recovery.py` decides what becomes of an arena, 
 """
 
 import threading
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +23,9 @@ from hogwild.settings import Config
 log = logs.get(__name__)
 
 
+_WAIT_S = 60.0
+
+
 class Attachment:
     """One for the life of a daemon; servers come and go.
 
@@ -31,6 +35,7 @@ class Attachment:
         connected: is it there now?
         refused: why the newest offer of weights was, in one line; empty: it was not.
         must_check: served equals trained, as soon as the server answers.
+        unasked: why the server could not be asked what it serves, in one line; empty: it could, or has not been.
         changing: held by whoever replaces the weights: an arena is taken, a generation is rolled back to.
     """
 
@@ -49,6 +54,8 @@ class Attachment:
         self.connected = False
         self.refused = ""
         self.must_check = False
+        self.unasked = ""
+        self._wait_s, self._wait_until = 0.0, 0.0
         self.changing = threading.Lock()
         self._api: served.Server | None = None
 
@@ -102,14 +109,26 @@ class Attachment:
         if begins:
             self.server = server
             self.must_check = True
+            self._asked("")
             log.info("server.attached", **server)
         else:
             log.warning("server.lost", **server)
 
     def check(self, after: str) -> None:
-        """*Served equals trained*; training starts when it holds, and stops when it does not."""
+        """*Served equals trained*; training starts when it holds, and stops when it does not.
+
+        A server that could not be asked is left alone for a while, twice as long each time, up to _WAIT_S.
+        """
+        if time.monotonic() < self._wait_until:
+            return
         with pulse.away():  # a server has its own time to answer
             self._compare_with_server(after)
+
+    def _asked(self, error: str) -> None:
+        """Note what came of asking the server; empty: nothing is wrong."""
+        self.unasked = error
+        self._wait_s = min(max(2 * self._wait_s, 1.0), _WAIT_S) if error else 0.0
+        self._wait_until = time.monotonic() + self._wait_s
 
     def _compare_with_server(self, after: str) -> None:
         learner = self.learner
@@ -125,6 +144,7 @@ class Attachment:
             agreement = learner.check_served(server)
         except served.ServerError as error:
             log.warning("server.unchecked", after=after, error=str(error))
+            self._asked(str(error))
             self.must_check = (
                 after == "attach" or not learner.training
             )  # nothing is trained before a check has passed
@@ -133,6 +153,7 @@ class Attachment:
             learner.pause()
             log.error("guard.tripped", guard="served_equals_trained", after=after, problems=error.problems)
             return
+        self._asked("")
         log.info(
             "server.verified",
             after=after,

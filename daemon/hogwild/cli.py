@@ -1,5 +1,6 @@
 """The command line. Exit codes: 0 ok, 1 failed, 2 usage, 78 bad configuration."""
 
+import io
 import json
 import os
 import re
@@ -211,8 +212,25 @@ def version() -> None:
 
 def main() -> None:
     """Entry point: a user's mistake is a message, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no UTF-8 is no reason to fail
     try:
         app()
+    except (
+        PermissionError,
+        FileNotFoundError,
+        FileExistsError,
+        NotADirectoryError,
+        IsADirectoryError,
+    ) as error:
+        if error.filename is None or sys.argv[1:2] == [
+            "serve"
+        ]:  # of the daemon, the log keeps where it came from
+            raise
+        hint = ": run it as the owner of that, or as root" if isinstance(error, PermissionError) else ""
+        typer.echo(f"hogwild: {error.filename}: {error.strerror}{hint}", err=True)
+        sys.exit(1)
     except HogwildError as error:
         if journal.is_stderr():
             from hogwild import log

@@ -134,10 +134,12 @@ def rollback(
             f"generation {generation} is damaged (see the log): went back to the last good one before it",
             err=True,
         )
+    back = f", {redone} passes are back" if (redone := done.get("passes_redone")) else ""
     where = "in the served weights" if done["live"] else "on disk; no server has its weights here now"
     typer.echo(
         f"generation {done['generation']}, {where}: {done['passes_undone']} passes undone, "
-        f"{done['examples_reopened']} examples are trained again, {done['examples_undone']} stay out, {done['ms']} ms"
+        f"{done['examples_reopened']} examples are trained again, {done['examples_undone']} stay out"
+        f"{back}, {done['ms']} ms"
     )
 
 

@@ -353,11 +353,24 @@ class Ledger(Files):
             )
 
     def trained_between(self, after: int, upto: int) -> dict[str, int | float | None]:
-        """What the passes after one marker and up to another have done, without those undone: counts, mean losses."""
+        """What the passes after one marker and up to another have done, without those undone: counts, mean losses.
+
+        The losses are of the examples whose loss was measured after a pass of their own: before the first of them, and
+        after the last. Where there is none, that before all passes, and None.
+        """
         with self._db.read() as db:
-            row = db.execute(
-                "SELECT count(DISTINCT example_id), count(*), avg(loss_before), avg(loss_after) FROM passes"
-                " WHERE pass_id > ? AND pass_id <= ? AND NOT undone",
-                (after, upto),
-            ).fetchone()
+            row = db.execute(_TRAINED_BETWEEN, (after, upto)).fetchone()
         return dict(zip(("examples", "passes", "loss_before", "loss_after"), row, strict=True))
+
+
+_TRAINED_BETWEEN = """
+WITH within AS (SELECT * FROM passes WHERE pass_id > ? AND pass_id <= ? AND NOT undone),
+ends AS (
+  SELECT min(pass_id) AS first, max(CASE WHEN loss_after IS NOT NULL THEN pass_id END) AS last
+  FROM within WHERE NOT replay GROUP BY example_id HAVING last IS NOT NULL
+)
+SELECT count(DISTINCT example_id), count(*),
+  coalesce((SELECT avg(loss_before) FROM passes JOIN ends ON pass_id = first), avg(loss_before)),
+  (SELECT avg(loss_after) FROM passes JOIN ends ON pass_id = last)
+FROM within
+"""

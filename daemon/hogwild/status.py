@@ -49,13 +49,15 @@ class Status:
         metrics.incoming_age.set_function(lambda: self._incoming()[1])
         metrics.checkpoint_age.set_function(self._checkpoint_age_s)
 
-    def write(self, learner: Learner, server: dict[str, Any], saved_step: int, *, stuck: bool) -> None:
+    def write(
+        self, learner: Learner, server: dict[str, Any], saved_step: int, *, stuck: bool, unasked: str
+    ) -> None:
         """For `hogwild status` and for Prometheus, if it is time."""
         now = time.monotonic()
         if now - self._wrote_at < _WRITE_S:
             return
         self._wrote_at = now
-        self.newest = status = self.of(learner, server, saved_step, stuck=stuck)
+        self.newest = status = self.of(learner, server, saved_step, stuck=stuck, unasked=unasked)
         path = self._config.state_dir / "status.json"
         fresh = path.with_suffix(".tmp")
         try:
@@ -65,7 +67,9 @@ class Status:
             log.warning("status.unwritten", path=str(path), error=str(error))
             self._wrote_at = now + _RETRY_S - _WRITE_S
 
-    def of(self, learner: Learner, server: dict[str, Any], saved_step: int, *, stuck: bool) -> dict[str, Any]:
+    def of(
+        self, learner: Learner, server: dict[str, Any], saved_step: int, *, stuck: bool, unasked: str
+    ) -> dict[str, Any]:
         """The status now. Cheap enough for every few seconds."""
         control, judge = learner.arena.control, learner.judge
         counts = asdict(self._ledger.counts())
@@ -117,11 +121,20 @@ class Status:
             "checkpoint": {"generation": generation, "saved_at": saved_at, "age_s": self._checkpoint_age_s()},
             "guards": {"trips": self._ledger.guards.trips(), "newest": self._ledger.guards.newest_trips(3)},
             "memory": {"resident_bytes": resident, "private_bytes": private},
-            "warnings": self._warnings(learner, counts, attached=attached, stuck=stuck, oldest_s=oldest_s),
+            "warnings": self._warnings(
+                learner, counts, attached=attached, stuck=stuck, unasked=unasked, oldest_s=oldest_s
+            ),
         }  # fmt: skip
 
     def _warnings(
-        self, learner: Learner, counts: dict[str, int], *, attached: bool, stuck: bool, oldest_s: float
+        self,
+        learner: Learner,
+        counts: dict[str, int],
+        *,
+        attached: bool,
+        stuck: bool,
+        unasked: str,
+        oldest_s: float,
     ) -> list[str]:
         found = []
         if stuck:
@@ -132,6 +145,8 @@ class Status:
             found.append("the probes have fallen: going back to the last good generation")
         if not attached:
             found.append("no server is attached")
+        elif unasked:
+            found.append(f"the server could not be asked whether it serves what is trained: {unasked}")
         elif not learner.training and learner.judge.tripped is None:
             found.append(
                 "training waits: the server has not been verified, or does not serve what is trained"

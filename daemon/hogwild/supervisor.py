@@ -157,7 +157,11 @@ class Supervisor:
         if not self.keeper.saving and self.schedule.due(learner):
             self.schedule.begin(learner)
         self._status.write(
-            learner, self.attachment.server, self.schedule.saved_step, stuck=self.going_back.stuck
+            learner,
+            self.attachment.server if self.attachment.connected else {},
+            self.schedule.saved_step,
+            stuck=self.going_back.stuck,
+            unasked=self.attachment.unasked,
         )
 
     def _obey(self, command: Command) -> None:
