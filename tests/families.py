@@ -14,6 +14,8 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 from hogwild.encoding import Encoded
 from tiny import SIZES, save
 
+OMIT = object()
+"""In place of a value: a setting of SIZES that this configuration does not take."""
 DELTA_NET = {
     "head_dim": 8, "num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
@@ -36,14 +38,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8,
         "mamba_n_groups": 1, "mamba_chunk_size": 8,
     },
+    "mamba2": {
+        "num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8, "intermediate_size": OMIT,
+    },
+    "mamba": {"hidden_size": 64, "state_size": 16, "intermediate_size": OMIT},
+    "jamba": {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "num_experts_per_tok": 1, "mamba_d_state": 8,
+        "mamba_dt_rank": 4, "use_mamba_kernels": False,
+    },
 }  # fmt: skip
 ATTENTION = ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"]
-RECURRENT = ["qwen3_next", "qwen3_5_text", "falcon_h1"]
+RECURRENT = ["qwen3_next", "qwen3_5_text", "falcon_h1", "mamba2"]
+MAMBA = ["falcon_h1", "mamba2"]
+"""Those of them whose truth has no place to cut Mamba's own vectors."""
+INEXACT = ["mamba", "jamba"]
+"""transformers goes on from their state with several tokens as if there were none, so their context is not frozen."""
 
 
 def build(family: str, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
+    given = {**SIZES, "tie_word_embeddings": True, **FAMILIES[family], **settings}
     config = AutoConfig.for_model(
-        family, **{**SIZES, "tie_word_embeddings": True, **FAMILIES[family], **settings}
+        family, **{name: value for name, value in given.items() if value is not OMIT}
     )
     kind = type(AutoModelForCausalLM.from_config(config))
     return save(kind, config, folder, dtype, seed=1)

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from families import ATTENTION, RECURRENT, Truth, build
-from hogwild import skeleton
+from families import ATTENTION, INEXACT, MAMBA, RECURRENT, Truth, build
+from hogwild import context, skeleton
 from hogwild.apollo import Optimizer
 from hogwild.encoding import Encoded
 from hogwild.settings import OptimizerConfig
@@ -97,7 +97,7 @@ def test_frozen_context_equals_the_full_forward_and_gradients_the_detached_one(t
     assert losses == pytest.approx([truth.loss], rel=1e-5)
     assert optimizer.rows == {lengths[1]}
     assert len(optimizer.gradients) > 10
-    if family == "falcon_h1":  # the truth has no place to cut Mamba's own vectors
+    if family in MAMBA:
         optimizer.forget(".A_log", ".D", ".dt_bias", "conv1d")
     assert_close(optimizer.gradients, truth.gradients)
 
@@ -122,6 +122,47 @@ def test_full_context_gives_the_gradients_of_plain_autograd(tmp_path, family):
     assert losses == pytest.approx([truth.loss], rel=1e-5)
     assert optimizer.rows == {34}
     assert_close(optimizer.gradients, truth.gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", ATTENTION + RECURRENT + INEXACT)
+def test_whether_context_can_be_frozen_is_judged_by_what_the_model_computes(tmp_path, family, dtype):
+    trainer = prepared(build(family, tmp_path / "model", dtype))[0]
+    assert trainer.can_freeze == (family not in INEXACT)
+    assert trainer._packs == (family in ATTENTION)
+
+
+@pytest.mark.parametrize("family", INEXACT)
+def test_context_that_would_be_read_inexactly_is_trained_in_full(tmp_path, family):
+    folder, example = build(family, tmp_path / "model"), text(3, 20, 5, 7, 3)
+    truth = Truth(folder, example, "none")
+    _, optimizer, losses = recorded(folder, [Item(example)])
+    assert losses == pytest.approx([truth.loss], rel=1e-5)
+    assert optimizer.rows == {34}
+    assert_close(optimizer.gradients, truth.gradients)
+
+
+def test_a_cache_by_a_name_that_the_model_swallows_is_not_taken_for_frozen_context(tmp_path, monkeypatch):
+    """Layers that look known are not enough: under the wrong name the context would be dropped without a word."""
+    monkeypatch.setattr(context, "_CACHE_NAMES", ("past_key_values", "kwargs"))
+    assert not prepared(build("mamba2", tmp_path / "model"))[0].can_freeze
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+@pytest.mark.parametrize("budget", [0, 1024], ids=["recomputed", "kept"])
+def test_a_single_trained_token_takes_the_last_of_its_context_along(tmp_path, family, budget):
+    """Three examples go on from one context, the first and the last with a single token, for which models have code
+    that writes into the state, and that has no backward pass."""
+    folder, shared = build(family, tmp_path / "model"), text(1, 20).ids
+    examples = [Encoded([*shared, *text(2 + n, n).ids], [False] * 20 + [True] * n) for n in (1, 6, 1)]
+    items = [Item(example) for example in examples]
+    _, together, losses = recorded(folder, items, activation_mib=budget)
+    truths = [Truth(folder, example, "everywhere") for example in examples]
+    assert losses == pytest.approx([truth.loss for truth in truths], rel=1e-5)
+    assert together.rows == {1 + 6 + 1}
+    together.forget(".A_log", ".D", ".dt_bias", "conv1d", "_norm.weight")
+    wanted = {name: sum(t.gradients[name] for t in truths) / 3 for name in together.gradients}
+    assert_close(together.gradients, wanted)
 
 
 # --- several examples ------------------------------------------------------------------------------------------------
@@ -288,8 +329,8 @@ def held(trainer):
 
 
 @pytest.mark.parametrize(
-    "family", [f for f in ATTENTION + RECURRENT if f != "gemma3_text"]
-)  # scales its embedding in bf16
+    "family", [f for f in ATTENTION + RECURRENT if f not in {"gemma3_text", "mamba2"}]
+)  # one scales its embedding in bf16, the other rounds to it before its head
 def test_bf16_weights_give_the_gradients_of_the_same_weights_in_fp32(tmp_path, family, monkeypatch):
     """Where a CPU cannot multiply bf16, nothing but the weights is bf16: no rounding of activations is left."""
     monkeypatch.setattr(products, "multiplies", lambda dtype: dtype == torch.float32)
@@ -297,6 +338,6 @@ def test_bf16_weights_give_the_gradients_of_the_same_weights_in_fp32(tmp_path, f
     truth = Truth(folder, example, "everywhere", dtype=torch.float32)
     _, optimizer, losses = recorded(folder, [Item(example)])
     assert losses == pytest.approx([truth.loss], rel=1e-5)
-    if family == "falcon_h1":
+    if family in MAMBA:
         optimizer.forget(".A_log", ".D", ".dt_bias", "conv1d")
     assert_close(optimizer.gradients, truth.gradients)

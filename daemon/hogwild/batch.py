@@ -69,11 +69,13 @@ class Work:
         return Segment(self.ids, self.after)
 
 
-def cut(index: int, item: Item, context: Literal["frozen", "full"], merge: bool) -> Work:
-    """`merge`: let a short context go through with the trained tokens."""
+def cut(index: int, item: Item, context: Literal["frozen", "full"], merge: bool, shortest: int = 1) -> Work:
+    """`merge`: let a short context go through with the trained tokens. `shortest`: leave that many tokens after a
+    context, if need be by the last of its own, as constants."""
     ids = list(item.encoded.ids)
     predicts = list(item.encoded.trained[1:])  # of each token but the last
     start = predicts.index(True) if context == "frozen" else 0
+    start = max(0, min(start, len(predicts) - shortest))
     if merge and start <= MERGED_CONTEXT:
         start = 0
     places = [place for place, wanted in enumerate(predicts[start:]) if wanted]

@@ -16,7 +16,17 @@ from hogwild.apollo import Optimizer
 from hogwild.arena.control import ControlPage
 from hogwild.backward import train_in_backward
 from hogwild.batch import Encoded, Item, Work, cut, packs
-from hogwild.context import Layers, Pack, Segment, State, fixed_cache, read_one
+from hogwild.context import (
+    SHORTEST,
+    Layers,
+    Pack,
+    Segment,
+    State,
+    continues_exactly,
+    fixed_cache,
+    packs_exactly,
+    read_one,
+)
 from hogwild.errors import LossError
 from hogwild.loss import bounded_loss, unlearning_limit
 from hogwild.precision import Wide
@@ -176,7 +186,9 @@ class Trainer:
         )
         self.frozen = self._gather.frozen
         self._layers = Layers(model)
-        self._packs = self._layers.windows is not None
+        # Not in this trainer's stream: the model has just been built in the one that is current.
+        self._packs = packs_exactly(model, self._layers, self._wide.dtype)
+        self._continues = self._packs or continues_exactly(model, self._layers)
         # In a row that mixes trained tokens and constants, only linear layers and keys and values tell them apart.
         vectors = all(model.get_parameter(name).ndim == 1 for name in self._gather.small)
         self._merges = self._packs and vectors
@@ -187,8 +199,8 @@ class Trainer:
 
     @property
     def can_freeze(self) -> bool:
-        """Can this model's context be read without gradient? Not where its cache is of a kind that is not known."""
-        return self._packs or self._layers.known
+        """Can this model's context be read without gradient? Not where the text after it would come out otherwise."""
+        return self._continues
 
     @property
     def trains_embeddings(self) -> bool:
@@ -274,7 +286,8 @@ class Trainer:
             return float(self._losses([cut(0, Item(example), "full", merge=False)])[0].mean())
 
     def _cut(self, index: int, item: Item, context: Literal["frozen", "full"]) -> Work:
-        return cut(index, item, context if self.can_freeze else "full", self._merges)
+        shortest = 1 if self._packs else SHORTEST
+        return cut(index, item, context if self.can_freeze else "full", self._merges, shortest)
 
     def _read(self, work: Sequence[Work]) -> None:
         """Read the contexts; a beginning that several have in common once."""
@@ -311,8 +324,7 @@ class Trainer:
             ids, arguments = pack.ids, pack.arguments
         else:
             ids = put(list(segments[0].ids), device)[None]
-            cache = fixed_cache(segments[0].after)
-            arguments = {"past_key_values": cache, "use_cache": cache is not None}
+            arguments = self._layers.arguments(fixed_cache(segments[0].after))
         places, begun = [], 0
         for one in group:
             places += [begun + place for place in one.places]
