@@ -225,7 +225,7 @@ def train_in_backward(
         )
     model.enable_input_require_grads()  # frozen embeddings give no gradient; the first layer needs one to pass on
     for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear) and skeleton.is_linear(module):
             weight, bias = f"{name}.weight", f"{name}.bias"
             is_tied = id(module.weight) in tied
             if is_tied and why_not:
