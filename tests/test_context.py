@@ -304,7 +304,7 @@ def held(trainer):
 
 
 @pytest.mark.parametrize("budget", [0, 1024], ids=["computed twice", "kept"])
-@pytest.mark.parametrize("family", [name for name in UNUSUAL if name != "zamba2"])
+@pytest.mark.parametrize("family", UNUSUAL)
 def test_gradients_of_unusual_families_are_autograds(tmp_path, family, budget):
     folder, example = build(family, tmp_path / "model"), text(1, 6, 9)
     truth = Truth(folder, example, "none")
@@ -314,7 +314,7 @@ def test_gradients_of_unusual_families_are_autograds(tmp_path, family, budget):
     assert_close(optimizer.gradients, truth.gradients)
 
 
-@pytest.mark.parametrize("family", [name for name in UNUSUAL if name != "zamba2"])
+@pytest.mark.parametrize("family", UNUSUAL)
 @pytest.mark.parametrize("multiplies", [True, False])
 def test_unusual_families_learn(tmp_path, family, multiplies, monkeypatch):
     """With real updates, in the type that most models are served in."""
