@@ -47,6 +47,31 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mamba_dt_rank": 4, "use_mamba_kernels": False,
     },
 }  # fmt: skip
+UNUSUAL: dict[str, dict[str, Any]] = {
+    "falcon": {  # adds to what a linear layer of its own kind gives it
+        "new_decoder_architecture": False, "multi_query": False, "parallel_attn": True, "bias": True, "alibi": False,
+    },
+    "phimoe": {"num_local_experts": 4},  # routers that are linear layers by name
+    "llama4_text": {
+        "head_dim": 8, "num_hidden_layers": 4, "num_local_experts": 4, "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 16, "intermediate_size_mlp": 48, "no_rope_layers": [1, 1, 1, 0],
+    },
+    "gemma3n_text": {  # a layer takes more than one tensor with a gradient
+        "head_dim": 8, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 7, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "altup_num_inputs": 2,
+        "laurel_rank": 4, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "gemma4_text": {
+        "head_dim": 8, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 7, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "global_head_dim": 8,
+        "num_kv_shared_layers": 0,
+    },
+    "zamba2": {  # two layers share a block
+        "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "mamba_d_state": 8, "mamba_headdim": 16,
+        "mamba_ngroups": 1, "mamba_expand": 2, "n_mamba_heads": 4, "num_mem_blocks": 1, "adapter_rank": 4,
+    },
+}  # fmt: skip
+"""Families that do with their layers what no other does."""
 ATTENTION = ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"]
 RECURRENT = ["qwen3_next", "qwen3_5_text", "falcon_h1", "mamba2"]
 MAMBA = ["falcon_h1", "mamba2"]
@@ -56,7 +81,7 @@ INEXACT = ["mamba", "jamba"]
 
 
 def build(family: str, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
-    given = {**SIZES, "tie_word_embeddings": True, **FAMILIES[family], **settings}
+    given = {**SIZES, "tie_word_embeddings": True, **{**FAMILIES, **UNUSUAL}[family], **settings}
     config = AutoConfig.for_model(
         family, **{name: value for name, value in given.items() if value is not OMIT}
     )

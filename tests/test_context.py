@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from families import ATTENTION, INEXACT, MAMBA, RECURRENT, Truth, build
+from families import ATTENTION, INEXACT, MAMBA, RECURRENT, UNUSUAL, Truth, build
 from hogwild import context, skeleton
 from hogwild.apollo import Optimizer
 from hogwild.encoding import Encoded
@@ -55,10 +55,16 @@ class Recorder(Optimizer):
 def prepared(folder: Path, **settings: Any) -> tuple[Trainer, Recorder]:
     """A trainer that records its gradients."""
     weights, optimizer = Weights(load_arena(folder)), Recorder()
+    model = skeleton.build(folder, weights)
     trainer = Trainer(
-        skeleton.build(folder, weights), optimizer, Progress(weights.arena.control, 4), set(weights.names), "frozen",
-        seed=0, **settings,
-    )  # fmt: skip
+        model,
+        optimizer,
+        Progress(weights.arena.control, 4),
+        set(skeleton.bound(model)),
+        "frozen",
+        seed=0,
+        **settings,
+    )
     return trainer, optimizer
 
 
@@ -235,9 +241,19 @@ def test_other_families_pack_too(tmp_path, family):
 # --- activation checkpointing ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ATTENTION + RECURRENT)
+@pytest.mark.parametrize("family", [*ATTENTION, *RECURRENT, *UNUSUAL])
 def test_activations_computed_twice_give_the_same_gradients(tmp_path, family):
-    folder = build(family, tmp_path / "model", max_position_embeddings=128)
+    check_computed_twice(build(family, tmp_path / "model", max_position_embeddings=128))
+
+
+@pytest.mark.parametrize("width", [0, 8], ids=["keys and values alone", "with inputs of each layer"])
+def test_layers_that_take_the_keys_and_values_of_another_give_them_a_gradient(tmp_path, width):
+    check_computed_twice(
+        build("gemma4_text", tmp_path / "model", num_kv_shared_layers=2, hidden_size_per_layer_input=width)
+    )
+
+
+def check_computed_twice(folder):
     items = [Item(text(1, 70, 6, 5, 4)), Item(text(2, 12, 7))]
     kept, kept_losses = recorded(folder, items)[1:]
     twice, twice_losses = recorded(folder, items, activation_mib=0)[1:]
@@ -325,11 +341,47 @@ def held(trainer):
     return sum(saved.values())
 
 
+# --- families that do with their layers what no other does ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0, 1024], ids=["computed twice", "kept"])
+@pytest.mark.parametrize("family", UNUSUAL)
+def test_gradients_of_unusual_families_are_autograds(tmp_path, family, budget):
+    folder, example = build(family, tmp_path / "model"), text(1, 6, 9)
+    truth = Truth(folder, example, "none")
+    _, optimizer, losses = recorded(folder, [Item(example, context="full")], activation_mib=budget)
+    assert losses == pytest.approx([truth.loss], rel=1e-5)
+    assert len(optimizer.gradients) > 10
+    assert_close(optimizer.gradients, truth.gradients)
+
+
+@pytest.mark.parametrize("family", UNUSUAL)
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_unusual_families_learn(tmp_path, family, multiplies, monkeypatch):
+    """With real updates, in the type that most models are served in."""
+    monkeypatch.setattr(products, "multiplies", lambda dtype: multiplies or dtype == torch.float32)
+    folder = build(family, tmp_path / "model", torch.bfloat16)
+    items = [Item(text(1, 6, 9)), Item(text(2, 9, 5))]
+    for budget in (0, 1024):
+        weights = Weights(load_arena(folder))
+        model = skeleton.build(folder, weights)
+        before = {name: weights.at(region).clone() for name, region in skeleton.bound(model).items()}
+        trainer = Trainer(
+            model, Optimizer(OptimizerConfig(rank=4, lr=0.01), seed=0), Progress(weights.arena.control, 4), set(before),
+            "frozen", seed=0, activation_mib=budget,
+        )  # fmt: skip
+        steps = [trainer.step(items) for _ in range(6)]
+        assert not any(step.skipped for step in steps)
+        assert sum(steps[-1].losses) < sum(steps[0].losses)
+        still = {n for n, r in skeleton.bound(model).items() if torch.equal(before[n], weights.at(r))}
+        assert still <= trainer.frozen.keys()
+
+
 # --- fp32 around 16-bit weights --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "family", [f for f in ATTENTION + RECURRENT if f not in {"gemma3_text", "mamba2"}]
+    "family", [f for f in [*ATTENTION, *RECURRENT, "falcon"] if f not in {"gemma3_text", "mamba2"}]
 )  # one scales its embedding in bf16, the other rounds to it before its head
 def test_bf16_weights_give_the_gradients_of_the_same_weights_in_fp32(tmp_path, family, monkeypatch):
     """Where a CPU cannot multiply bf16, nothing but the weights is bf16: no rounding of activations is left."""

@@ -1,6 +1,7 @@
 """Products through widened tiles: against fp64, for shapes on both sides of a tile, and from two threads at once."""
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,36 @@ def test_bias_leading_dimensions_and_strides() -> None:
     assert dx.shape == (2, 5, 64)
     assert torch.allclose(dx.double(), d.double() @ weight.double(), rtol=2**-7, atol=2**-5)
     assert torch.equal(products.linear(x, weight.t().contiguous().t()), products.linear(x, weight))
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.weight = weight
+        return products.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return products.input_gradient(d, ctx.weight), None, None
+
+
+@pytest.mark.parametrize("bias", [None, torch.ones(8)], ids=["no bias", "bias"])
+@pytest.mark.parametrize("shape", [(4,), (7, 4), (2, 7, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.usefixtures("widened")
+def test_what_a_product_gives_may_be_added_to_in_place(
+    dtype: torch.dtype, shape: tuple[int, ...], bias: torch.Tensor | None
+) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(8, 4).to(dtype), None if bias is None else bias.to(dtype)
+    found = []
+    for product in (_Product.apply, torch.nn.functional.linear):
+        x = torch.ones(shape, dtype=dtype).requires_grad_()
+        y = product(x, weight, bias)
+        y += 2 * y.detach()
+        (y * y.detach()).sum().backward()
+        found.append((y.detach(), x.grad))
+    torch.testing.assert_close(found[0], found[1])
 
 
 @pytest.mark.usefixtures("widened")

@@ -366,6 +366,10 @@ def test_kill_9_of_the_daemon_in_mid_training(story: Story) -> None:
     assert story.server.alive
 
 
+def newest_status(story: Story) -> dict[str, Any]:
+    return dict(json.loads((story.running.state / "status.json").read_text()))
+
+
 def test_kill_9_of_the_server(story: Story) -> None:
     """A new server maps the daemon's arena: it reads no weights from disk and serves what was learned."""
     inode = story.server.arena().stat().st_ino

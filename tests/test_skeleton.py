@@ -2,15 +2,22 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
+from families import build
 from hogwild import skeleton
+from hogwild.apollo import Optimizer
 from hogwild.arena.client import Arena
 from hogwild.errors import VerificationError
+from hogwild.settings import OptimizerConfig
+from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights, load_arena
+from test_trainer import EXAMPLE, OTHER
 from tiny import llama, qwen2
 
 UP, NORM = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
@@ -105,3 +112,70 @@ def test_a_frozen_tensor_comes_from_the_checkpoint_and_is_nobody_elses(tmp_path)
     assert torch.equal(model(IDS).logits, reference(IDS).logits)
     own = model.get_parameter(UP)
     assert not arena.weights.base <= own.data_ptr() < arena.weights.base + arena.weights.nbytes
+
+
+# --- which layers are linear ------------------------------------------------------------------------------------------
+
+
+class _InItsOwnWords(nn.Linear):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        out = hidden @ self.weight.T
+        return out if self.bias is None else out + self.bias
+
+
+class _Same(nn.Linear):
+    pass
+
+
+class _Router(nn.Linear):
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = super().forward(hidden)
+        return scores, scores.argmax(-1)
+
+
+class _Scaled(nn.Linear):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden) * 1.01
+
+
+class _OfGroups(nn.Linear):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("...gn,gmn->...gm", hidden, self.weight.view(2, -1, hidden.shape[-1]))
+
+
+class _WithMore(nn.Linear):
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_is_what_computes_the_product_whatever_it_is_called(bias):
+    kinds = [nn.Linear, skeleton.FrozenLinear, _Same, _InItsOwnWords]
+    others = [_Router, _Scaled, _OfGroups, _WithMore]
+    found = {kind for kind in [*kinds, *others] if skeleton.is_linear(kind(12, 8, bias=bias))}
+    assert found == set(kinds)
+    assert skeleton.is_linear(_InItsOwnWords(12, 8, bias=bias).to("meta"))
+    assert not skeleton.is_linear(nn.Embedding(12, 8))
+
+
+@pytest.mark.parametrize("family", ["phimoe", "llama4_text"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_router_that_is_a_linear_layer_by_name_is_said_to_be_frozen(tmp_path, family, dtype):
+    folder = build(family, tmp_path / "model", dtype)
+    weights = Weights(load_arena(folder))
+    model = skeleton.build(folder, weights)
+    trainer = Trainer(
+        model, Optimizer(OptimizerConfig(rank=4), seed=0), Progress(weights.arena.control, 4),
+        set(skeleton.bound(model)), "frozen", seed=0,
+    )  # fmt: skip
+    routers = {name: kind for name, kind in kinds(model).items() if kind.endswith("Router")}
+    assert routers
+    for name, kind in routers.items():
+        why = f"a matrix of {kind}, which is not a linear layer"
+        assert trainer.frozen[f"{name}.weight"] == why
+    assert not trainer.step([Item(EXAMPLE), Item(OTHER)]).skipped
+
+
+def kinds(model: nn.Module) -> dict[str, str]:
+    return {name: type(module).__name__ for name, module in model.named_modules()}

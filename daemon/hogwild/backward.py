@@ -224,23 +224,31 @@ def train_in_backward(
             gather,
         )
     model.enable_input_require_grads()  # frozen embeddings give no gradient; the first layer needs one to pass on
+    shared: dict[
+        int, TrainedLinear
+    ] = {}  # weight -> its layer, which must see every use of it before it updates
     for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear) and skeleton.is_linear(module):
             weight, bias = f"{name}.weight", f"{name}.bias"
             is_tied = id(module.weight) in tied
+            first = shared.get(id(module.weight))
+            if first is not None and first.bias is module.bias:
+                _put(model, name, first)
+                continue
             if is_tied and why_not:
                 frozen[weight] = "tied to the embeddings, which are frozen"
             elif not is_tied and weight not in trainable:
                 frozen[weight] = "not in the arena"
             else:
-                parent, _, leaf = name.rpartition(".")
                 trains_bias = module.bias is not None and bias in trainable
                 kind = TiedHead if is_tied else TrainedLinear
                 trained = kind(name, module, trains_bias, optimizer, seed, on_update, gather)
                 gather.linears.append(trained)
                 if isinstance(trained, TiedHead):
                     heads.append(trained)
-                setattr(model.get_submodule(parent), leaf, trained)
+                else:
+                    shared[id(module.weight)] = trained
+                _put(model, name, trained)
             if module.bias is not None and (weight in frozen or bias not in trainable):
                 frozen[bias] = "its weight is frozen" if bias in trainable else "not in the arena"
         elif not isinstance(module, TrainedLinear):
@@ -266,6 +274,11 @@ def train_in_backward(
     if gather.embedding is not None:
         gather.embedding.heads = heads
     return gather
+
+
+def _put(model: PreTrainedModel, name: str, module: torch.nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _why_not(model: PreTrainedModel, table: torch.nn.Module, trainable: set[str]) -> str:

@@ -8,6 +8,7 @@ convolutions, decays) is copied into fp32 before each step, because its code mul
 import torch
 from transformers import PreTrainedModel
 
+from hogwild import skeleton
 from hogwild_kernels import products
 
 _SMALL = 1 << 20
@@ -32,7 +33,7 @@ class Wide:
             return
         found = []
         for name, module in model.named_modules():
-            if not isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            if not (skeleton.is_linear(module) or isinstance(module, torch.nn.Embedding)):
                 for leaf, parameter in module.named_parameters(recurse=False):
                     found.append((f"{name}.{leaf}" if name else leaf, module, leaf, parameter))
         if any(p.ndim == 2 or p.numel() > _SMALL for *_, p in found):

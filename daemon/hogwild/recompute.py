@@ -3,9 +3,14 @@
 Sound together with updates inside the backward pass: a layer is computed again before its own backward pass, and only
 layers above it have been updated by then. With other trainer threads the second pass may see newer weights than the
 first, as every backward pass here may.
+
+The gradient of a layer's first argument, its hidden states, is all that a second pass gives. So a layer that takes
+anything else with a gradient keeps its activations, however many they are. No layer is computed again where two of them
+share a weight, which the upper one would have updated before the lower one's second pass, nor where a layer takes the
+keys and values of another, which that one would have left without a gradient.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,10 +38,11 @@ class Recompute:
         self._saved: dict[int, int] | None = None  # during the first pass that keeps any: storage -> bytes
         self._seen = 0
         self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        for module in model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                self._wrap(module)
-                self._layers += 1
+        if _apart(model):
+            for module in model.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    self._wrap(module)
+                    self._layers += 1
 
     @contextmanager
     def within_budget(self, tokens: int) -> Iterator[None]:
@@ -79,13 +85,46 @@ class Recompute:
         plain = layer.forward
 
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not self._on or not torch.is_grad_enabled():
+            if not self._on or not torch.is_grad_enabled() or _has_gradient((args, kwargs)):
                 out = plain(hidden, *args, **kwargs)
                 self._after_one()
                 return out
             return _Recomputed.apply(hidden, lambda h: plain(h, *args, **kwargs))  # type: ignore[no-untyped-call]
 
         layer.forward = forward
+
+
+def _apart(model: PreTrainedModel) -> bool:
+    """Has each layer weights, keys and values of its own?"""
+    if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
+        return False  # handed on in a dictionary, not as an argument with a gradient
+    seen = set[int]()
+    for layer in _layers(model):
+        own = {id(parameter) for parameter in layer.parameters()}
+        if own & seen:
+            return False
+        seen |= own
+    return True
+
+
+def _layers(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Those that lie in no other layer; one that lies in two places twice."""
+    if isinstance(module, GradientCheckpointingLayer):
+        yield module
+    else:
+        for child in module.children():
+            yield from _layers(child)
+
+
+def _has_gradient(value: Any) -> bool:
+    """Is there a tensor in it that requires a gradient?"""
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return False
+    return any(_has_gradient(one) for one in value)
 
 
 class _Recomputed(torch.autograd.Function):

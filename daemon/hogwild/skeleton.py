@@ -186,10 +186,34 @@ class FrozenLinear(torch.nn.Linear):
         return result
 
 
+def is_linear(module: torch.nn.Module) -> bool:
+    """Does it compute y = x W^T + b, and nothing else? Judged by what it computes on a tiny weight, for a subclass of a
+    linear layer may be just that in its own words, or a router that returns which experts it has chosen."""
+    if not isinstance(module, torch.nn.Linear):
+        return False
+    if type(module) in (torch.nn.Linear, FrozenLinear):
+        return True
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"weight": (5, 3), "bias": (5,)}
+    names = [name for name, _ in module.named_parameters()]
+    if not shapes.keys() >= set(names):
+        return False
+    tried = {name: torch.randn(shapes[name], generator=generator) for name in names}
+    x = torch.randn(2, 4, 3, generator=generator)
+    try:
+        with torch.no_grad():
+            out = torch.func.functional_call(module, tried, (x,))
+    except Exception:  # other shapes, other arguments, kernels for a GPU alone: it is something else
+        return False
+    wanted = torch.nn.functional.linear(x, tried["weight"], tried.get("bias"))
+    same = isinstance(out, torch.Tensor) and out.shape == wanted.shape and out.dtype == wanted.dtype
+    return same and torch.allclose(out, wanted, atol=1e-5)
+
+
 def linearise(model: PreTrainedModel, regions: dict[str, Region]) -> None:
     """Make every linear layer one that has no gradient of its own, and of those that lie transposed linear layers."""
     for name, module in list(model.named_modules()):
-        if type(module) is torch.nn.Linear:
+        if is_linear(module):
             module.__class__ = FrozenLinear
         elif type(module) is Conv1D:
             _set(model, name, _linear(module))

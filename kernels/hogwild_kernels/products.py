@@ -46,18 +46,22 @@ def linear(
     weight: Tensor,  # (m, n), any strides
     bias: Tensor | None = None,  # (m,)
 ) -> Tensor:
-    """x W^T + b, as torch.nn.functional.linear gives it, to the rounding of the fp32 sum. (..., m), x's dtype."""
+    """x W^T + b, as torch.nn.functional.linear gives it, to the rounding of the fp32 sum. (..., m), x's dtype.
+
+    Never a view: autograd forbids changing a view in place that one of its functions has made, and some models add to
+    what a linear layer gives them.
+    """
     m, n = weight.shape
     rows = x.numel() // n if n else 0
     if not _widens(x, weight) or (rows <= _FEW_ROWS and x.dtype == weight.dtype):
-        return torch.nn.functional.linear(x, weight, bias)
+        return _no_view(torch.nn.functional.linear(x, weight, bias))
     wide = x.reshape(rows, n).float()
     y = torch.empty(rows, m)
     for top, tile in _tiles(weight):
         torch.mm(wide, tile.t(), out=y[:, top : top + len(tile)])
     if bias is not None:
         y += bias
-    return y.to(x.dtype).view(*x.shape[:-1], m)
+    return _no_view(y.to(x.dtype).view(*x.shape[:-1], m))
 
 
 def input_gradient(
@@ -86,6 +90,14 @@ def without(
 ) -> Tensor:
     """x without its part in these directions: x - (x B^T) B. (T, n), x's dtype."""
     return x - input_gradient(linear(x, directions), directions)
+
+
+def _no_view(y: Tensor) -> Tensor:
+    """The same memory as a tensor of its own; its base must be nobody else's."""
+    if not y._is_view():
+        return y
+    own: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    return own
 
 
 def _widens(x: Tensor, weight: Tensor) -> bool:
