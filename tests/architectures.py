@@ -55,8 +55,8 @@ class Architecture:
         frozen: parts of the names of checkpoint tensors that are expected to be frozen; every other one must be live.
         refused: part of the message with which the server refuses it; "": it serves.
         vllm: arguments of the server.
-        head: for a model with tied embeddings, what the checkpoint stores as its head all the same: "same", "other",
-        "". short: also part of the short selection that every change runs.
+        head: for a model with tied embeddings, what the checkpoint stores as its head all the same ("same", "other").
+        short: also part of the short selection that every change runs.
     """
 
     name: str
@@ -172,10 +172,17 @@ ARCHITECTURES = [
     Architecture("Qwen3.5-VL text", "qwen3_5", "vision", {
         "text_config": DELTA_NET, "vision_config": VISION, **VISION_TOKENS,
     }, frozen=("visual",), vllm={"language_model_only": True}, short=True),
-    Architecture("DeepSeek-V2, CPU_MLA", "deepseek_v2", "mla", MLA, vllm={"compilation_config": {"custom_ops":
-    ["-rotary_embedding"]}}), Architecture("DeepSeek-V2, wrong backend", "deepseek_v2", "mla", MLA,
-    refused="--compilation-config", short=True), Architecture("BLOOM", "bloom", "copied", {"n_layer": 3, "n_head":
-    2}, frozen=("query_key_value",), short=True), Architecture("Falcon (older)", "falcon", "copied", {
+    Architecture(
+        "DeepSeek-V2, CPU_MLA", "deepseek_v2", "mla", MLA,
+        vllm={"compilation_config": {"custom_ops": ["-rotary_embedding"]}},
+    ),
+    Architecture(
+        "DeepSeek-V2, wrong backend", "deepseek_v2", "mla", MLA, refused="--compilation-config", short=True,
+    ),
+    Architecture(
+        "BLOOM", "bloom", "copied", {"n_layer": 3, "n_head": 2}, frozen=("query_key_value",), short=True,
+    ),
+    Architecture("Falcon (older)", "falcon", "copied", {
         "head_dim": OMIT, "new_decoder_architecture": False, "multi_query": False, "parallel_attn": True, "bias": True,
         "alibi": False,
     }, frozen=("query_key_value",)),

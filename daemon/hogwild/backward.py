@@ -224,11 +224,9 @@ def train_in_backward(
             gather,
         )
     model.enable_input_require_grads()  # frozen embeddings give no gradient; the first layer needs one to pass on
-    shared: dict[
-        int, TrainedLinear
-    ] = {}  # weight -> its layer, which must see every use of it before it updates
+    shared: dict[int, TrainedLinear] = {}  # weight -> its layer, which sees every use of it before it updates
     for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear) and skeleton.is_linear(module):
+        if skeleton.is_linear(module):
             weight, bias = f"{name}.weight", f"{name}.bias"
             is_tied = id(module.weight) in tied
             first = shared.get(id(module.weight))

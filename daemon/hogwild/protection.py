@@ -66,9 +66,7 @@ def measure(
     linears = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and skeleton.is_linear(module)
-        and (f"{name}.weight" in trainable or module.weight is table)
+        if skeleton.is_linear(module) and (f"{name}.weight" in trainable or module.weight is table)
     }
     shared = _shared_inputs(model, linears, texts[0])
     waiting = [name for name in linears if shared.get(name) == name]

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from accelerate import init_empty_weights
@@ -186,7 +186,7 @@ class FrozenLinear(torch.nn.Linear):
         return result
 
 
-def is_linear(module: torch.nn.Module) -> bool:
+def is_linear(module: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
     """Does it compute y = x W^T + b, and nothing else? Judged by what it computes on a tiny weight, for a subclass of a
     linear layer may be just that in its own words, or a router that returns which experts it has chosen."""
     if not isinstance(module, torch.nn.Linear):

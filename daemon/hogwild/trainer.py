@@ -16,17 +16,8 @@ from hogwild.apollo import Optimizer
 from hogwild.arena.control import ControlPage
 from hogwild.backward import train_in_backward
 from hogwild.batch import Encoded, Item, Work, cut, packs
-from hogwild.context import (
-    SHORTEST,
-    Layers,
-    Pack,
-    Segment,
-    State,
-    continues_exactly,
-    fixed_cache,
-    packs_exactly,
-    read_one,
-)
+from hogwild.context import SHORTEST, Layers, Pack, Segment, State, fixed_cache, read_one
+from hogwild.context_trial import continues_exactly, packs_exactly
 from hogwild.errors import LossError
 from hogwild.loss import bounded_loss, unlearning_limit
 from hogwild.precision import Wide
