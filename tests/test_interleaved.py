@@ -1,6 +1,7 @@
 """What comes in between: files, rollbacks, scores, failures, at moments when they hurt. Real threads, a tiny model."""
 
 import errno
+import http.server
 import json
 import os
 import threading
@@ -11,12 +12,14 @@ import pytest
 import torch
 
 from hogwild import probes, rollback
+from hogwild.attachment import Attachment
 from hogwild.checkpoint_schedule import CheckpointSchedule
 from hogwild.commands import Command
 from hogwild.errors import CheckpointError, LedgerError
 from hogwild.files import Sink
 from hogwild.going_back import GoingBack
 from hogwild.ledger import Trip
+from hogwild.status import Status
 from hogwild.trainer import Trainer
 from studio import DEADLINE_S, Studio, model
 from support import wait_until
@@ -199,6 +202,46 @@ def test_a_checkpoint_that_cannot_be_made_anew_is_an_error_and_not_tried_for_eve
     with pytest.raises(CheckpointError, match="No space left"):
         studio.keeper.restore_current()
     assert len(tried) == 1
+    studio.close()
+
+
+def test_a_server_that_wants_a_key_is_asked_now_and_then_and_the_reason_is_kept(root):
+    asked = []
+
+    class Locked(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            healthy = self.path == "/health"
+            if not healthy:
+                asked.append(self.path)
+            self.send_response(200 if healthy else 401)
+            self.end_headers()
+
+        def log_message(self, *_arguments):
+            pass
+
+    studio = Studio(root, **QUIET)
+    schedule = CheckpointSchedule(studio.config, studio.ledger, studio.keeper)
+    attachment = Attachment(studio.config, studio.ledger, studio.keeper, studio.curriculum, schedule)
+    attachment.learner = studio.learner
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Locked) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        attachment.on_session({"url": url}, begins=True)
+        for _ in range(20):
+            attachment.check(after="attach")
+        assert len(asked) == 1
+        assert "HOGWILD_API_KEY has to hold its API key" in attachment.unasked
+        assert attachment.must_check
+        wait_until(lambda: attachment.check(after="attach") or len(asked) > 1, "it is asked again")
+        attachment.on_session({"url": url}, begins=True)
+        assert attachment.unasked == "", "another server, or the same one anew"
+        attachment.check(after="attach")
+        assert len(asked) == 3
+        server.shutdown()
+    status = Status(studio.config, studio.ledger).of(
+        studio.learner, attachment.server, 0, stuck=False, unasked=attachment.unasked
+    )
+    assert any("could not be asked" in one and "401" in one for one in status["warnings"])
     studio.close()
 
 

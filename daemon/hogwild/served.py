@@ -33,7 +33,7 @@ class Server:
     """vLLM's OpenAI-compatible API, as far as verification needs it."""
 
     def __init__(self, url: str, api_key_env: str) -> None:
-        self.url = url
+        self.url, self._key_name = url, api_key_env
         key = os.environ.get(api_key_env, "")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx.Client(
@@ -79,7 +79,11 @@ class Server:
             ]
         except (httpx.HTTPError, KeyError, ValueError, IndexError) as error:
             self._model = ""  # a restarted server may have given its model another name
-            body = error.response.text[:500] if isinstance(error, httpx.HTTPStatusError) else ""
+            body = ""
+            if isinstance(error, httpx.HTTPStatusError):
+                body = error.response.text[:500]
+                if error.response.status_code in (401, 403):
+                    body += f"; the environment variable {self._key_name} has to hold its API key"
             raise ServerError(f"{self.url} gave no log-probabilities: {error!r} {body}") from error
 
 
