@@ -102,6 +102,20 @@ def test_a_bad_configuration_is_exit_78_and_lists_what_is_wrong(tmp_path, comman
     assert not (tmp_path / "state").exists()
 
 
+@pytest.mark.parametrize("command", [["serve"], ["config", "--check"]])
+def test_a_file_of_probes_that_is_none_is_exit_78(tmp_path, command):
+    """Before a server comes, whose weights would be refused for it."""
+    config, probes = tmp_path / "hogwild.toml", tmp_path / "probes.jsonl"
+    config.write_text(f'state_dir = "{tmp_path / "state"}"\n[probes]\nfile = "{probes}"\n')
+    ran = hogwild(*command, "--config", config)
+    assert ran.returncode == 78
+    assert f"probes.file: {probes}: No such file or directory" in ran.stderr
+    probes.write_text('{"text": "a"}\n{"txt": "b"}\n')
+    ran = hogwild(*command, "--config", config)
+    assert ran.returncode == 78
+    assert "line 2: txt: " in ran.stderr
+
+
 def test_a_configuration_that_is_not_there_is_exit_78(tmp_path):
     ran = hogwild("serve", "--config", tmp_path / "absent.toml")
     assert ran.returncode == 78

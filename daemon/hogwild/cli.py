@@ -5,14 +5,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
 
-from hogwild import __version__, cli_history, cli_service, cli_watch, heap, journal, openmp
+from hogwild import __version__, cli_history, cli_service, cli_watch, heap, journal, openmp, probe_file
 from hogwild import config as configuration
 from hogwild.cli_history import ConfigOption, JsonOption
 from hogwild.errors import ConfigError, HogwildError, UsageError
@@ -42,7 +42,7 @@ def serve(
     import signal
 
     overrides = {"model": str(Path(model).resolve()) if model else None}
-    settings = _load_or_tell_the_journal(config, overrides)
+    settings = _load_or_tell_the_journal(config, overrides, probe_file.check)
     for number in (signal.SIGHUP, signal.SIGUSR1):  # both end a process that does not listen to them yet
         signal.signal(number, signal.SIG_IGN)
     openmp.sleep_when_idle(os.environ)
@@ -92,14 +92,18 @@ def vllm(
 
 
 def _load_or_tell_the_journal(
-    config: Path | None, overrides: Mapping[str, Any] = MappingProxyType({})
+    config: Path | None,
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+    check: Callable[[Config], None] = lambda _config: None,
 ) -> Config:
-    """As `load`; what is wrong is the last thing that `systemctl status` shows of a service that cannot start."""
+    """As `load`, then `check`; what is wrong is the last that `systemctl status` shows of a service that cannot run."""
     try:
-        return configuration.load(config, overrides)
+        settings = configuration.load(config, overrides)
+        check(settings)
     except ConfigError as error:
         Notifier().send(f"STATUS={error}")
         raise
+    return settings
 
 
 @app.command()

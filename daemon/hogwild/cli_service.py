@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hogwild import config as configuration
-from hogwild import config_report, presets
+from hogwild import config_report, presets, probe_file
 from hogwild.cli_history import ConfigOption, JsonOption
 from hogwild.errors import UsageError
 
@@ -49,6 +49,7 @@ def config(
         return
     settings = config_report.effective(config)
     if check:
+        probe_file.check(configuration.load(config))
         return
     if key:
         found = [one for one in settings if one.key == key]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from hogwild import config as configuration
-from hogwild import state_lock
+from hogwild import probe_file, state_lock
 from hogwild.errors import ConfigError
 from hogwild.settings import Config
 
@@ -100,6 +100,7 @@ def examine(path: Path | None, *, quick: bool, as_json: bool, model: Path | None
     findings = []
     try:
         config = configuration.load(path)
+        probe_file.check(config)
         findings.append(ok("configuration", path or "no file: defaults and environment"))
     except ConfigError as error:
         findings.append(fail("configuration", error, "mend what is named; `hogwild config` shows the rest"))

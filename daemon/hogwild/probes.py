@@ -25,10 +25,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hogwild import metrics, model_file, pulse, selfreplay
-from hogwild.errors import ConfigError, ExampleError
-from hogwild.examples import Encoded, Example, parse_line
-from hogwild.lines import BOM
+from hogwild import metrics, model_file, probe_file, pulse, selfreplay
+from hogwild.errors import ExampleError
+from hogwild.examples import Encoded, Example
 from hogwild.settings import ProbesConfig
 
 VERSION = 1
@@ -48,7 +47,6 @@ QUESTIONS = (
     "What is 2 plus 3?",
     "Say hello in a friendly way.",
 )
-_ONLY = ("id", "messages", "tools", "prompt", "completion", "text", "train_on")
 
 
 @dataclass(frozen=True)
@@ -192,26 +190,15 @@ def read(path: Path, encode: Callable[[Example], Sequence[Encoded]]) -> list[Pro
     Raises:
         ConfigError: naming every line that is not a probe.
     """
-    try:
-        lines = path.read_bytes().removeprefix(BOM).splitlines()
-    except OSError as error:
-        raise ConfigError(f"probes.file: {path}: {error.strerror}") from error
     found, problems = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, example in probe_file.read(path):
         try:
-            example = parse_line(line)
-            given = [key for key in json.loads(line) if key not in _ONLY]
-            if given:
-                raise ExampleError("means nothing for a probe", given[0])
             encoded = encode(example)[-1]
             start = max(list(encoded.trained).index(True), 1)
             found.append(Probe(example.id or f"line {number}", tuple(encoded.ids), start))
         except ExampleError as error:
             problems.append(f"line {number}: {error}")
-    if problems:
-        raise ConfigError("\n  - ".join([f"probes.file: {path} ({len(problems)} wrong):", *problems]))
+    probe_file.refuse(path, problems)
     return found
 
 
