@@ -2,6 +2,7 @@
 
 import json
 import logging
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from hogwild import generation
 from hogwild.cli import app
 from hogwild.errors import HogwildError
 from hogwild.weights import read_tensors
-from support import Daemon, digest
+from support import Daemon, digest, environment
 from world import World, sums
 
 
@@ -90,6 +91,18 @@ def test_a_story_of_two_generations(world: World) -> None:
     assert one["bytes"] > 0
     table = command(daemon, "history").stdout
     assert "* 1" in " ".join(table.split())
+    watching = [sys.executable, "-m", "hogwild", "status", "--watch"]
+    for more in ([], ["--json"]):
+        with subprocess.Popen(
+            [*watching, *more], env=environment(**daemon.settings), stdout=subprocess.PIPE, text=True
+        ) as watch:
+            seen = 0
+            for line in watch.stdout:  # as it comes, also into a pipe
+                seen += "process" in line or line.startswith("{")
+                if seen == 2:
+                    break
+            watch.terminate()
+        assert seen == 2, more
 
     moved = ask(daemon, "diff", 0, 1)
     assert {round(record["change"], 6) for record in moved} == {1.0}, "|2 W - W| / |W|"

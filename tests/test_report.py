@@ -159,21 +159,26 @@ def test_quarantine_lists_what_is_set_aside_and_lets_it_out(config):
     """From the command line, without a daemon."""
     learned(config)
 
-    def hogwild(*arguments: str) -> str:
-        env = environment(HOGWILD_STATE_DIR=str(config.state_dir), COLUMNS="250", NO_COLOR="1")
+    def hogwild(*arguments: str, code: int = 0) -> str:
+        env = environment(HOGWILD_STATE_DIR=str(config.state_dir), NO_COLOR="1")
+        env.pop("COLUMNS", None)
         command = [sys.executable, "-m", "hogwild", *arguments]
         ran = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        assert ran.returncode == 0, ran.stderr
-        return ran.stdout
+        assert ran.returncode == code, ran.stderr
+        return ran.stdout + ran.stderr
 
     shown = hogwild("quarantine")
-    assert EVIL in shown
+    assert EVIL in shown, "in a pipe nothing is cut"
+    _heading, row = shown.splitlines()
+    assert len(row) > 80
     assert "loss" in shown
     (one,) = json.loads(hogwild("quarantine", "--json"))
     assert (one["example_id"], one["file"], one["about"]) == (3, EVIL, {"losses": [None]})
     assert json.loads(hogwild("quarantine", "--retrain", "--file", "facts.jsonl", "--json")) == {
         "examples": 0
     }
+    assert "nothing of that" in hogwild("quarantine", "--retrain", "--file", "facts.jsonl", code=1)
+    assert "none of the 1 examples" in hogwild("quarantine", "--file", "facts.jsonl")
     assert json.loads(hogwild("quarantine", "3", "--retrain", "--json")) == {"examples": 1}
     assert "nothing" in hogwild("quarantine")
     with Ledger(config.state_dir / "ledger.sqlite", readonly=True) as ledger:

@@ -183,15 +183,17 @@ def _open(settings: "Config", *wanted: int) -> "History":
 
 
 def _print_table(records: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from hogwild import terminal
 
     table = Table(box=None, pad_edge=False)
     probes = any(record.get("probes") for record in records)
     for heading in ("", "generation", "saved at", "step", "examples", "passes", "loss", "size", "") + (
         ("probes",) if probes else ()
     ):
-        table.add_column(heading, justify="left" if heading in ("", "saved at", "probes") else "right")
+        left = heading in ("", "saved at", "probes")
+        table.add_column(heading, justify="left" if left else "right", overflow="fold")
     for record in records:
         if "problem" in record:
             table.add_row("!", str(record["generation"]), "damaged")
@@ -219,4 +221,4 @@ def _print_table(records: list[dict[str, Any]]) -> None:
         ]
         scores = ", ".join(f"{name} {loss:.3f}" for name, loss in (record.get("probes") or {}).items())
         table.add_row(*row, *([scores] if probes else []))
-    Console().print(table)
+    terminal.console().print(table)

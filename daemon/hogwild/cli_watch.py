@@ -1,7 +1,9 @@
 """Commands that look: status, report, quarantine."""
 
+import contextlib
 import json
 import os
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -34,27 +36,32 @@ def status(
     """Say what the daemon is doing: what is learned, how fast, what waits, probes, checkpoint, warnings."""
     settings = configuration.load(config)
     owner.become(settings.state_dir)
-    if as_json:
-        typer.echo(json.dumps(_status(settings)))
-        return
-    from rich.console import Console
     from rich.live import Live
 
+    from hogwild import terminal
     from hogwild.screen import screen
 
-    console = Console()
+    console = terminal.console(terminal.SCREEN)
+
+    def show() -> None:
+        if as_json:
+            typer.echo(json.dumps(_status(settings)))
+        else:
+            console.print(screen(_status(settings)))
+        sys.stdout.flush()  # whoever reads a pipe wants it now
+
     if not watch:
-        console.print(screen(_status(settings)))
+        show()
         return
-    with Live(
-        screen(_status(settings)), console=console, auto_refresh=False, screen=console.is_terminal
-    ) as live:
-        try:
+    with contextlib.suppress(KeyboardInterrupt):
+        if as_json or not console.is_terminal:
+            while True:
+                show()
+                time.sleep(_REFRESH_S)
+        with Live(screen(_status(settings)), console=console, auto_refresh=False, screen=True) as live:
             while True:
                 time.sleep(_REFRESH_S)
                 live.update(screen(_status(settings)), refresh=True)
-        except KeyboardInterrupt:
-            pass
 
 
 def report(
@@ -88,31 +95,41 @@ def quarantine(
         raise HogwildError(f"nothing was learned yet in {settings.state_dir}")
     if retrain:
         count = _release(settings, examples, file)
+        if not count and (examples or file) and not as_json:
+            raise HogwildError("nothing of that is in quarantine: `hogwild quarantine` lists what is")
         typer.echo(json.dumps({"examples": count}) if as_json else f"{count} examples are trained again")
         return
     with Ledger(settings.state_dir / "ledger.sqlite", readonly=True) as ledger:
-        found = [
-            one
-            for one in ledger.guards.suspects(100_000)
-            if (not examples or one.example_id in examples) and file in (None, one.file)
-        ]
+        all_of_them = ledger.guards.suspects(100_000)
+    found = [
+        one
+        for one in all_of_them
+        if (not examples or one.example_id in examples) and file in (None, one.file)
+    ]
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in found]))
         return
     if not found:
-        typer.echo("nothing is in quarantine")
+        others = len(all_of_them)
+        typer.echo(
+            f"none of the {others} examples in quarantine is one of these"
+            if others
+            else "nothing is in quarantine"
+        )
         return
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from hogwild import terminal
+
     table = Table(box=None, pad_edge=False)
     for heading in ("example", "file", "line", "id", "guard", "since", "why"):
-        table.add_column(heading, justify="right" if heading in ("example", "line") else "left")
+        right = heading in ("example", "line")
+        table.add_column(heading, justify="right" if right else "left", overflow="fold")
     for one in found:
         cells = (one.example_id, one.file, one.line_no, one.name or "", one.guard, one.at[:19], one.reason)
         table.add_row(*(Text(str(cell)) for cell in cells))
-    Console().print(table)
+    terminal.console().print(table)
 
 
 def _release(settings: "Config", examples: list[int] | None, file: str | None) -> int:

@@ -123,7 +123,7 @@ def _files(status: dict[str, Any]) -> Table:
             Text(file["name"], overflow="ellipsis"),
             *(str(file[key]) for key in counts),
             str(file["failed"] + file["rejected"]),
-            (file["accepted_at"] or "")[:19].replace("T", " "),
+            (file["accepted_at"] or "")[:16].replace("T", " "),
         )
     return table
 
