@@ -214,6 +214,9 @@ def version() -> None:
     typer.echo(__version__)
 
 
+_OF_A_FILE = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+
+
 def main() -> None:
     """Entry point: a user's mistake is a message, not a traceback."""
     for stream in (sys.stdout, sys.stderr):
@@ -221,16 +224,9 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal that knows no UTF-8 is no reason to fail
     try:
         app()
-    except (
-        PermissionError,
-        FileNotFoundError,
-        FileExistsError,
-        NotADirectoryError,
-        IsADirectoryError,
-    ) as error:
-        if error.filename is None or sys.argv[1:2] == [
-            "serve"
-        ]:  # of the daemon, the log keeps where it came from
+    except _OF_A_FILE as error:
+        # Of the daemon, the log keeps where it came from.
+        if error.filename is None or sys.argv[1:2] == ["serve"]:
             raise
         hint = ": run it as the owner of that, or as root" if isinstance(error, PermissionError) else ""
         typer.echo(f"hogwild: {error.filename}: {error.strerror}{hint}", err=True)

@@ -240,12 +240,10 @@ class OneShot:
             _fsync(self.out.parent)
         except OSError as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            kept = (
-                ""
-                if self.state is None
-                else f"; what was trained is in {current}, and the same command tries again"
-            )
-            raise HogwildError(f"--out {self.out} could not be written: {error}{kept}") from error
+            message = f"--out {self.out} could not be written: {error}"
+            if self.state is not None:
+                message += f"; what was trained is in {current}, and the same command tries again"
+            raise HogwildError(message) from error
 
 
 def _results(records: Records) -> list[FileResult]:

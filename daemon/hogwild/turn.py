@@ -58,9 +58,8 @@ class Turn:
         ]
         own = [Group((Item(sample, self._self_weight, likeliest=sample.likeliest),)) for sample in batch.own]
         if (batch.new and not new) or not (new or old or own):
-            if (
-                not batch.new
-            ):  # what was to be replayed fits no longer: a step all the same, or it is drawn for ever
+            if not batch.new:
+                # What was to be replayed fits no longer: a step all the same, or it is drawn for ever.
                 self._guard.judge.progress.advance()
                 self._ledger.count_step_without_pass()
             self._curriculum.done(batch)  # nothing new is left, and replay was there for its sake
