@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +33,15 @@ QUIET = {"replay__self_texts": 0, "probes__own": 0}
 def root(tmp_path):
     model(tmp_path / "model")
     return tmp_path
+
+
+def learned(root: Path) -> Studio:
+    """With generation 1."""
+    studio = Studio(root, **QUIET)
+    studio.drop("a", 2)
+    studio.train()
+    studio.save()
+    return studio
 
 
 def going_back(studio: Studio) -> GoingBack:
@@ -118,10 +128,7 @@ def test_a_rollback_waits_for_a_score_that_is_being_taken(root, monkeypatch):
 
 @pytest.mark.parametrize("stuck", [False, True])
 def test_after_a_rollback_of_what_had_fallen_training_is_asked_for_again(root, stuck):
-    studio = Studio(root, **QUIET)
-    studio.drop("a", 2)
-    studio.train()
-    studio.save()
+    studio = learned(root)
     studio.learner.judge.tripped = Trip("probes", 4, {})  # as Judge.judge leaves it: at rest
     back = going_back(studio)
     if stuck:
@@ -135,10 +142,7 @@ def test_after_a_rollback_of_what_had_fallen_training_is_asked_for_again(root, s
 
 
 def test_a_rollback_that_cannot_be_noted_changes_nothing_and_training_goes_on(root, monkeypatch):
-    studio = Studio(root, **QUIET)
-    studio.drop("a", 2)
-    studio.train()
-    studio.save()
+    studio = learned(root)
     before = studio.bits()
     studio.learner.start()
 
@@ -178,10 +182,7 @@ def test_a_line_that_the_tokenizer_refuses_is_set_aside_and_the_rest_is_trained(
 
 def test_a_checkpoint_that_cannot_be_made_anew_is_an_error_and_not_tried_for_ever(root, monkeypatch):
     """`current` is damaged, history is whole, and the disk is full."""
-    studio = Studio(root, **QUIET)
-    studio.drop("a", 2)
-    studio.train()
-    studio.save()
+    studio = learned(root)
     current = studio.keeper.checkpoints.current()
     with (current / "model.safetensors").open("r+b") as file:
         file.seek(-8, os.SEEK_END)

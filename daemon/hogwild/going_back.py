@@ -83,9 +83,8 @@ class GoingBack:
         if learner is not None:
             self._schedule.mark_saved(learner.progress.steps)
             self.stuck, learner.judge.tripped = False, None
-        if (
-            fallen
-        ):  # training had stopped for it: it begins again once the server is seen to serve these weights
+        if fallen:
+            # Training had stopped for it: it begins again once the server is seen to serve these weights.
             self._attachment.must_check = True
         metrics.rollbacks.labels(by="person").inc()
         self._keeper.start_tidying()

@@ -16,9 +16,12 @@ import threading
 import time
 from collections.abc import Callable, MutableMapping
 
+from hogwild import log as logs
 from hogwild import pulse
 from hogwild.arena.control import ControlPage, Load
 from hogwild.settings import GovernorConfig, TrainingConfig
+
+log = logs.get(__name__)
 
 LINGER_S = 0.05
 """After the last answer: whoever asks one question after the other is about to ask the next."""
@@ -199,6 +202,16 @@ def lower_priority() -> None:
         OSError: it is not allowed here.
     """
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def stand_back(settings: TrainingConfig) -> None:
+    """The calling thread takes a processor only when the server does not want it, if that is allowed and wished for."""
+    if not settings.low_priority:
+        return
+    try:
+        lower_priority()
+    except OSError as error:
+        log.warning("priority.unchanged", error=str(error))
 
 
 def prepare_gpu(settings: TrainingConfig, environment: MutableMapping[str, str]) -> None:

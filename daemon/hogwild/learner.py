@@ -21,7 +21,7 @@ from hogwild.curriculum import Curriculum
 from hogwild.drift import Drift
 from hogwild.encoder import Encoder
 from hogwild.errors import CheckpointError, VerificationError
-from hogwild.governor import Governor, lower_priority
+from hogwild.governor import Governor, stand_back
 from hogwild.groups import Group
 from hogwild.guard import Guard, largest_loss
 from hogwild.history_report import layer
@@ -117,7 +117,7 @@ class Learner:
         self._working: set[int] = set()  # threads that train or judge, by index
         self._asked_for_own_texts = False
         self._preparation = Preparation(
-            self.reader, self.encoder, config, self._stopping.is_set, self._stand_back
+            self.reader, self.encoder, config, self._stopping.is_set, partial(stand_back, config.training)
         )
         self.judge = Judge(
             config.probes, self.reader, ledger, self.progress, arena.control, self._preparation, self.pause
@@ -361,7 +361,7 @@ class Learner:
 
     def _train(self, index: int) -> None:
         trainer = self.trainers[index]
-        self._stand_back()
+        stand_back(self.config.training)
         try:
             while not self._stopping.is_set():
                 pulse.beat(_IDLE_S)
@@ -387,15 +387,6 @@ class Learner:
             # A trainer that dies may have left a layer half-written: the supervisor stops the service.
             self.failure = error
             log.exception("trainer.died", thread=index)
-
-    def _stand_back(self) -> None:
-        """This thread takes a processor only when the server does not want it, if that is allowed and wished for."""
-        if not self.config.training.low_priority:
-            return
-        try:
-            lower_priority()
-        except OSError as error:
-            log.warning("priority.unchanged", error=str(error))
 
     def loss(self, group: Group) -> float:
         """The loss of an example with the weights as they are now, nats a trained token. Not while training runs."""

@@ -219,9 +219,8 @@ def _restore(learner: Learner, current: Path | None, write: bool) -> None:
     """
     ledger, control, position = learner.ledger, learner.arena.control, 0
 
-    def requeue() -> (
-        None
-    ):  # before the arena is trusted: a kill after that would leave passes counted that it lacks
+    def requeue() -> None:
+        """Before the arena is trusted: a kill after that would leave passes counted that it lacks."""
         undone = ledger.reset_to_durable(position)
         if undone.passes_undone:
             log.warning(
