@@ -175,7 +175,12 @@ def predicted(arena: Arena, rank: int, tokens: int, vocabulary: int, activation_
     layers = sum(name.endswith("q_proj.weight") for name in layout)
     config = Config.model_validate(
         {
-            "training": {"threads": 1, "batch_tokens": tokens, "activation_mib": activation_mib},
+            "training": {
+                "threads": 1,
+                "batch_tokens": tokens,
+                "max_tokens": tokens,
+                "activation_mib": activation_mib,
+            },
             "optimizer": {"rank": rank},
             "replay": {"protected_rank": 0},
         }

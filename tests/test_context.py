@@ -65,6 +65,7 @@ def prepared(folder: Path, **settings: Any) -> tuple[Trainer, Recorder]:
         seed=0,
         **settings,
     )
+    trainer._activations = 1 << 30  # one update, with activations computed twice too
     return trainer, optimizer
 
 

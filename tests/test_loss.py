@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from hogwild import loss as losses
 from hogwild.encoding import Encoded
-from hogwild.loss import bounded_loss, unlearning_limit
+from hogwild.loss import bounded_loss, negative_log_likelihoods, unlearning_limit
 from hogwild.trainer import Item
 from test_trainer import Setting
 from tiny import llama
@@ -50,6 +51,37 @@ def test_what_is_not_finite_stays_visible():
 def test_no_limit_is_above_that_of_a_model_that_knows_nothing():
     assert unlearning_limit(5.0, 50_000) == 5.0
     assert unlearning_limit(50.0, 64) == pytest.approx(math.log(64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("piece", [1, 300, 1 << 24], ids=["token by token", "three at a time", "at once"])
+def test_likelihoods_and_their_gradients_are_those_of_torch(monkeypatch, dtype, piece):
+    monkeypatch.setattr(losses, "PIECE", piece)
+    torch.manual_seed(0)
+    raw, targets, scale = torch.randn(11, 97) * 4, torch.randint(97, (11,)), torch.rand(11)
+    found, wanted = [], []
+    for into, compute in (
+        (found, negative_log_likelihoods),
+        (wanted, lambda x, y: torch.nn.functional.cross_entropy(x.float(), y, reduction="none")),
+    ):
+        logits = raw.to(dtype).requires_grad_()
+        bounded = 5 * torch.tanh(logits / 5)  # of which autograd keeps what must not be written into
+        nll = compute(bounded, targets)
+        (nll * scale).sum().backward()
+        into += [nll.detach(), logits.grad, bounded.detach()]
+    assert found[0].dtype == torch.float32
+    assert found[1].dtype == dtype
+    assert torch.allclose(found[0], wanted[0], rtol=1e-6, atol=2e-6)
+    assert torch.allclose(found[1].float(), wanted[1].float(), rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+    assert torch.equal(found[2], wanted[2])
+
+
+def test_a_logit_that_is_not_finite_makes_its_likelihood_visible_and_no_other():
+    logits = torch.zeros(3, 5)
+    logits[1, 2] = math.inf
+    found = negative_log_likelihoods(logits, torch.tensor([1, 1, 1]))
+    assert found[[0, 2]].tolist() == pytest.approx([math.log(5)] * 2)
+    assert not math.isfinite(found[1])
 
 
 def test_unlearning_ends_and_the_rest_of_the_model_stays(tmp_path):

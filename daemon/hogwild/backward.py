@@ -109,6 +109,11 @@ class TrainedLinear(torch.nn.Module):
         x, d = rows[0] if len(rows) == 1 else (torch.cat(part) for part in zip(*rows, strict=True))
         return (x if self.protected is None else products.without(x, self.protected)), d
 
+    @property
+    def kept_nbytes(self) -> int:
+        """Bytes of the rows of forward passes since the last update."""
+        return sum(x.nbytes + d.nbytes for x, d in self._kept.rows)
+
     def update(self) -> None:
         """One update from the rows of every forward pass since the last one."""
         if (taken := self.take()) is None:
@@ -158,6 +163,16 @@ class Gather:
         self.small: dict[str, Callable[[], None]] = {}
         self.drops: list[Callable[[], None]] = []
         self.frozen: dict[str, str] = {}
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes that all linear layers together keep of one token while `more` is set."""
+        return sum((one.in_features + one.out_features) * one.weight.element_size() for one in self.linears)
+
+    @property
+    def waiting_nbytes(self) -> int:
+        """Bytes that they keep now, for an update that is still to come."""
+        return sum(linear.kept_nbytes for linear in self.linears)
 
     def begin(self) -> None:
         """Before the first forward pass of a step."""

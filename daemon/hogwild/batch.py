@@ -1,11 +1,13 @@
 """A step's examples as work for the model: what is context, what is trained, and what goes through together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 from hogwild.context import Segment, State
 from hogwild.likeliest import Likeliest
+
+T = TypeVar("T")
 
 MERGED_CONTEXT = 64
 """Tokens of the longest context that goes through together with the trained tokens, as constants, where that gives the
@@ -92,21 +94,66 @@ def cut(index: int, item: Item, context: Literal["frozen", "full"], merge: bool,
     )
 
 
-def packs(works: Sequence[Work], budget: int) -> list[list[Work]]:
-    """Group work so that each group has at most `budget` tokens, or is a single one that has more.
+def packs(works: Sequence[T], sizes: Callable[[T], Sequence[int]], budgets: Sequence[int]) -> list[list[T]]:
+    """Group work so that no sum of a group's sizes is above its budget, or it is a single one that is.
 
     The longest first, each into the first group that has room. Nothing is ever split: the gradient of a trained token
     reaches every trained token before it.
+
+    Args:
+        sizes: of one, as many as there are budgets; the first one says what is longer.
     """
-    groups: list[list[Work]] = []
-    room: list[int] = []
-    for work in sorted(works, key=lambda w: -len(w.ids)):  # stable, so that a seed repeats
-        length = len(work.ids)
-        place = next((i for i, free in enumerate(room) if free >= length), None)
+    groups: list[list[T]] = []
+    rooms: list[list[int]] = []
+    for work in sorted(works, key=lambda one: -sizes(one)[0]):  # stable, so that a seed repeats
+        needs = sizes(work)
+        place = next(
+            (i for i, free in enumerate(rooms) if all(n <= f for n, f in zip(needs, free, strict=True))), None
+        )
         if place is None:
             groups.append([work])
-            room.append(budget - length)
+            rooms.append([budget - need for budget, need in zip(budgets, needs, strict=True)])
         else:
             groups[place].append(work)
-            room[place] -= length
+            rooms[place] = [free - need for free, need in zip(rooms[place], needs, strict=True)]
     return groups
+
+
+def parts(passes: Sequence[list[Work]], may_wait: Callable[[int], int]) -> list[list[list[Work]]]:
+    """Which passes end in one update: all of a step, unless what waits for it would take too much memory.
+
+    Args:
+        may_wait: tokens that may wait beside a last pass of so many tokens.
+
+    Returns:
+        The parts, each of passes from the shortest to the longest, which is the one that does not wait.
+    """
+    found: list[list[list[Work]]] = []
+    room = 0
+    for one in sorted(passes, key=_tokens, reverse=True):
+        tokens = _tokens(one)
+        if not found or tokens > room:
+            found.append([])
+            room = may_wait(tokens)
+        else:
+            room -= tokens
+        found[-1].insert(0, one)
+    return found
+
+
+def runs(passes: Sequence[list[Work]], context: int) -> list[list[list[Work]]]:
+    """Neighbouring passes with at most `context` tokens of context together, or a single one that has more."""
+    found: list[list[list[Work]]] = []
+    room = 0
+    for one in passes:
+        tokens = sum(len(work.context) for work in one)
+        if not found or tokens > room:
+            found.append([])
+            room = context
+        room -= tokens
+        found[-1].append(one)
+    return found
+
+
+def _tokens(one: list[Work]) -> int:
+    return sum(len(work.ids) for work in one)

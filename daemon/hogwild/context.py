@@ -42,6 +42,7 @@ DISTANCE_FROM_MASK = {"bloom", "mpt"}
 """Models that bias attention by distance, counted from a mask of whole texts: no row of several."""
 _CACHE_NAMES = ("past_key_values", "cache_params")
 """What models of transformers call the cache. Most swallow any other name, and read without a cache."""
+_MASK_ROWS = 1024
 SHORTEST = 2
 """Tokens that may go on from a recurrent state with gradient. A single one takes the way of decoding, which writes into
 the state that others go on from, and which autograd cannot go back through."""
@@ -165,7 +166,7 @@ class Pack:
         masks: dict[str, Tensor] = {}
         for kind, window in zip(layers.types, layers.windows, strict=True):
             if kind not in masks:
-                masks[kind] = self._mask(positions, owner, window).to(dtype)
+                masks[kind] = self._mask(positions, owner, window, dtype)
         self.cache = _PackCache(segments, layers.windows, constant, keep)
         self.arguments = {
             "position_ids": positions[None],
@@ -174,7 +175,7 @@ class Pack:
             "use_cache": True,
         }
 
-    def _mask(self, positions: Tensor, owner: Tensor, window: int | None) -> Tensor:
+    def _mask(self, positions: Tensor, owner: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
         """(1, 1, L, K): 0 where a token may look, -inf where not; the K keys are all states, then all new tokens."""
         places, owners = [], []
         for number, segment in enumerate(self.segments):
@@ -182,11 +183,17 @@ class Pack:
             places.append(torch.arange(segment.start - kept, segment.start, device=positions.device))
             owners.append(torch.full((kept,), number, device=positions.device))
         key_positions, key_owners = torch.cat([*places, positions]), torch.cat([*owners, owner])
-        distance = positions[:, None] - key_positions[None]
-        sees = (owner[:, None] == key_owners[None]) & (distance >= 0)
-        if window is not None:
-            sees &= distance < window
-        return torch.zeros(sees.shape, device=positions.device).masked_fill_(~sees, -torch.inf)[None, None]
+        mask = torch.zeros(len(positions), len(key_positions), dtype=dtype, device=positions.device)
+        for start in range(
+            0, len(positions), _MASK_ROWS
+        ):  # what a row is made of takes ten times what it ends up as
+            rows = slice(start, start + _MASK_ROWS)
+            distance = positions[rows, None] - key_positions[None]
+            sees = (owner[rows, None] == key_owners[None]) & (distance >= 0)
+            if window is not None:
+                sees &= distance < window
+            mask[rows].masked_fill_(~sees, -torch.inf)
+        return mask[None, None]
 
     def states(self) -> list[State]:
         """Of each segment, after a pass over a pack made with `keep`."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from transformers import PreTrainedConfig
 
 from hogwild import gpu_memory, naming, skeleton
 from hogwild.apollo import Optimizer
@@ -91,8 +92,19 @@ def examine(folder: Path, layout: Layout, *, embeddings: bool = False) -> Covera
             hidden=text.hidden_size,
             layers=text.num_hidden_layers,
             itemsize=itemsize,
+            state=_state(text),
+            softcaps=bool(getattr(text, "final_logit_softcapping", None)),
         ),
     )
+
+
+def _state(text: PreTrainedConfig) -> int:
+    """Numbers in the keys and values of one token, if every layer has them."""
+    queries = getattr(text, "num_attention_heads", 0)  # not a model that only has recurrent layers
+    heads = getattr(text, "num_key_value_heads", None) or queries
+    given = [getattr(text, name, None) or 0 for name in ("head_dim", "qk_head_dim", "v_head_dim")]
+    width = max(given) or text.hidden_size // max(queries, 1)
+    return int(2 * heads * width * text.num_hidden_layers)
 
 
 def by_reason(frozen: Mapping[str, tuple[int, str]]) -> Iterable[tuple[str, list[str]]]:

@@ -74,8 +74,11 @@ def _covered(about: dict[str, Any]) -> Iterator[Finding]:
 def _fits(about: dict[str, Any], config: Config) -> Iterator[Finding]:
     """What training will take of the GPU, against what it may take and what the server leaves."""
     needs = gpu_memory.predict(gpu_memory.Model(**about["sizes"]), config)
-    found = f"beside {gpu_memory.gib(about['weights_nbytes'])} GiB of weights, training takes at most {needs}"
-    less = "lower training.threads, training.batch_tokens or training.activation_mib"
+    found = (
+        f"beside {gpu_memory.gib(about['weights_nbytes'])} GiB of weights, training takes at most {needs}, with "
+        f"examples of training.max_tokens = {config.training.max_tokens} tokens, all trained"
+    )
+    less = "lower training.threads, training.max_tokens or training.activation_mib"
     own = needs.total - needs.context  # what the setting is about
     if 0 < config.training.gpu_memory_gib * 2**30 < own:
         allowed = f"training.gpu_memory_gib allows {config.training.gpu_memory_gib:g}"

@@ -1,6 +1,6 @@
 """How much of a GPU training takes beside the weights, reckoned from shapes and settings before anything runs.
 
-An upper bound, for passes of `training.batch_tokens` trained tokens; a longer answer takes more for its logits.
+An upper bound: for an example of `training.max_tokens` tokens, all of them trained, in every thread at once.
 docs/gpu-results.md compares it with an H200, but for what the CUDA context and libraries take, which is assumed.
 Imports no torch.
 """
@@ -20,6 +20,11 @@ _PARTS = 528 * 256 * 64
 _TUNING = 384 << 20
 """Bytes of the first updates, which look for the fastest kernels: what empties the cache between two runs, and some
 rows of a weight (cuda.py)."""
+_LOSS = 3 * 4 << 24
+"""Bytes of the fp32 copies of a piece of the logits (loss.py)."""
+CONTEXTS = 4
+"""Times `training.batch_tokens`: tokens of context that are read at once, and whose keys and values are kept, unless a
+single example has more."""
 _DRIFT = 160 << 20
 """Bytes of a thread that takes back drift: ten blocks of drift.py."""
 VLLM_SHARE = 0.92
@@ -35,6 +40,8 @@ class Model:
         copied: bytes of what the server has no plain copy of, and each trainer's model therefore has its own.
         vocabulary, hidden, layers: sizes of its language model.
         itemsize: bytes of a weight.
+        state: numbers that its attention keeps of one token, in all layers.
+        softcaps: bounds its logits, which keeps them in more than one form.
     """
 
     trained: Mapping[str, Shape]
@@ -43,6 +50,8 @@ class Model:
     hidden: int
     layers: int
     itemsize: int = 2
+    state: int = 0
+    softcaps: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,8 +61,10 @@ class Needs:
     Attributes:
         moments: of the optimizer.
         directions: that updates leave alone.
-        activations: of all threads' passes.
-        logits: of all threads' passes, and what their loss makes of them.
+        activations: of all threads' passes, and what earlier passes of a step keep for its update.
+        contexts: keys and values of what is read and not trained.
+        logits: of all threads' passes and what their loss makes of them, beyond a layer that is computed twice: they
+            are gone by then.
         update: of all threads, for one layer at a time.
         copies: frozen tensors that each trainer's model has for itself.
         context: of CUDA.
@@ -62,6 +73,7 @@ class Needs:
     moments: int
     directions: int
     activations: int
+    contexts: int
     logits: int
     update: int
     copies: int
@@ -79,22 +91,31 @@ class Needs:
 def predict(model: Model, config: Config) -> Needs:
     """What training of this model takes with these settings."""
     training, replay, rank = config.training, config.replay, config.optimizer.rank
-    threads, tokens = training.threads, training.batch_tokens
+    threads, tokens = training.threads, max(training.batch_tokens, training.max_tokens)
     linears = [shape for shape in model.trained.values() if len(shape) == 2]
     small = sum(math.prod(shape) for shape in model.trained.values() if len(shape) != 2)
     protects = bool(replay.protected_rank and replay.self_texts and replay.ratio)
+    row = model.itemsize * sum(m + n for m, n in linears)  # of one token, in all layers
+    inner = model.itemsize * sum(m + n for m, n in linears if model.vocabulary not in (m, n))
+    budget = training.activation_mib << 20
     inputs = tokens * model.hidden * model.layers * model.itemsize  # of layers that are computed twice
+    again = 2 * tokens * inner // max(model.layers, 1)  # one of them
+    elements = tokens * model.vocabulary
+    logits = elements * model.itemsize * (5 if model.softcaps else 2) + min(_LOSS, 12 * elements)
+    context = max(CONTEXTS * training.batch_tokens, training.max_tokens)
+    rows = tokens + budget // max(row, 1)  # of one update
     return Needs(
         moments=sum(8 * min(rank, m, n) * max(m, n) for m, n in linears) + 8 * small,
         directions=sum(min(replay.protected_rank, n // 2) * n for _, n in linears)
         * model.itemsize
         * protects,
-        activations=threads * max(training.activation_mib << 20, inputs),
-        # in the model's type and fp32, log-probabilities, and the gradient in both types
-        logits=threads * tokens * model.vocabulary * (2 * model.itemsize + 3 * 4),
+        activations=threads * (max(budget, inputs) + again),
+        # as the states of each context, and side by side
+        contexts=threads * 2 * context * model.state * model.itemsize,
+        logits=threads * max(logits - again, 0),
         update=threads
         * (
-            max((_update(m, n, tokens, rank, model.itemsize) for m, n in linears), default=0)
+            max((_update(m, n, rows, rank, model.itemsize) for m, n in linears), default=0)
             + _TUNING
             + _DRIFT * bool(protects and replay.protected_every)
         ),
@@ -108,7 +129,8 @@ def _update(m: int, n: int, tokens: int, rank: int, itemsize: int) -> int:
     both = tokens * (min(rank, m, n) + tokens)  # [Y P^T | Y Y^T]
     parts = max(_PARTS, 2 * both)  # of it, and its sum
     small = min(rank, m, n) * max(m, n) + 2 * max(m, n)  # R, scales, sums
-    return 4 * (parts + both + small) + 2 * itemsize * tokens * n  # X without its protected part
+    factors = tokens * (3 * n + m)  # of several passes side by side, and X without its protected part
+    return 4 * (parts + both + small) + itemsize * factors
 
 
 def left(total: int, arguments: Sequence[str]) -> int:

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from hogwild import metrics, model_file, probe_file, pulse, selfreplay
 from hogwild.errors import ExampleError
 from hogwild.examples import Encoded, Example
+from hogwild.loss import negative_log_likelihoods
 from hogwild.settings import ProbesConfig
 
 VERSION = 1
@@ -174,9 +175,9 @@ def measure(model: PreTrainedModel, probe: Probe) -> tuple[float, float]:
     pulse.beat()
     ids = torch.tensor([probe.ids], device=model.device)
     count = len(probe.ids) - probe.start
-    logits = model(ids[:, :-1], use_cache=False, logits_to_keep=count).logits[0, -count:].float()
+    logits = model(ids[:, :-1], use_cache=False, logits_to_keep=count).logits[0, -count:]
     targets = ids[0, probe.start :]
-    loss = float(torch.nn.functional.cross_entropy(logits, targets))
+    loss = float(negative_log_likelihoods(logits, targets).mean())
     right = float((logits.argmax(-1) == targets).float().mean())
     return loss, right if math.isfinite(loss) else 0.0
 

@@ -32,7 +32,7 @@ class Recompute:
     """
 
     def __init__(self, model: PreTrainedModel, budget: int) -> None:
-        self._budget, self._on = budget, False
+        self._budget, self._room, self._on = budget, budget, False
         self._bytes_per_token: float | None = None
         self._layers = 0
         self._saved: dict[int, int] | None = None  # during the first pass that keeps any: storage -> bytes
@@ -45,11 +45,12 @@ class Recompute:
                     self._layers += 1
 
     @contextmanager
-    def within_budget(self, tokens: int) -> Iterator[None]:
-        """Around a forward pass over `tokens` tokens."""
+    def within_budget(self, tokens: int, taken: int = 0) -> Iterator[None]:
+        """Around a forward pass over `tokens` tokens; `taken` bytes of the budget are held by earlier ones."""
         known = self._bytes_per_token
-        self._on = self._budget == 0 or (
-            tokens > _FIRST_TOKENS if known is None else known * tokens > self._budget
+        self._room = max(self._budget - taken, 0)
+        self._on = self._room == 0 or (
+            tokens > _FIRST_TOKENS if known is None else known * tokens > self._room
         )
         try:
             if self._on or known is not None or not torch.is_grad_enabled():
@@ -79,7 +80,7 @@ class Recompute:
         if self._saved is not None and not self._on:
             self._seen += 1
             kept = sum(self._saved.values())
-            self._on = kept * self._layers / self._seen > self._budget
+            self._on = kept * self._layers / self._seen > self._room
 
     def _wrap(self, layer: torch.nn.Module) -> None:
         plain = layer.forward

@@ -66,7 +66,7 @@ class TrainingConfig(Table):
     context: Literal["frozen", "full"] = "frozen"
     """"frozen": tokens that are not trained are read without gradient. "full": gradients reach them too."""
     batch_tokens: int = Field(default=512, ge=1)
-    """Tokens that go through the model at once: examples of one step share a pass up to that many."""
+    """Trained tokens that go through the model at once: examples of one step share a pass up to that many."""
     activation_mib: int = Field(default=2048, ge=0)
     """MiB of activations of one trainer thread; a pass that would need more computes them twice instead."""
     low_priority: bool = True

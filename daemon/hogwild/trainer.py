@@ -1,96 +1,33 @@
 """One lock-free trainer: a skeleton of views, and a step of read context, forward, backward-and-update."""
 
 import math
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hogwild import norms
 from hogwild.apollo import Optimizer
-from hogwild.arena.control import ControlPage
 from hogwild.backward import train_in_backward
-from hogwild.batch import Encoded, Item, Work, cut, packs
+from hogwild.batch import Encoded, Item, Work, cut, packs, parts, runs
 from hogwild.context import SHORTEST, Layers, Pack, Segment, State, fixed_cache, read_one
 from hogwild.context_trial import continues_exactly, packs_exactly
 from hogwild.errors import LossError
-from hogwild.loss import bounded_loss, unlearning_limit
+from hogwild.gpu_memory import CONTEXTS
+from hogwild.loss import bounded_loss, negative_log_likelihoods, unlearning_limit
 from hogwild.precision import Wide
 from hogwild.prefixes import plan
 from hogwild.recompute import Recompute
 from hogwild.streams import Stream, put
+from hogwild.training_progress import Progress
 from hogwild_kernels import UpdateResult
 
 __all__ = ["Encoded", "Item", "Progress", "StepResult", "Trainer"]
-
-
-class Progress:
-    """The one step counter of all trainer threads and the weight epoch, mirrored to the control page for the server.
-
-    An epoch is the time within which answers may share cached keys and values. It ends after the first step and every
-    `updates_per_epoch` ones from there, `epoch_s` seconds after it began if weights have moved in it (`tick`), and when
-    training comes to rest (`settle`).
-    """
-
-    def __init__(self, control: ControlPage, updates_per_epoch: int, epoch_s: float = 0.0) -> None:
-        self._control, self._updates_per_epoch, self._epoch_s = control, updates_per_epoch, epoch_s
-        self._lock = threading.Lock()  # around counters, not around weights
-        self._moved = (
-            control.trained
-        )  # by a daemon before this one, which may have ended in the middle of an epoch
-        self._began = time.monotonic()
-        self.steps = control.steps
-
-    def resume(self, steps: int, epoch: int) -> None:
-        """Other weights are in place, of a checkpoint with this step and epoch: both counters only grow."""
-        with self._lock:
-            self.steps = self._control.steps = max(self.steps, steps)
-            self._begin_epoch(max(self._control.epoch, epoch) + 1)
-
-    def new_epoch(self) -> None:
-        """The weights are about to be replaced: answers from now on are of neither the old nor the new ones."""
-        with self._lock:
-            self._begin_epoch(self._control.epoch + 1)
-
-    @property
-    def epoch(self) -> int:
-        """The weight epoch as it is now."""
-        return self._control.epoch
-
-    def moved(self) -> None:
-        """A weight has been written. From any thread, without a lock, as weights are."""
-        self._moved = True
-
-    def advance(self) -> int:
-        """Count one finished step and return its number, from 1."""
-        with self._lock:
-            self.steps += 1
-            self._control.steps = self.steps
-            if (self.steps - 1) % self._updates_per_epoch == 0:
-                self._begin_epoch(self._control.epoch + 1)
-            return self.steps
-
-    def tick(self) -> None:
-        """Called every second or so: ends an epoch that has lasted long enough and in which weights have moved."""
-        if self._epoch_s and time.monotonic() - self._began >= self._epoch_s:
-            self.settle()
-
-    def settle(self) -> None:
-        """Nothing is left to train for now: what is answered from here on comes from the weights as they are."""
-        with self._lock:
-            if self._moved:
-                self._begin_epoch(self._control.epoch + 1)
-
-    def _begin_epoch(self, number: int) -> None:
-        # In this order: a write that comes in between is noted again, and costs an epoch; it is never missed.
-        self._moved = False
-        self._began = time.monotonic()
-        self._control.epoch = number
 
 
 @dataclass
@@ -134,9 +71,10 @@ class Trainer:
         seed: varies the rounding between threads.
         between_layers: called before each layer of a forward pass and after each weight's update; the place to yield
             to the server.
-        batch_tokens: tokens that go through the model at once. Items of one step share a pass up to that many, and
-            long contexts are read in pieces of that size.
-        activation_mib: memory for activations; a pass that would need more computes them twice instead.
+        batch_tokens: trained tokens that go through the model at once. Items of one step share a pass up to that many;
+            of contexts, which are read without gradient, CONTEXTS times as many.
+        activation_mib: memory for activations; a pass that would need more computes them twice instead, and a step of
+            several passes that would keep more for its update ends in several updates.
         unlearn_until_loss: nats; a token with a negative weight counts until its loss is that high.
         max_loss: nats a trained token; a step with an item above it is refused before its backward pass.
         embeddings: train the input embedding, and a head that is tied to it.
@@ -165,7 +103,7 @@ class Trainer:
         self._unlearning_limit = unlearning_limit(
             unlearn_until_loss, model.config.get_text_config().vocab_size
         )
-        self._max_loss = max_loss
+        self._max_loss, self._context_tokens = max_loss, CONTEXTS * batch_tokens
         self.stream = Stream(model.device)
         self._results: list[tuple[str, UpdateResult]] = []
         self._moved: dict[str, float] = {}
@@ -184,6 +122,9 @@ class Trainer:
         vectors = all(model.get_parameter(name).ndim == 1 for name in self._gather.small)
         self._merges = self._packs and vectors
         self._recompute = Recompute(model, activation_mib << 20)
+        text = model.config.get_text_config(decoder=True)
+        self._activations = activation_mib << 20
+        self._input_nbytes = int(text.hidden_size * text.num_hidden_layers * self._wide.dtype.itemsize)
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):  # what transformers calls a layer
                 module.register_forward_pre_hook(lambda *_: between_layers())
@@ -215,23 +156,7 @@ class Trainer:
         self._results = []
         self._wide.refresh()
         work = [self._cut(index, item, item.context or self.context) for index, item in enumerate(items)]
-        self._read(work)
-        self._gather.begin()
-        losses = [0.0] * len(items)
-        groups = packs(work, self._batch_tokens) if self._packs else [[one] for one in work]
-        for number, group in enumerate(groups, 1):
-            self._gather.more = number < len(groups)
-            found = self._losses(group)
-            pairs = zip(group, found, strict=True)
-            parts = [bounded_loss(nll, one.weight / len(items), self._unlearning_limit) for one, nll in pairs]
-            means = torch.stack([nll.detach().mean() for nll in found]).tolist()
-            for one, loss in zip(group, means, strict=True):
-                losses[one.index] = loss
-                if not self.trainable(loss, one.weight):
-                    self._gather.forget()
-                    raise LossError(f"the loss of a training step is {loss:.4g} nats a token")
-            torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
-        self._gather.finish()
+        losses = self._train(work)
         norms, skipped = self._settle()
         step = self.progress.advance()
         return StepResult(
@@ -245,6 +170,50 @@ class Trainer:
             seconds=time.perf_counter() - began,
         )
 
+    def _train(self, work: list[Work]) -> list[float]:
+        """Forward, backward and update: the loss of each."""
+        passes = [[one] for one in work]
+        if self._packs:
+            limits = self._batch_tokens, self._context_tokens
+            passes = packs(work, lambda one: (len(one.ids), len(one.context)), limits)
+        split = parts(passes, self._may_wait)
+        losses = [0.0] * len(work)
+        self._gather.begin()
+        if judged := len(split) > 1:  # all of it, before any of it is written
+            with torch.no_grad():
+                for group in self._with_contexts([one for part in split for one in part]):
+                    self._judge(group, self._losses(group), losses)
+        for part in split:
+            for number, group in enumerate(self._with_contexts(part), 1):
+                self._gather.more = number < len(part)
+                found = self._losses(group)
+                if not judged:
+                    self._judge(group, found, losses)
+                pairs = zip(group, found, strict=True)
+                summands = [
+                    bounded_loss(nll, one.weight / len(work), self._unlearning_limit) for one, nll in pairs
+                ]
+                torch.stack(summands).sum().backward()  # type: ignore[no-untyped-call]
+            self._gather.finish()
+        return losses
+
+    def _may_wait(self, tokens: int) -> int:
+        """Tokens whose rows may wait for an update beside a pass of so many that keeps no more than it must."""
+        return (self._activations - tokens * self._input_nbytes) // max(self._gather.row_nbytes, 1)
+
+    def _judge(self, group: Sequence[Work], found: Sequence[Tensor], losses: list[float]) -> None:
+        """Put their mean losses where they belong.
+
+        Raises:
+            LossError: one of them must not be trained.
+        """
+        means = torch.stack([nll.detach().mean() for nll in found]).tolist()
+        for one, loss in zip(group, means, strict=True):
+            losses[one.index] = loss
+            if not self.trainable(loss, one.weight):
+                self._gather.forget()
+                raise LossError(f"the loss of a training step is {loss:.4g} nats a token")
+
     def trainable(self, loss: float, weight: float) -> bool:
         """Is the loss of an item one that may move weights? What is to be unlearned may be as unlikely as it likes."""
         return math.isfinite(loss) and (weight < 0 or loss <= self._max_loss)
@@ -254,7 +223,7 @@ class Trainer:
         moved, self._moved = self._moved, {}
         return moved
 
-    def protect(self, directions: Mapping[str, torch.Tensor]) -> None:
+    def protect(self, directions: Mapping[str, Tensor]) -> None:
         """Keep updates out of these directions of the layers' inputs: name of a linear layer -> (k, n); that of the
         input embedding -> (k,) tokens.
 
@@ -280,6 +249,15 @@ class Trainer:
         shortest = 1 if self._packs else SHORTEST
         return cut(index, item, context if self.can_freeze else "full", self._merges, shortest)
 
+    def _with_contexts(self, passes: Sequence[list[Work]]) -> Iterator[list[Work]]:
+        """Each pass, with its contexts read; not all of them at once where they are long."""
+        for run in runs(passes, self._context_tokens):
+            work = [one for group in run for one in group]
+            self._read(work)
+            yield from run
+            for one in work:
+                one.after = None
+
     def _read(self, work: Sequence[Work]) -> None:
         """Read the contexts; a beginning that several have in common once."""
         planned = plan([one.context for one in work])
@@ -297,11 +275,20 @@ class Trainer:
     def _states(self, segments: list[Segment]) -> list[State]:
         if not self._packs:
             return [read_one(self.model, self._layers, segment, self._batch_tokens) for segment in segments]
+        most, found = self._context_tokens, dict[int, State]()
+        for row in packs(segments, lambda one: (len(one.ids),), [most]):
+            ends = self._pack_states([Segment(one.ids[:most], one.after) for one in row])
+            for start in range(most, len(row[0].ids), most):  # one that has a row of its own
+                ends = self._pack_states([Segment(row[0].ids[start : start + most], ends[0])])
+            found.update(zip(map(id, row), ends, strict=True))
+        return [found[id(one)] for one in segments]
+
+    def _pack_states(self, segments: list[Segment]) -> list[State]:
         pack = Pack(segments, self._layers, self._wide.dtype, self.stream.device, keep=True)
         self.model.base_model(pack.ids, **pack.arguments)
         return pack.states()
 
-    def _losses(self, group: Sequence[Work]) -> list[torch.Tensor]:
+    def _losses(self, group: Sequence[Work]) -> list[Tensor]:
         """Of each one (T,) fp32: the negative log-likelihoods of its trained tokens, or their divergences."""
         device = self.stream.device
         constant = [[False] * len(one.ids) if not one.constant else one.constant for one in group]
@@ -321,9 +308,9 @@ class Trainer:
             places += [begun + place for place in one.places]
             begun += len(one.ids)
         targets = put([target for one in group for target in one.targets], device)
-        with self._recompute.within_budget(ids.numel()):
+        with self._recompute.within_budget(ids.numel(), self._gather.waiting_nbytes):
             logits = self.model(ids, logits_to_keep=put(places, device), **arguments).logits
-        losses = torch.nn.functional.cross_entropy(logits[0].float(), targets, reduction="none")
+        losses = negative_log_likelihoods(logits[0], targets)
         found, begun = [], 0
         for one in group:
             here = slice(begun, begun + len(one.targets))
