@@ -341,42 +341,6 @@ def held(trainer):
     return sum(saved.values())
 
 
-# --- families that do with their layers what no other does ------------------------------------------------------------
-
-
-@pytest.mark.parametrize("budget", [0, 1024], ids=["computed twice", "kept"])
-@pytest.mark.parametrize("family", UNUSUAL)
-def test_gradients_of_unusual_families_are_autograds(tmp_path, family, budget):
-    folder, example = build(family, tmp_path / "model"), text(1, 6, 9)
-    truth = Truth(folder, example, "none")
-    _, optimizer, losses = recorded(folder, [Item(example, context="full")], activation_mib=budget)
-    assert losses == pytest.approx([truth.loss], rel=1e-5)
-    assert len(optimizer.gradients) > 10
-    assert_close(optimizer.gradients, truth.gradients)
-
-
-@pytest.mark.parametrize("family", UNUSUAL)
-@pytest.mark.parametrize("multiplies", [True, False])
-def test_unusual_families_learn(tmp_path, family, multiplies, monkeypatch):
-    """With real updates, in the type that most models are served in."""
-    monkeypatch.setattr(products, "multiplies", lambda dtype: multiplies or dtype == torch.float32)
-    folder = build(family, tmp_path / "model", torch.bfloat16)
-    items = [Item(text(1, 6, 9)), Item(text(2, 9, 5))]
-    for budget in (0, 1024):
-        weights = Weights(load_arena(folder))
-        model = skeleton.build(folder, weights)
-        before = {name: weights.at(region).clone() for name, region in skeleton.bound(model).items()}
-        trainer = Trainer(
-            model, Optimizer(OptimizerConfig(rank=4, lr=0.01), seed=0), Progress(weights.arena.control, 4), set(before),
-            "frozen", seed=0, activation_mib=budget,
-        )  # fmt: skip
-        steps = [trainer.step(items) for _ in range(6)]
-        assert not any(step.skipped for step in steps)
-        assert sum(steps[-1].losses) < sum(steps[0].losses)
-        still = {n for n, r in skeleton.bound(model).items() if torch.equal(before[n], weights.at(r))}
-        assert still <= trainer.frozen.keys()
-
-
 # --- fp32 around 16-bit weights --------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hogwild import pulse, skeleton
+from hogwild import naming, pulse, skeleton
 from hogwild.apollo import Optimizer
 from hogwild.embedding import TrainedEmbedding
 from hogwild_kernels import UpdateResult, products
@@ -24,8 +24,7 @@ class _UpdatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: "TrainedLinear") -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        tokens, rows = layer.gather.rows
-        ctx.rows = rows if tokens == len(flat) else None
+        ctx.rows = layer.gather.of_pass(x)
         ctx.layer, ctx.shape = layer, x.shape
         ctx.save_for_backward(flat if ctx.rows is None else flat[ctx.rows])
         return products.linear(x, layer.weight, layer.bias)
@@ -146,6 +145,8 @@ class Gather:
         rows: tokens of the pass, and which of them are trained; the others are constants: a linear layer passes no
             gradient back through them and is not updated from them. None: all are trained. A layer that gets another
             number of rows (the output head) gets trained tokens only.
+        context: tokens that were read beforehand. A layer that gets those of the pass behind them (MLA expands its
+            cache anew each time) is one whose first rows are constants.
         embedding: the input embedding, if it is trained.
         frozen: what is not trained: name -> why.
     """
@@ -153,6 +154,7 @@ class Gather:
     def __init__(self) -> None:
         self.more = False
         self.rows: tuple[int, torch.Tensor | None] = 0, None
+        self.context = 0
         self.linears: list[TrainedLinear] = []
         self.embedding: TrainedEmbedding | None = None
         self.small: dict[str, Callable[[], None]] = {}
@@ -161,11 +163,21 @@ class Gather:
 
     def begin(self) -> None:
         """Before the first forward pass of a step."""
-        self.more, self.rows = False, (0, None)
+        self.more, self.rows, self.context = False, (0, None), 0
         for linear in self.linears:
             linear.forget()
         if self.embedding is not None:
             self.embedding.forget()
+
+    def of_pass(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Which rows of a layer's input (..., T, n) are of trained tokens; None: all."""
+        (tokens, rows), length = self.rows, x.shape[:-1].numel()
+        if length == tokens:
+            return rows
+        if self.context and length == x.shape[-2] == self.context + tokens:
+            new = torch.arange(tokens, device=x.device) if rows is None else rows
+            return self.context + new
+        return None
 
     def forget(self) -> None:
         """The step is given up: nothing that was kept will move a weight."""
@@ -210,6 +222,9 @@ def train_in_backward(
     """
     gather = Gather()
     frozen = gather.frozen
+    frozen.update(
+        dict.fromkeys(naming.buffers(model), "a buffer of the model's code, which gets no gradient")
+    )
     table = model.get_input_embeddings()
     tied, heads = {id(table.weight)}, list[TiedHead]()
     why_not = _why_not(model, table, trainable) if embeddings else "embeddings are frozen"
@@ -259,6 +274,8 @@ def train_in_backward(
                     frozen[full] = "embeddings of something else than tokens" if embeddings else why_not
                 elif full not in trainable:
                     frozen[full] = "not in the arena"
+                elif parameter.ndim == 2 and isinstance(module, skeleton.Uncalled):
+                    frozen[full] = "multiplied by the model's own code, which does not call the layer"
                 elif parameter.ndim == 2:
                     frozen[full] = f"a matrix of {type(module).__name__}, which is not a linear layer"
                 elif parameter.ndim > 2 and min(parameter.shape[1:]) > 1:  # a convolution has an axis of one
