@@ -211,7 +211,7 @@ ARCHITECTURES = [
     }, frozen=("visual",), vllm={"language_model_only": True}, short=True),
     Architecture(
         "DeepSeek-V2, CPU_MLA", "deepseek_v2", "mla", MLA,
-        vllm={"compilation_config": {"custom_ops": ["-rotary_embedding"]}},
+        vllm={"compilation_config": {"custom_ops": ["-rotary_embedding"]}, "attention_backend": "CPU_MLA"},
     ),
     Architecture(
         "DeepSeek-V2, wrong backend", "deepseek_v2", "mla", MLA, refused="--compilation-config", short=True,

@@ -1,5 +1,6 @@
 """Updates each layer inside its own backward pass, so that no gradient matrix and no full backward graph is kept."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -71,9 +72,11 @@ class TrainedLinear(torch.nn.Module):
         seed: int,
         on_update: OnUpdate,
         gather: "Gather",
+        waits: bool = False,
     ) -> None:
+        """`waits`: is updated at the end of the step, not in its backward pass."""
         super().__init__()
-        self.trains_bias = trains_bias
+        self.trains_bias, self.waits = trains_bias, waits
         self.name, self.optimizer, self.seed, self.on_update = name, optimizer, seed, on_update
         self.gather = gather
         self.protected: torch.Tensor | None = None
@@ -96,7 +99,7 @@ class TrainedLinear(torch.nn.Module):
         kept = self._kept
         kept.rows.append((x, d))
         kept.pending -= 1
-        if kept.pending == 0 and not self.gather.more:
+        if kept.pending == 0 and not self.gather.more and not self.waits:
             self.update()
 
     def take(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -207,7 +210,8 @@ def train_in_backward(
     sources: Mapping[str, torch.Tensor],
     embeddings: bool = False,
 ) -> Gather:
-    """Make a backward pass through `model` update its weights.
+    """Make a backward pass through `model` update its weights. One that several layers share is updated at the end of
+    the step, when all of them have been computed for the last time (recompute.py).
 
     Args:
         model: a skeleton of views, changed in place.
@@ -240,6 +244,7 @@ def train_in_backward(
         )
     model.enable_input_require_grads()  # frozen embeddings give no gradient; the first layer needs one to pass on
     shared: dict[int, TrainedLinear] = {}  # weight -> its layer, which sees every use of it before it updates
+    uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     for name, module in list(model.named_modules()):
         if skeleton.is_linear(module):
             weight, bias = f"{name}.weight", f"{name}.bias"
@@ -255,7 +260,8 @@ def train_in_backward(
             else:
                 trains_bias = module.bias is not None and bias in trainable
                 kind = TiedHead if is_tied else TrainedLinear
-                trained = kind(name, module, trains_bias, optimizer, seed, on_update, gather)
+                waits = uses[id(module.weight)] > 1
+                trained = kind(name, module, trains_bias, optimizer, seed, on_update, gather, waits)
                 gather.linears.append(trained)
                 if isinstance(trained, TiedHead):
                     heads.append(trained)
@@ -283,9 +289,8 @@ def train_in_backward(
                         f"the stacked matrices of {type(module).__name__}: served live, not trained"
                     )
                 else:
-                    _train_small(
-                        full, parameter, sources.get(full, parameter.data), optimizer, seed, on_update, gather
-                    )
+                    source, waits = sources.get(full, parameter.data), uses[id(parameter)] > 1
+                    _train_small(full, parameter, source, optimizer, seed, on_update, gather, waits)
     if gather.embedding is not None:
         gather.embedding.heads = heads
     return gather
@@ -315,8 +320,10 @@ def _train_small(
     seed: int,
     on_update: OnUpdate,
     gather: Gather,
+    waits: bool,
 ) -> None:
-    """Adam on `weight` as soon as autograd has this parameter's whole gradient, which is dropped at once."""
+    """Adam on `weight` as soon as autograd has this parameter's whole gradient, which is dropped at once; or, if it
+    `waits`, at the end of the step."""
 
     def apply() -> None:
         if parameter.grad is not None:
@@ -324,7 +331,7 @@ def _train_small(
             parameter.grad = None
 
     def accumulated(_p: torch.Tensor) -> None:
-        if not gather.more:
+        if not gather.more and not waits:
             apply()
 
     def drop() -> None:
