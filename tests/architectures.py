@@ -33,6 +33,9 @@ MLA = {
     "num_key_value_heads": 2, "first_k_dense_replace": 3, "n_routed_experts": 4, "moe_intermediate_size": 32,
     "n_shared_experts": 1, "num_experts_per_tok": 2, "topk_group": 1, "n_group": 1, "head_dim": 64,
 }  # fmt: skip
+MAMBA = {"state_size": 16, "intermediate_size": OMIT}
+NO_SCAN = "no attribute 'selective_scan_fwd'"
+"""vLLM's builds for CPUs lack the kernel of the first Mamba."""
 VISION = {
     "depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "patch_size": 4, "out_hidden_size": 64,
     "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3, "in_chans": 3, "num_position_embeddings": 16,
@@ -54,7 +57,9 @@ class Architecture:
         settings: of the configuration, beyond SIZES.
         frozen: parts of the names of checkpoint tensors that are expected to be frozen; every other one must be live.
         refused: part of the message with which the server refuses it; "": it serves.
+        unserved: part of what is found where vLLM itself, on a CPU, cannot serve it or serves another model.
         vllm: arguments of the server.
+        published: the class that published checkpoints name, where transformers calls it otherwise.
         head: for a model with tied embeddings, what the checkpoint stores as its head all the same ("same", "other").
         short: also part of the short selection that every change runs.
     """
@@ -65,7 +70,9 @@ class Architecture:
     settings: Mapping[str, Any] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
     refused: str = ""
+    unserved: str = ""
     vllm: Mapping[str, Any] = field(default_factory=dict)
+    published: str = ""
     head: str = ""
     short: bool = False
 
@@ -82,9 +89,13 @@ class Architecture:
             config = AutoConfig.for_model(self.model_type, **given)
             kind = AutoModelForCausalLM
         save(type(kind.from_config(config)), config, folder, dtype, seed)
+        stated: dict[str, Any] = {}
         if quantization is not None:  # what is refused for its configuration needs no weights of that kind
-            path = folder / "config.json"
-            path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantization}))
+            stated["quantization_config"] = quantization
+        if self.published:
+            stated["architectures"] = [self.published]
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **stated}))
         if self.head:
             tensors = load_file(file := folder / "model.safetensors")
             embedding = tensors["model.embed_tokens.weight"]
@@ -162,6 +173,32 @@ ARCHITECTURES = [
         "layers_block_type": ["mamba", "mlp", "attention", "mlp"], "num_hidden_layers": 4, "mamba_num_heads": 4,
         "mamba_head_dim": 32, "ssm_state_size": 32, "n_groups": 1, "chunk_size": 16,
     }, frozen=("A_log",)),
+    Architecture("Phi-MoE", "phimoe", "experts", {"num_local_experts": 4}, published="PhiMoEForCausalLM"),
+    Architecture("Llama 4 text", "llama4_text", "copied", {
+        "num_hidden_layers": 4, "num_local_experts": 4, "interleave_moe_layer_step": 2, "attention_chunk_size": 32,
+        "intermediate_size_mlp": 96, "no_rope_layers": [1, 1, 1, 0],
+    }, frozen=("q_proj", "k_proj"), vllm={"block_size": 32}),
+    Architecture("Gemma 3n text", "gemma3n_text", "dense", {
+        "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 16,
+        "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 32, "altup_num_inputs": 2, "laurel_rank": 32,
+        "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * 4,
+    }, unserved="embed_tokens_per_layer.weight: vLLM does not read it"),
+    Architecture("Gemma 4 text", "gemma4_text", "dense", {
+        "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 16,
+        "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 32, "global_head_dim": 32,
+        "num_kv_shared_layers": 0,
+    }, frozen=("layer_scalar",)),
+    Architecture("Zamba 2", "zamba2", "hybrid", {
+        "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "mamba_d_state": 32, "mamba_headdim": 32,
+        "mamba_ngroups": 1, "mamba_expand": 2, "n_mamba_heads": 4, "num_mem_blocks": 1, "adapter_rank": 32,
+        "head_dim": 64, "num_key_value_heads": 2,
+    }, frozen=("A_log",)),
+    Architecture("Mamba", "mamba", "hybrid", MAMBA, frozen=("A_log",), unserved=NO_SCAN),
+    Architecture("Falcon-Mamba", "falcon_mamba", "hybrid", MAMBA, frozen=("A_log",), unserved=NO_SCAN),
+    Architecture("Jamba", "jamba", "hybrid", {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "num_experts_per_tok": 1,
+        "mamba_d_state": 16, "mamba_dt_rank": 32,
+    }, frozen=("A_log",), unserved=NO_SCAN),
     Architecture("Qwen2.5-VL text", "qwen2_5_vl", "vision", {
         "text_config": {"rope_parameters": _MROPE}, "vision_config": VISION, **VISION_TOKENS,
     }, frozen=("visual",), vllm={"language_model_only": True}),
@@ -174,7 +211,7 @@ ARCHITECTURES = [
     }, frozen=("visual",), vllm={"language_model_only": True}, short=True),
     Architecture(
         "DeepSeek-V2, CPU_MLA", "deepseek_v2", "mla", MLA,
-        vllm={"compilation_config": {"custom_ops": ["-rotary_embedding"]}},
+        vllm={"compilation_config": {"custom_ops": ["-rotary_embedding"]}, "attention_backend": "CPU_MLA"},
     ),
     Architecture(
         "DeepSeek-V2, wrong backend", "deepseek_v2", "mla", MLA, refused="--compilation-config", short=True,

@@ -1,5 +1,6 @@
 """Tiny models of several families, as `tiny.llama` makes them, and plain autograd over them as the truth."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -10,8 +11,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_next import modeling_qwen3_next
+from transformers.pytorch_utils import Conv1D
 
+from hogwild import skeleton
 from hogwild.encoding import Encoded
+from hogwild.loss import bounded_loss, unlearning_limit
 from tiny import SIZES, save
 
 OMIT = object()
@@ -102,33 +106,53 @@ class Truth:
         self,
         folder: Path,
         example: Encoded,
-        constants: Literal["none", "linear", "everywhere"],
+        constants: Literal["none", "linear", "everywhere", "read"],
         dtype: torch.dtype | Literal["auto"] = "auto",
+        weight: float = 1.0,
     ) -> None:
         """Where tokens that predict nothing trained are detached: nowhere, at the output of every linear layer, or
-        also at that of norms and convolutions and on their way into the recurrence."""
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        also at that of norms and convolutions and on their way into the recurrence. "read": those before the first
+        trained one are read without gradient, into transformers' own cache."""
+        empty = skeleton.empty(folder)
+        model = type(empty).from_pretrained(folder, config=empty.config, dtype=dtype)
         ids, wanted = example.ids, torch.tensor(example.trained[1:])
-        constant = ~wanted if constants != "none" else torch.zeros_like(wanted)
+        start = example.trained.index(True) - 1 if constants == "read" else 0
+        constant = ~wanted if constants in ("linear", "everywhere") else torch.zeros_like(wanted)
         for name, module in model.named_modules():
             leaf = not list(module.children()) and any(True for _ in module.parameters())
             cut = isinstance(module, nn.Linear) if constants == "linear" else leaf
-            wanted_here = cut and constants != "none"
+            wanted_here = cut and constants in ("linear", "everywhere")
             if wanted_here and not isinstance(module, nn.Embedding) and "lm_head" not in name:
                 module.register_forward_hook(lambda _m, _i, out: _cut(out, constant))
         with _recurrences_cut(constant) if constants == "everywhere" else nullcontext():
-            self._logits = model(torch.tensor([ids[:-1]]), use_cache=False).logits[0][wanted]
-        loss = nn.functional.cross_entropy(self._logits.float(), torch.tensor(ids[1:])[wanted])
-        loss.backward()
-        self.loss, self.logits = float(loss.detach()), self._logits.detach()
+            cache = _read(model, ids[:start]) if start else {"use_cache": False}
+            self._logits = model(torch.tensor([ids[start:-1]]), **cache).logits[0][wanted[start:]]
+        targets = torch.tensor(ids[1:])[wanted]
+        nll = nn.functional.cross_entropy(self._logits.float(), targets, reduction="none")
+        vocabulary = model.config.get_text_config().vocab_size
+        bounded_loss(nll, weight, unlearning_limit(5.0, vocabulary)).backward()
+        self.loss, self.logits = float(nll.detach().mean()), self._logits.detach()
         self.gradients = {
             name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
         }
+        for name, module in model.named_modules():
+            if isinstance(module, Conv1D):  # a linear layer whose weight lies transposed
+                self.gradients[f"{name}.weight"] = self.gradients[f"{name}.weight"].t()
 
 
-def _cut(out: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
+@torch.no_grad()
+def _read(model: Any, ids: list[int]) -> dict[str, Any]:
+    """What a model takes to go on from these tokens."""
+    accepted = inspect.signature(model.base_model.forward).parameters
+    name = next(one for one in ("past_key_values", "cache_params") if one in accepted)
+    return {name: model(torch.tensor([ids]), use_cache=True)[name], "use_cache": True}
+
+
+def _cut(out: Any, constant: torch.Tensor) -> Any:
     """Constant tokens detached; they lie along the first dimension of their number, or are rows of (tokens * heads,
     width). So no text may have as many tokens as a model has heads."""
+    if isinstance(out, tuple):  # a router's
+        return tuple(_cut(one, constant) for one in out)
     if out.ndim == 2:
         shape = [len(out), 1]
         mask = constant.repeat_interleave(len(out) // len(constant))

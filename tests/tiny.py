@@ -51,6 +51,10 @@ def save(kind: type[PreTrainedModel], config: Any, folder: Path, dtype: torch.dt
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             else:
                 parameter.copy_(torch.randn_like(parameter) * (0.3 if "embed" in name else 0.15))
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, buffer in model.state_dict().items():  # what a checkpoint holds, and no gradient moves
+            if name not in parameters and buffer.is_floating_point():
+                buffer.add_(torch.randn_like(buffer) * 0.3)
     model.to(dtype).save_pretrained(folder)
     return folder
 

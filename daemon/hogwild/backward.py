@@ -1,12 +1,13 @@
 """Updates each layer inside its own backward pass, so that no gradient matrix and no full backward graph is kept."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from hogwild import pulse, skeleton
+from hogwild import naming, pulse, skeleton
 from hogwild.apollo import Optimizer
 from hogwild.embedding import TrainedEmbedding
 from hogwild_kernels import UpdateResult, products
@@ -24,8 +25,7 @@ class _UpdatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: "TrainedLinear") -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        tokens, rows = layer.gather.rows
-        ctx.rows = rows if tokens == len(flat) else None
+        ctx.rows = layer.gather.of_pass(x)
         ctx.layer, ctx.shape = layer, x.shape
         ctx.save_for_backward(flat if ctx.rows is None else flat[ctx.rows])
         return products.linear(x, layer.weight, layer.bias)
@@ -72,9 +72,11 @@ class TrainedLinear(torch.nn.Module):
         seed: int,
         on_update: OnUpdate,
         gather: "Gather",
+        waits: bool = False,
     ) -> None:
+        """`waits`: is updated at the end of the step, not in its backward pass."""
         super().__init__()
-        self.trains_bias = trains_bias
+        self.trains_bias, self.waits = trains_bias, waits
         self.name, self.optimizer, self.seed, self.on_update = name, optimizer, seed, on_update
         self.gather = gather
         self.protected: torch.Tensor | None = None
@@ -97,7 +99,7 @@ class TrainedLinear(torch.nn.Module):
         kept = self._kept
         kept.rows.append((x, d))
         kept.pending -= 1
-        if kept.pending == 0 and not self.gather.more:
+        if kept.pending == 0 and not self.gather.more and not self.waits:
             self.update()
 
     def take(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -151,6 +153,8 @@ class Gather:
         rows: tokens of the pass, and which of them are trained; the others are constants: a linear layer passes no
             gradient back through them and is not updated from them. None: all are trained. A layer that gets another
             number of rows (the output head) gets trained tokens only.
+        context: tokens that were read beforehand. A layer that gets those of the pass behind them (MLA expands its
+            cache anew each time) is one whose first rows are constants.
         embedding: the input embedding, if it is trained.
         frozen: what is not trained: name -> why.
     """
@@ -158,6 +162,7 @@ class Gather:
     def __init__(self) -> None:
         self.more = False
         self.rows: tuple[int, torch.Tensor | None] = 0, None
+        self.context = 0
         self.linears: list[TrainedLinear] = []
         self.embedding: TrainedEmbedding | None = None
         self.small: dict[str, Callable[[], None]] = {}
@@ -176,11 +181,21 @@ class Gather:
 
     def begin(self) -> None:
         """Before the first forward pass of a step."""
-        self.more, self.rows = False, (0, None)
+        self.more, self.rows, self.context = False, (0, None), 0
         for linear in self.linears:
             linear.forget()
         if self.embedding is not None:
             self.embedding.forget()
+
+    def of_pass(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Which rows of a layer's input (..., T, n) are of trained tokens; None: all."""
+        (tokens, rows), length = self.rows, x.shape[:-1].numel()
+        if length == tokens:
+            return rows
+        if self.context and length == x.shape[-2] == self.context + tokens:
+            new = torch.arange(tokens, device=x.device) if rows is None else rows
+            return self.context + new
+        return None
 
     def forget(self) -> None:
         """The step is given up: nothing that was kept will move a weight."""
@@ -210,7 +225,8 @@ def train_in_backward(
     sources: Mapping[str, torch.Tensor],
     embeddings: bool = False,
 ) -> Gather:
-    """Make a backward pass through `model` update its weights.
+    """Make a backward pass through `model` update its weights. One that several layers share is updated at the end of
+    the step, when all of them have been computed for the last time (recompute.py).
 
     Args:
         model: a skeleton of views, changed in place.
@@ -225,6 +241,9 @@ def train_in_backward(
     """
     gather = Gather()
     frozen = gather.frozen
+    frozen.update(
+        dict.fromkeys(naming.buffers(model), "a buffer of the model's code, which gets no gradient")
+    )
     table = model.get_input_embeddings()
     tied, heads = {id(table.weight)}, list[TiedHead]()
     why_not = _why_not(model, table, trainable) if embeddings else "embeddings are frozen"
@@ -240,6 +259,7 @@ def train_in_backward(
         )
     model.enable_input_require_grads()  # frozen embeddings give no gradient; the first layer needs one to pass on
     shared: dict[int, TrainedLinear] = {}  # weight -> its layer, which sees every use of it before it updates
+    uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     for name, module in list(model.named_modules()):
         if skeleton.is_linear(module):
             weight, bias = f"{name}.weight", f"{name}.bias"
@@ -255,7 +275,8 @@ def train_in_backward(
             else:
                 trains_bias = module.bias is not None and bias in trainable
                 kind = TiedHead if is_tied else TrainedLinear
-                trained = kind(name, module, trains_bias, optimizer, seed, on_update, gather)
+                waits = uses[id(module.weight)] > 1
+                trained = kind(name, module, trains_bias, optimizer, seed, on_update, gather, waits)
                 gather.linears.append(trained)
                 if isinstance(trained, TiedHead):
                     heads.append(trained)
@@ -274,6 +295,8 @@ def train_in_backward(
                     frozen[full] = "embeddings of something else than tokens" if embeddings else why_not
                 elif full not in trainable:
                     frozen[full] = "not in the arena"
+                elif parameter.ndim == 2 and isinstance(module, skeleton.Uncalled):
+                    frozen[full] = "multiplied by the model's own code, which does not call the layer"
                 elif parameter.ndim == 2:
                     frozen[full] = f"a matrix of {type(module).__name__}, which is not a linear layer"
                 elif parameter.ndim > 2 and min(parameter.shape[1:]) > 1:  # a convolution has an axis of one
@@ -281,9 +304,8 @@ def train_in_backward(
                         f"the stacked matrices of {type(module).__name__}: served live, not trained"
                     )
                 else:
-                    _train_small(
-                        full, parameter, sources.get(full, parameter.data), optimizer, seed, on_update, gather
-                    )
+                    source, waits = sources.get(full, parameter.data), uses[id(parameter)] > 1
+                    _train_small(full, parameter, source, optimizer, seed, on_update, gather, waits)
     if gather.embedding is not None:
         gather.embedding.heads = heads
     return gather
@@ -313,8 +335,10 @@ def _train_small(
     seed: int,
     on_update: OnUpdate,
     gather: Gather,
+    waits: bool,
 ) -> None:
-    """Adam on `weight` as soon as autograd has this parameter's whole gradient, which is dropped at once."""
+    """Adam on `weight` as soon as autograd has this parameter's whole gradient, which is dropped at once; or, if it
+    `waits`, at the end of the step."""
 
     def apply() -> None:
         if parameter.grad is not None:
@@ -322,7 +346,7 @@ def _train_small(
             parameter.grad = None
 
     def accumulated(_p: torch.Tensor) -> None:
-        if not gather.more:
+        if not gather.more and not waits:
             apply()
 
     def drop() -> None:

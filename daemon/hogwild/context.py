@@ -10,7 +10,7 @@ Two ways to go on from states:
   but attention layers. Every other part of such a model works on single tokens, so nothing crosses from text to text.
 - `fixed_cache`: one text. Recurrent states have no mask that would keep neighbours apart.
 
-Whether a model can do either is judged by what it computes (`context_trial.py`).
+Whether a model can do either is judged by what it computes (`trial.py`).
 """
 
 # mypy: disable-error-code="misc"

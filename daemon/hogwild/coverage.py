@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedConfig
 
-from hogwild import gpu_memory, naming, skeleton
+from hogwild import gpu_memory, naming, skeleton, trial
 from hogwild.apollo import Optimizer
 from hogwild.backward import train_in_backward
 from hogwild.errors import HogwildError
@@ -51,11 +51,12 @@ def examine(folder: Path, layout: Layout, *, embeddings: bool = False) -> Covera
     model = skeleton.empty(folder)
     found = naming.recipes(model, [*layout.tensors, *layout.frozen])
     regions, private = skeleton.place(model, found, layout.tensors)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    buffers = naming.buffers(model)
+    sizes = {name: one.numel() for name, one in [*model.named_parameters(), *buffers.items()]}
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     text, itemsize = model.config.get_text_config(), model.dtype.itemsize
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    if missing := sorted(sizes.keys() - found.keys() - tied):
+    if missing := sorted(sizes.keys() - buffers.keys() - found.keys() - tied):
         raise HogwildError(
             f"{type(model).__name__} needs {', '.join(missing)}, which the checkpoint does not have"
         )
@@ -72,6 +73,7 @@ def examine(folder: Path, layout: Layout, *, embeddings: bool = False) -> Covera
         for recipe in private
     }
     unused = cast(Optimizer, None)  # nothing is updated: no backward pass runs
+    skeleton.set_apart(model, trial.uncalled(model))
     asked = train_in_backward(model, unused, set(regions), 0, lambda *_: None, {}, embeddings).frozen
     frozen = {name: (sizes[name], reasons.get(name, why)) for name, why in asked.items() if name in sizes}
     used = {name for recipe in found.values() for name in recipe.names}

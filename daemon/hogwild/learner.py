@@ -75,8 +75,9 @@ class Learner:
         self.reader: PreTrainedModel = skeleton.build(folder, self.weights)
         self.trainable = skeleton.bound(self.reader)
         vocabulary = self.reader.config.get_text_config().vocab_size
-        self.trainers = [
-            Trainer(
+        self.trainers: list[Trainer] = []
+        for index in range(config.training.threads):
+            trainer = Trainer(
                 skeleton.build(folder, self.weights),
                 self.optimizer,
                 self.progress,
@@ -89,9 +90,9 @@ class Learner:
                 activation_mib=config.training.activation_mib,
                 max_loss=largest_loss(config.guard, vocabulary),
                 embeddings=config.training.embeddings,
+                verdict=self.trainers[0].verdict if self.trainers else None,
             )
-            for index in range(config.training.threads)
-        ]
+            self.trainers.append(trainer)
         if not any(isinstance(module, TrainedLinear) for module in self.trainers[0].model.modules()):
             raise VerificationError(
                 "no linear layer of the server is plain memory, so there is nothing to train",

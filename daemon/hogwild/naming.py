@@ -75,14 +75,21 @@ class Recipe:
         raise UnplacedError(f"a conversion into {', '.join(given)} is not known")
 
 
+def buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What a checkpoint of this model holds besides its parameters: numbers that no gradient moves."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    state: dict[str, torch.Tensor] = model.state_dict()
+    return {name: tensor for name, tensor in state.items() if name not in parameters}
+
+
 def recipes(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Recipe]:
-    """parameter -> how it is made of the checkpoint tensors called `names`. Those that the model has no use for are
-    left out, and so are parameters that nothing makes (tied ones)."""
+    """parameter or buffer -> how it is made of the checkpoint tensors called `names`. Those that the model has no use
+    for are left out, and so are parameters that nothing makes (tied ones)."""
     transforms = get_model_conversion_mapping(model)
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
     by_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
-    wanted = dict(model.named_parameters(remove_duplicate=False))
+    wanted = {**dict(model.named_parameters(remove_duplicate=False)), **buffers(model)}
     parts: dict[str, dict[str, list[str]]] = {}
     for name in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)

@@ -4,18 +4,17 @@ Sound together with updates inside the backward pass: a layer is computed again 
 layers above it have been updated by then. With other trainer threads the second pass may see newer weights than the
 first, as every backward pass here may.
 
-The gradient of a layer's first argument, its hidden states, is all that a second pass gives. So a layer that takes
-anything else with a gradient keeps its activations, however many they are. No layer is computed again where two of them
-share a weight, which the upper one would have updated before the lower one's second pass, nor where a layer takes the
-keys and values of another, which that one would have left without a gradient.
+A weight that several layers share is updated at the end of the step (backward.py), so that the second passes of all of
+them see it as it was.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -38,11 +37,9 @@ class Recompute:
         self._saved: dict[int, int] | None = None  # during the first pass that keeps any: storage -> bytes
         self._seen = 0
         self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        if _apart(model):
-            for module in model.modules():
-                if isinstance(module, GradientCheckpointingLayer):
-                    self._wrap(module)
-                    self._layers += 1
+        for layer in _outermost(model):
+            self._wrap(layer)
+            self._layers += 1
 
     @contextmanager
     def within_budget(self, tokens: int, taken: int = 0) -> Iterator[None]:
@@ -85,69 +82,92 @@ class Recompute:
     def _wrap(self, layer: torch.nn.Module) -> None:
         plain = layer.forward
 
-        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not self._on or not torch.is_grad_enabled() or _has_gradient((args, kwargs)):
-                out = plain(hidden, *args, **kwargs)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not self._on or not torch.is_grad_enabled():
+                out = plain(*args, **kwargs)
                 self._after_one()
                 return out
-            return _Recomputed.apply(hidden, lambda h: plain(h, *args, **kwargs))  # type: ignore[no-untyped-call]
+            return _Pass(plain, args, kwargs).recomputed()
 
         layer.forward = forward
 
 
-def _apart(model: PreTrainedModel) -> bool:
-    """Has each layer weights, keys and values of its own?"""
-    if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
-        return False  # handed on in a dictionary, not as an argument with a gradient
-    seen = set[int]()
-    for layer in _layers(model):
-        own = {id(parameter) for parameter in layer.parameters()}
-        if own & seen:
-            return False
-        seen |= own
-    return True
+class _Pass:
+    """One pass of a layer as a function of the tensors that it takes with a gradient.
 
+    Those are its hidden states, and whatever else lies in its arguments: inputs of each layer, the keys and values of
+    another. A mapping that layers hand on is an argument as it was, and what a layer adds to it is an output.
+    """
 
-def _layers(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Those that lie in no other layer; one that lies in two places twice."""
-    if isinstance(module, GradientCheckpointingLayer):
-        yield module
-    else:
-        for child in module.children():
-            yield from _layers(child)
+    def __init__(self, layer: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._layer = layer
+        self._handed: dict[str, Any] = {
+            name: one for name, one in kwargs.items() if isinstance(one, MutableMapping)
+        }
+        before = {name: dict(one) for name, one in self._handed.items()}
+        plain = {name: one for name, one in kwargs.items() if name not in before}
+        self._leaves, self._inside = tree_flatten((args, plain, before))
+        self._places = [
+            n for n, one in enumerate(self._leaves) if isinstance(one, Tensor) and one.requires_grad
+        ]
 
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors with a gradient."""
+        return [self._leaves[place] for place in self._places]
 
-def _has_gradient(value: Any) -> bool:
-    """Is there a tensor in it that requires a gradient?"""
-    if isinstance(value, Tensor):
-        return value.requires_grad
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, tuple | list):
-        return False
-    return any(_has_gradient(one) for one in value)
+    def run(self, inputs: Sequence[Tensor]) -> tuple[list[Any], TreeSpec]:
+        """Its outputs and what it adds to mappings, flat, and how they belong together."""
+        leaves = list(self._leaves)
+        for place, one in zip(self._places, inputs, strict=True):
+            leaves[place] = one
+        args, kwargs, before = tree_unflatten(leaves, self._inside)
+        handed = {name: type(one)(before[name]) for name, one in self._handed.items()}
+        out = self._layer(*args, **kwargs, **handed)
+        added = {
+            name: {key: one for key, one in now.items() if one is not before[name].get(key)}
+            for name, now in handed.items()
+        }
+        return tree_flatten((out, added))
+
+    def recomputed(self) -> Any:
+        """What the layer returns; mappings get what it adds. Nothing is kept but the inputs."""
+        shapes: list[TreeSpec] = []
+        out, added = tree_unflatten(_Recomputed.apply(self, shapes, *self.inputs), shapes[0])  # type: ignore[no-untyped-call]
+        for name, new in added.items():
+            self._handed[name].update(new)
+        return out
 
 
 class _Recomputed(torch.autograd.Function):
-    """hidden -> layer(hidden); everything else that the layer takes (positions, masks, states) is constant."""
+    """Runs a pass without gradient; in the backward pass, again with it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, layer: Callable[[Tensor], Any]) -> Any:
-        ctx.save_for_backward(hidden)
-        ctx.layer = layer
-        return layer(hidden)  # autograd runs this without gradient
+    def forward(ctx: Any, one: _Pass, shapes: list[TreeSpec], *inputs: Tensor) -> tuple[Any, ...]:
+        ctx.save_for_backward(*inputs)
+        ctx.one = one
+        outs, shape = one.run(inputs)  # autograd runs this without gradient
+        shapes.append(shape)
+        return tuple(outs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
-        (hidden,) = ctx.saved_tensors
-        hidden = hidden.detach().requires_grad_()
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = [one.detach().requires_grad_() for one in ctx.saved_tensors]
         with torch.enable_grad():
-            out = ctx.layer(hidden)
-        outs = out if isinstance(out, tuple) else (out,)
+            outs, _ = ctx.one.run(inputs)
         pairs = [
             (o, g)
             for o, g in zip(outs, gradients, strict=True)
             if isinstance(o, Tensor) and o.requires_grad and g is not None
         ]
         torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
-        return hidden.grad, None
+        return None, None, *(one.grad for one in inputs)
+
+
+def _outermost(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Layers that lie in no other layer."""
+    if isinstance(module, GradientCheckpointingLayer):
+        yield module
+    else:
+        for child in module.children():
+            yield from _outermost(child)

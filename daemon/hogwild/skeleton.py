@@ -22,7 +22,8 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
     """Build the model of `folder` around the live weights; nothing requires a gradient.
 
     Parameters whose tensors the server keeps no plain copy of (`layout.frozen`) are read from the checkpoint: they
-    never change. What serves pictures and sound is left out.
+    never change. So are buffers that a checkpoint holds, if they are not served live. What serves pictures and
+    sound is left out.
 
     Raises:
         VerificationError: naming every parameter that has no view, or one of another shape.
@@ -33,14 +34,14 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
     found = naming.recipes(model, [*layout.tensors, *layout.frozen])
     regions, private = place(model, found, layout.tensors)
     copies = _read(folder, {name for recipe in private for name in recipe.names})
-    problems = []
-    for name, parameter in list(model.named_parameters()):
+    problems, buffers = [], naming.buffers(model)
+    for name, parameter in [*model.named_parameters(), *buffers.items()]:
         if name in regions:
             tensor = weights.at(regions[name])
         elif name in found:
             tensor = found[name].make(copies.__getitem__, model).to(device)
         else:
-            if name not in tied:
+            if name not in tied and name not in buffers:
                 problems.append(f"{name}: needed by {type(model).__name__}, not served")
             continue
         if tensor.shape != parameter.shape:
@@ -65,9 +66,9 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
     linearise(model, regions)
     names = {name for name, _ in model.named_parameters()}
     model.arena_regions = {name: region for name, region in regions.items() if name in names}
-    model.arena_recipes = found
+    model.arena_recipes = {name: recipe for name, recipe in found.items() if name not in buffers}
     model.arena_twins = twins(model, found, regions)
-    return model.eval()
+    return model
 
 
 def bound(model: PreTrainedModel) -> dict[str, Region]:
@@ -144,7 +145,7 @@ def empty(folder: Path) -> PreTrainedModel:
         for name, child in list(base.named_children()):
             if not kept & {id(module) for module in child.modules()}:
                 setattr(base, name, torch.nn.Module())  # a tower: never called for text
-    return model
+    return model.eval()
 
 
 def place(
@@ -186,10 +187,14 @@ class FrozenLinear(torch.nn.Linear):
         return result
 
 
+class Uncalled(torch.nn.Linear):
+    """A linear layer whose weight the model's own code multiplies by: nothing that it does when called counts."""
+
+
 def is_linear(module: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
     """Does it compute y = x W^T + b, and nothing else? Judged by what it computes on a tiny weight, for a subclass of a
     linear layer may be just that in its own words, or a router that returns which experts it has chosen."""
-    if not isinstance(module, torch.nn.Linear):
+    if not isinstance(module, torch.nn.Linear) or isinstance(module, Uncalled):
         return False
     if type(module) in (torch.nn.Linear, FrozenLinear):
         return True
@@ -223,6 +228,12 @@ def linearise(model: PreTrainedModel, regions: dict[str, Region]) -> None:
                 )
 
 
+def set_apart(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Take these for no linear layers (trial.uncalled)."""
+    for name in names:
+        model.get_submodule(name).__class__ = Uncalled
+
+
 def _linear(module: Conv1D) -> FrozenLinear:
     """The linear layer that GPT-2 calls a convolution: the same weight, looked at the other way round (out, in)."""
     weight, bias = module.weight.data.t(), module.bias
@@ -237,9 +248,12 @@ def _set(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
 
 
 def assign(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Put a tensor in the place of a parameter."""
+    """Put a tensor in the place of a parameter or a buffer."""
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+        return
     module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
 
 

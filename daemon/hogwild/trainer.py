@@ -11,12 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hogwild import norms
+from hogwild import norms, skeleton
 from hogwild.apollo import Optimizer
 from hogwild.backward import train_in_backward
 from hogwild.batch import Encoded, Item, Work, cut, packs, parts, runs
 from hogwild.context import SHORTEST, Layers, Pack, Segment, State, fixed_cache, read_one
-from hogwild.context_trial import continues_exactly, packs_exactly
 from hogwild.errors import LossError
 from hogwild.gpu_memory import CONTEXTS
 from hogwild.loss import bounded_loss, negative_log_likelihoods, unlearning_limit
@@ -25,6 +24,7 @@ from hogwild.prefixes import plan
 from hogwild.recompute import Recompute
 from hogwild.streams import Stream, put
 from hogwild.training_progress import Progress
+from hogwild.trial import Verdict, judge, uncalled
 from hogwild_kernels import UpdateResult
 
 __all__ = ["Encoded", "Item", "Progress", "StepResult", "Trainer"]
@@ -78,8 +78,10 @@ class Trainer:
         unlearn_until_loss: nats; a token with a negative weight counts until its loss is that high.
         max_loss: nats a trained token; a step with an item above it is refused before its backward pass.
         embeddings: train the input embedding, and a head that is tied to it.
+        verdict: what another trainer of the same model has found out about it; None: it is tried.
 
     Attributes:
+        verdict: what holds for every trainer of this model.
         stream: where all of its work is queued, on a GPU.
     """
 
@@ -97,6 +99,7 @@ class Trainer:
         unlearn_until_loss: float = 5.0,
         max_loss: float = math.inf,
         embeddings: bool = False,
+        verdict: Verdict | None = None,
     ) -> None:
         self.model, self.progress, self.context = model, progress, context
         self._between_layers, self._batch_tokens = between_layers, batch_tokens
@@ -109,15 +112,17 @@ class Trainer:
         self._moved: dict[str, float] = {}
         if self.stream.waits:
             norms.fuse(model)
+        # Not in this trainer's stream: the model has just been built in the one that is current.
+        apart = uncalled(model) if verdict is None else verdict.uncalled
+        skeleton.set_apart(model, apart)
         self._wide = Wide(model)
+        self._layers = Layers(model)
+        self.verdict = verdict or judge(model, self._layers, self._wide.dtype, apart)
+        self._packs = self.verdict.packs
         self._gather = train_in_backward(
             model, optimizer, trainable, seed, self._count, self._wide.sources, embeddings
         )
         self.frozen = self._gather.frozen
-        self._layers = Layers(model)
-        # Not in this trainer's stream: the model has just been built in the one that is current.
-        self._packs = packs_exactly(model, self._layers, self._wide.dtype)
-        self._continues = self._packs or continues_exactly(model, self._layers)
         # In a row that mixes trained tokens and constants, only linear layers and keys and values tell them apart.
         vectors = all(model.get_parameter(name).ndim == 1 for name in self._gather.small)
         self._merges = self._packs and vectors
@@ -132,7 +137,7 @@ class Trainer:
     @property
     def can_freeze(self) -> bool:
         """Can this model's context be read without gradient? Not where the text after it would come out otherwise."""
-        return self._continues
+        return self.verdict.continues
 
     @property
     def trains_embeddings(self) -> bool:
@@ -297,6 +302,7 @@ class Trainer:
         trained = [row for row, flag in enumerate(mask) if not flag]
         self._gather.rows = len(mask), None if fixed is None else put(trained, device)
         segments = [one.segment for one in group]
+        self._gather.context = sum(segment.start for segment in segments)
         if self._packs:
             pack = Pack(segments, self._layers, self._wide.dtype, device, fixed)
             ids, arguments = pack.ids, pack.arguments

@@ -1,19 +1,89 @@
-"""Can a model go on from a state? Judged by what it computes, for it may take a cache and make nothing of it."""
+"""What a model's code can do, judged by what it computes in a few short passes.
+
+Can it go on from a state? It may take a cache and make nothing of it. Does it call its linear layers? It may read their
+weights and multiply by itself.
+"""
 
 from collections.abc import Callable
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from hogwild.context import Layers, Pack, Segment, fixed_cache, read_one
+from hogwild.skeleton import FrozenLinear
 from hogwild.streams import put
 
 _CONTEXT, _PIECE, _TOKENS = 13, 6, 24
 """Tokens that are read beforehand, in pieces of so many (the last is a single token), and all tokens."""
 _TF32 = 2.0**-10
 """The precision with which a GPU may multiply fp32 numbers."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What holds for every trainer of one model.
+
+    Attributes:
+        packs: several texts may share a row of tokens, each after its own context.
+        continues: a text may go on from a context that was read beforehand.
+        uncalled: linear layers that the model's code does not call.
+    """
+
+    packs: bool
+    continues: bool
+    uncalled: frozenset[str]
+
+
+def judge(model: PreTrainedModel, layers: Layers, dtype: torch.dtype, apart: frozenset[str]) -> Verdict:
+    """`model`: a skeleton, as it will be trained but for its updates; `dtype`: of its activations."""
+    packs = packs_exactly(model, layers, dtype)
+    return Verdict(packs, packs or continues_exactly(model, layers), apart)
+
+
+@torch.no_grad()
+def uncalled(model: PreTrainedModel) -> frozenset[str]:
+    """Names of a skeleton's linear layers whose weight the model's code reads without ever calling the layer, as
+    Mamba's for its time steps: no such layer can update itself. One that no token reaches, as an expert, is not even
+    read."""
+    called, read = set[int](), set[int]()
+
+    class Watched(FrozenLinear):
+        def forward(self, x: Tensor) -> Tensor:
+            called.add(id(self))
+            return super().forward(x)
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "weight":
+                read.add(id(self))
+            return super().__getattr__(name)
+
+    linears = {name: one for name, one in model.named_modules() if isinstance(one, FrozenLinear)}
+    for linear in linears.values():
+        linear.__class__ = Watched
+    try:
+        _read_a_few(model)
+    except Exception:  # code that looks at numbers where there are none: what came before it has been seen
+        pass
+    finally:
+        for linear in linears.values():
+            linear.__class__ = FrozenLinear
+    return frozenset(name for name, one in linears.items() if id(one) in read - called)
+
+
+def _read_a_few(model: PreTrainedModel) -> None:
+    """One pass; of a model on the meta device with tensors that have shapes and no numbers."""
+    if model.device.type != "meta":
+        model(put(_ids(model), model.device)[None], use_cache=False)
+        return
+    with FakeTensorMode():
+        parts = [*model.named_parameters(), *model.named_buffers()]
+        shapes = {name: torch.empty(part.shape, dtype=part.dtype) for name, part in parts}
+        ids = torch.zeros(1, _TOKENS, dtype=torch.int64)
+        torch.func.functional_call(model, shapes, (ids,), {"use_cache": False})
 
 
 def packs_exactly(model: PreTrainedModel, layers: Layers, dtype: torch.dtype) -> bool:

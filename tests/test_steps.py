@@ -1,0 +1,185 @@
+"""One training step of every architecture of the matrix: what reaches the weights is the update of autograd's gradient.
+
+The truth is plain transformers and plain autograd on the same checkpoint (families.Truth). Its gradient G, handed to
+the kernels as the factors D = G^T and X = 1, says where each weight has to be after the step.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+
+from architectures import ARCHITECTURES, Architecture
+from families import Truth
+from hogwild import coverage, skeleton
+from hogwild.apollo import Optimizer
+from hogwild.arena.client import Arena
+from hogwild.encoding import Encoded
+from hogwild.layout import Layout
+from hogwild.settings import OptimizerConfig
+from hogwild.trainer import Item, Progress, Trainer
+from hogwild.weights import Weights, load_arena
+from hogwild_kernels import products
+
+ROWS = [architecture for architecture in ARCHITECTURES if not architecture.refused]
+OPTIMIZER = OptimizerConfig(rank=4, lr=0.05, eps=0.01)
+"""With an epsilon that many gradients are below, an update is as exact as its gradient, element by element."""
+
+
+def example(seed: int, context: int, trained: int) -> Encoded:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 120, (context + trained,), generator=generator).tolist()
+    return Encoded(ids, [False] * context + [True] * trained)
+
+
+ITEMS = [Item(example(1, 70, 9)), Item(example(2, 5, 12), weight=-0.5)]
+"""One to learn, whose context is longer than what goes through with trained tokens (batch.MERGED_CONTEXT), and one to
+unlearn, some of whose tokens are unlikely enough as they are."""
+
+
+@dataclass
+class Expected:
+    """Losses of the items, and the gradient of the step's loss for each parameter."""
+
+    losses: list[float]
+    gradients: Mapping[str, torch.Tensor]
+
+
+class Case:
+    """A checkpoint of one architecture, the truth about it, and trainers on it."""
+
+    def __init__(self, architecture: Architecture, root: Path) -> None:
+        self.architecture, self._root = architecture, root
+        self._folders: dict[torch.dtype, Path] = {}
+        self._truths: dict[tuple[str, torch.dtype], Expected] = {}
+
+    def folder(self, dtype: torch.dtype) -> Path:
+        if dtype not in self._folders:
+            self._folders[dtype] = self.architecture.build(self._root / str(dtype), dtype)
+        return self._folders[dtype]
+
+    def truth(self, constants: Any, dtype: torch.dtype) -> Expected:
+        """Of the weights in the checkpoint of this type, computed in fp32."""
+        if (constants, dtype) not in self._truths:
+            folder = self.folder(dtype)
+            found = [Truth(folder, i.encoded, constants, torch.float32, weight=i.weight) for i in ITEMS]
+            gradients: dict[str, Any] = {}
+            for one in found:
+                for name, gradient in one.gradients.items():
+                    gradients[name] = gradients.get(name, 0) + gradient / len(ITEMS)
+            self._truths[constants, dtype] = Expected([one.loss for one in found], gradients)
+        return self._truths[constants, dtype]
+
+    def frozen_context(self, done: "Done") -> Expected:
+        """The truth where context is frozen, if it can be."""
+        recurrent = (
+            self.architecture.row == "hybrid"
+        )  # Mamba takes its own vectors where no module could be cut
+        constants = "none" if not done.trainer.can_freeze else "read" if recurrent else "everywhere"
+        return self.truth(constants, done.dtype)
+
+    def step(self, context: Any, dtype: torch.dtype = torch.float32, **settings: Any) -> "Done":
+        """One step of a new trainer. In the arena lies the whole checkpoint, as `hogwild train` has it; in bf16, what
+        vLLM serves as the checkpoint has it."""
+        arena, folder = load_arena(self.folder(dtype)), self.folder(dtype)
+        # A head that is stored a second time is another weight, unless the server has found it to be the same.
+        parts = self.architecture.frozen if dtype == torch.bfloat16 or self.architecture.head else ()
+        gone = {n for n in arena.layout.tensors if any(part in n for part in parts)}
+        served = {name: region for name, region in arena.layout.tensors.items() if name not in gone}
+        layout = replace(arena.layout, tensors=served, frozen=dict.fromkeys(gone, "vLLM keeps it otherwise"))
+        weights = Weights(Arena(arena.weights, arena.control, layout))
+        model = skeleton.build(folder, weights)
+        after = {name: weights.at(region) for name, region in skeleton.bound(model).items()}
+        trainer = Trainer(
+            model, Optimizer(OPTIMIZER, seed=3), Progress(arena.control, 4), set(after), context, seed=0,
+            batch_tokens=37, **settings,
+        )  # fmt: skip
+        before = {name: place.clone() for name, place in after.items()}
+        served_before = {name: weights.view(name).clone() for name in weights.names}
+        result = trainer.step(ITEMS)
+        assert not result.skipped
+        told = trainer.frozen.keys()
+        assert {name for name, _ in model.named_parameters()} <= told | after.keys()
+        trained = {weights.at(r).data_ptr() for n, r in skeleton.bound(model).items() if n not in told}
+        for name, old in served_before.items():
+            view = weights.view(name)
+            assert view.data_ptr() in trained or torch.equal(view, old), f"{name} moved, and is not trained"
+        return Done(trainer, layout, dtype, result.losses, before, after)
+
+
+@dataclass
+class Done:
+    """What a step has done to the parameters that lie in the arena."""
+
+    trainer: Trainer
+    layout: Layout
+    dtype: torch.dtype
+    losses: list[float]
+    before: Mapping[str, torch.Tensor]
+    after: Mapping[str, torch.Tensor]
+
+    def moves(self, truth: Expected) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Of each parameter that is not said to be frozen: how it moved, and how it should have."""
+        fresh, found = Optimizer(OPTIMIZER, seed=3), {}
+        table = f"{skeleton.table_name(self.trainer.model)}.weight"
+        for name, before in self.before.items():
+            if name in self.trainer.frozen:
+                assert torch.equal(self.after[name], before), f"{name} is said to be frozen"
+                continue
+            weight, gradient = before.float().clone(), truth.gradients[name]
+            if weight.ndim != 2:
+                fresh.update_small(name, weight, gradient, 0)
+            elif len(tokens := gradient.any(dim=1).nonzero()[:, 0]) < len(weight) and name == table:
+                fresh.update_embedding(name, weight, tokens, gradient[tokens], 0)
+            else:
+                fresh.update_linear(name, weight, torch.eye(weight.shape[1]), gradient.t().contiguous(), 0)
+            found[name] = self.after[name].float() - before.float(), weight - before.float()
+        return found
+
+    def assert_exact(self, truth: Expected) -> None:
+        assert self.losses == pytest.approx(truth.losses, rel=1e-5)
+        for name, (moved, wanted) in self.moves(truth).items():
+            off = float((moved - wanted).abs().max())
+            # No update is steeper in its gradient than this, whose last digits are rounding.
+            steepest, scale = OPTIMIZER.lr / OPTIMIZER.eps, float(truth.gradients[name].abs().max())
+            assert off <= 1e-3 * float(wanted.abs().max()) + 1e-5 * steepest * scale + 1e-6, name
+
+
+@pytest.fixture(scope="module", params=ROWS, ids=lambda one: one.name)
+def case(request, tmp_path_factory):
+    return Case(request.param, tmp_path_factory.mktemp("model"))
+
+
+def test_examples_are_learned_and_unlearned(case):
+    """Together with embeddings, whose gradient is the last of a backward pass."""
+    done = case.step("full", embeddings=True)
+    done.assert_exact(case.truth("none", torch.float32))
+    said = coverage.examine(case.folder(torch.float32), done.layout, embeddings=True)
+    assert said.trained.keys() == done.before.keys() - done.trainer.frozen.keys(), (
+        "what doctor says is trained"
+    )
+
+
+@pytest.mark.parametrize("budget", [0, 1024], ids=["computed twice", "kept"])
+def test_examples_go_on_from_frozen_context(case, budget):
+    done = case.step("frozen", activation_mib=budget)
+    done.assert_exact(case.frozen_context(done))
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_a_model_is_trained_in_the_type_that_it_is_served_in(case, multiplies, monkeypatch):
+    """On a CPU that multiplies bf16, and on one that does not."""
+    monkeypatch.setattr(products, "multiplies", lambda dtype: multiplies or dtype == torch.float32)
+    done = case.step("frozen", torch.bfloat16)
+    truth = case.frozen_context(done)
+    assert done.losses == pytest.approx(truth.losses, rel=0.05)  # rounding sends tokens to other experts
+    likeness = []
+    for name, (moved, wanted) in done.moves(truth).items():
+        rounds_off = bool((wanted.abs() < 2**-7 * done.before[name].abs()).all())
+        assert moved.any() or rounds_off, f"{name} has not moved, and is not said to be frozen"
+        likeness.append(cosine_similarity(moved.flatten(), wanted.flatten(), dim=0))
+    assert torch.stack(likeness).mean() > 0.75
