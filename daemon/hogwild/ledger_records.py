@@ -48,8 +48,8 @@ class Growing:
     """A file that was taken while somebody may still have had it open for writing."""
 
     file_id: int
+    """That has its lines: of a duplicate, the file that came first."""
     name: str
-    state: Literal["accepted", "rejected"]
     stored_as: str
     content_hash: str
     bytes: int

@@ -334,7 +334,23 @@ CREATE VIEW story AS                     -- SELECT * FROM story WHERE example_id
   SELECT example_id, at, to_state, why, NULL, NULL FROM transitions WHERE example_id IS NOT NULL;
 """
 
-MIGRATIONS = (_V1, _V2, _REPLAY, _GUARD)
+_RESTARTS = """
+CREATE TABLE growing (                   -- files in done/ and failed/ that somebody may still be writing to
+  stored_as     TEXT PRIMARY KEY,        -- its name there
+  file_id       INTEGER NOT NULL REFERENCES files, -- that has its lines: of a duplicate, the file that came first
+  name          TEXT NOT NULL,           -- as it was dropped
+  content_hash  TEXT NOT NULL,           -- of what has been taken of it, decompressed
+  bytes         INTEGER NOT NULL,        -- on disk, when that was taken
+  content_bytes INTEGER NOT NULL         -- decompressed, up to the last line taken
+) STRICT, WITHOUT ROWID;
+INSERT OR REPLACE INTO growing
+  SELECT stored_as, file_id, name, content_hash, bytes, content_bytes FROM files
+  WHERE may_grow AND state <> 'staging' ORDER BY file_id;
+DROP INDEX files_may_grow;
+ALTER TABLE files DROP COLUMN may_grow;
+"""
+
+MIGRATIONS = (_V1, _V2, _REPLAY, _GUARD, _RESTARTS)
 
 VERSION = len(MIGRATIONS)
 
