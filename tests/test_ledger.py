@@ -603,7 +603,8 @@ def test_files_that_may_grow_are_still_known_after_the_migration(path):
         db.executescript(
             f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 4;"
             "INSERT INTO files (file_id, name, content_hash, bytes, content_bytes, state, forced, stored_as, moved,"
-            " may_grow) VALUES (1, 'a', 'h1', 3, 3, 'rejected', 0, 'a', 1, 1), (2, 'b', 'h2', 5, 6, 'rejected', 0, 'b', 1, 0),"
+            " may_grow) VALUES (1, 'a', 'h1', 3, 3, 'rejected', 0, 'a', 1, 1),"
+            " (2, 'b', 'h2', 5, 6, 'rejected', 0, 'b', 1, 0),"
             " (3, 'a', 'h3', 7, 8, 'rejected', 0, 'a', 1, 1);"  # killed before the first row of `a` was done with
         )
     with Ledger(path) as ledger:

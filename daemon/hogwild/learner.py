@@ -223,6 +223,7 @@ class Learner:
         self.governor.hurry(False)
         self._may_train.set()
         if not self._threads:
+            self.guard.after_crash()
             torch.set_num_threads(self.config.training.intra_op_threads)
             self._threads = [
                 threading.Thread(target=self._run, args=(index,), name=f"trainer-{index}", daemon=True)

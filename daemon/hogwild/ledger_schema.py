@@ -348,6 +348,14 @@ INSERT OR REPLACE INTO growing
   WHERE may_grow AND state <> 'staging' ORDER BY file_id;
 DROP INDEX files_may_grow;
 ALTER TABLE files DROP COLUMN may_grow;
+
+CREATE TABLE strikes (                   -- what speaks against an example, until it is trained or set aside
+  strike_id  INTEGER PRIMARY KEY,        -- in order
+  example_id INTEGER NOT NULL REFERENCES examples,
+  guard      TEXT NOT NULL,              -- 'loss', 'update'; 'crash': noted before a step, and taken back after it
+  about      TEXT NOT NULL               -- JSON: what was measured
+) STRICT;
+CREATE INDEX strikes_of_example ON strikes (example_id);
 """
 
 MIGRATIONS = (_V1, _V2, _REPLAY, _GUARD, _RESTARTS)
