@@ -124,6 +124,7 @@ class Guard:
             self._set_aside(one)
 
     def _note(self, one: Pending, strike: Strike) -> None:
+        self.judge.ensure_alive()  # or it is no example that is at fault, but weights that are gone
         self.ledger.guards.strike(strike.guard, asdict(strike), [one.example_id])
 
     def _strikes(self, one: Pending) -> list[dict[str, Any]]:

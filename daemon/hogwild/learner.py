@@ -117,11 +117,13 @@ class Learner:
         self._working: set[int] = set()  # threads that train or judge, by index
         self._asked_for_own_texts = False
         self._preparation = Preparation(
-            self.reader, self.encoder, config, self._stopping.is_set, partial(stand_back, config.training)
-        )
+            self.reader, self.encoder, config, self._stopping.is_set, partial(stand_back, config.training),
+            arena.weights.ensure_alive,
+        )  # fmt: skip
         self.judge = Judge(
-            config.probes, self.reader, ledger, self.progress, arena.control, self._preparation, self.pause
-        )
+            config.probes, self.reader, ledger, self.progress, arena.control, self._preparation, self.pause,
+            arena.weights.ensure_alive,
+        )  # fmt: skip
         self.guard = Guard(config.guard, ledger, vocabulary, self.judge, curriculum.wake)
         self.turn = Turn(
             ledger, curriculum, self.encoder, self.guard, self.drift, arena.control, config.replay.self_weight
