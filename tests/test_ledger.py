@@ -10,8 +10,8 @@ import pytest
 
 from hogwild.errors import AlreadyAccepted, LedgerError
 from hogwild.examples import parse_line
-from hogwild.ledger import BadLine, Counts, GoodLine, Ledger, Pass, Reset
-from hogwild.ledger_schema import MIGRATIONS, VERSION
+from hogwild.ledger import BadLine, Counts, GoodLine, Growing, Ledger, Pass, Reset
+from hogwild.ledger_schema import APPLICATION_ID, MIGRATIONS, VERSION
 
 
 @pytest.fixture
@@ -593,6 +593,22 @@ def test_a_ledger_of_the_first_schema_goes_on_as_if_nothing_had_happened(path):
         assert ledger.roll_back(2, retrain=False) == Reset(2, 0, examples_undone=2)
         assert ledger.roll_back(5, retrain=False) == Reset(0, 0, passes_redone=1)
         assert states(path)[:3] == [(1, "durable", 1), (2, "durable", 2), (3, "undone", 0)]
+
+
+def test_files_that_may_grow_are_still_known_after_the_migration(path):
+    path.parent.mkdir()
+    with sqlite3.connect(path) as db:
+        for script in MIGRATIONS[:4]:
+            db.executescript(script)
+        db.executescript(
+            f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 4;"
+            "INSERT INTO files (file_id, name, content_hash, bytes, content_bytes, state, forced, stored_as, moved,"
+            " may_grow) VALUES (1, 'a', 'h1', 3, 3, 'rejected', 0, 'a', 1, 1),"
+            " (2, 'b', 'h2', 5, 6, 'rejected', 0, 'b', 1, 0),"
+            " (3, 'a', 'h3', 7, 8, 'rejected', 0, 'a', 1, 1);"  # killed before the first row of `a` was done with
+        )
+    with Ledger(path) as ledger:
+        assert ledger.growing() == [Growing(3, "a", "a", "h3", 7, 8)]
 
 
 # --- checked on start ---

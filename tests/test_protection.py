@@ -11,12 +11,13 @@ from hogwild.apollo import Optimizer
 from hogwild.config import load
 from hogwild.curriculum import Curriculum
 from hogwild.encoding import Encoded
-from hogwild.errors import HogwildError
+from hogwild.errors import ConfigError, HogwildError
 from hogwild.learner import Learner
 from hogwild.ledger import Ledger
 from hogwild.settings import OptimizerConfig
 from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights, digest, load_arena
+from hogwild_kernels import ApolloConfig, ApolloState, products, reference
 from tiny import chat_model
 
 RANK = 8
@@ -93,6 +94,27 @@ def test_training_leaves_alone_what_a_layer_does_in_these_directions(tmp_path):
         assert all(torch.equal(weights.view(name), before[name]) is protects for name in vectors)
     for (name, protects), share in moved.items():
         assert share < 1e-4 if protects else share > 0.05, (name, protects, share)
+
+
+def test_decay_shrinks_what_updates_leave_alone_and_is_refused_beside_it():
+    """In fp64, against W B^T as it was: the update has no part in it, the decay takes its share."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(24, 6, generator=generator, dtype=torch.float64)).Q.T
+    for decay in (0.0, 0.1):
+        config = ApolloConfig(rank=4, lr=0.01, weight_decay=decay)
+        weight = torch.randn(40, 24, generator=generator, dtype=torch.float64)
+        kept = weight @ basis.T
+        state = ApolloState("w", (40, 24), config, dtype=torch.float64)
+        x = products.without(torch.randn(5, 24, generator=generator, dtype=torch.float64), basis)
+        reference.factored_step(
+            weight, x, torch.randn(5, 40, generator=generator, dtype=torch.float64), state
+        )
+        torch.testing.assert_close(weight @ basis.T, kept * (1 - 0.01 * decay), rtol=1e-12, atol=1e-12)
+    wrong = {"optimizer.weight_decay": 0.1}
+    with pytest.raises(ConfigError, match="weight_decay shrinks the directions"):
+        load(overrides=wrong)
+    for off in ("replay.protected_rank", "replay.self_texts", "replay.ratio"):  # nothing is protected then
+        assert load(overrides={**wrong, off: 0}).optimizer.weight_decay == 0.1
 
 
 def test_it_still_learns_and_the_own_texts_move_less(tmp_path):

@@ -318,6 +318,135 @@ def test_the_tail_of_a_file_that_began_like_another_is_taken_too(spool, ledger, 
     assert texts(ledger) == ["Ada was born in 1815.", "b"]
 
 
+def start_over(tmp_path, clock: Clock) -> tuple[Ledger, Spool]:
+    """As a daemon that starts on what the last one left."""
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    spool = Spool(SpoolConfig(dir=tmp_path / "spool"), ledger, passes=1, clock=clock)
+    spool.prepare()
+    return ledger, spool
+
+
+def add(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(f'{{"text": "{text}"}}\n')
+
+
+@pytest.mark.usefixtures("unknown_writers")
+def test_a_duplicate_that_grows_after_a_restart_is_not_forgotten(spool, ledger, clock, tmp_path):
+    (spool.incoming / "a.jsonl").write_text(LINE)
+    settle(spool, clock)
+    (spool.incoming / "b.jsonl").write_text(LINE)
+    assert settle(spool, clock).duplicates == ["b.jsonl"]
+    ledger.close()
+    known = ["Ada was born in 1815."]
+    for life in range(2):  # and what came of it may grow as well
+        ledger, spool = start_over(tmp_path, clock)
+        for name in "ab":
+            add(spool.done / f"{name}.jsonl", f"{name} {life}")
+        grow(spool, clock)
+        grow(spool, clock)
+        known += [f"a {life}", f"b {life}"]
+        assert texts(ledger) == known
+        assert len(ledger.growing()) == 2
+        ledger.close()
+
+
+@pytest.mark.usefixtures("unknown_writers")
+def test_a_duplicate_that_is_done_with_leaves_the_first_file_watched(spool, ledger, clock, tmp_path):
+    (spool.incoming / "a.jsonl").write_text(LINE)
+    settle(spool, clock)
+    (spool.incoming / "b.jsonl").write_text(LINE)
+    settle(spool, clock)
+    (spool.done / "b.jsonl").unlink()
+    grow(spool, clock)
+    ledger.close()
+    ledger, spool = start_over(tmp_path, clock)
+    add(spool.done / "a.jsonl", "more")
+    grow(spool, clock)
+    assert texts(ledger) == ["Ada was born in 1815.", "more"]
+    ledger.close()
+
+
+@pytest.mark.usefixtures("unknown_writers")
+def test_what_two_growing_files_have_in_common_is_learned_once(spool, ledger, clock):
+    for name in "ab":
+        (spool.incoming / f"{name}.jsonl").write_text(LINE)
+        settle(spool, clock)
+    for text in ("second", "third"):  # the second line of the one is there already when the other one gets it
+        for name in "ab":
+            add(spool.done / f"{name}.jsonl", text)
+            grow(spool, clock)
+    assert texts(ledger) == ["Ada was born in 1815.", "second", "third"]
+    add(spool.done / "b.jsonl", "fourth")
+    grow(spool, clock)
+    assert texts(ledger)[3:] == ["fourth"]
+
+
+KILLED_GROWING = """
+import os, signal, sys
+from pathlib import Path
+import hogwild.spool_grown, hogwild.spool_read, hogwild.spool_take
+from hogwild.ledger import Ledger
+from hogwild.settings import SpoolConfig
+from hogwild.spool import Spool
+from hogwild.spool_files import Lease
+root, where, left = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+for module in (hogwild.spool_read, hogwild.spool_grown):
+    module.take_lease = lambda _fd: Lease.UNKNOWN
+owner = {"set_moved": Ledger, "set_grown": Ledger, "fsync_folder": hogwild.spool_take}[where]
+def die(*_, **__):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*_, **__)
+real = getattr(owner, where)
+setattr(owner, where, die)
+now = [0.0]
+spool = Spool(SpoolConfig(dir=root / "spool"), Ledger(root / "ledger.sqlite"), passes=1, clock=lambda: now[0])
+spool.prepare()
+for _ in range(4):
+    spool.scan_once()
+    now[0] += 100
+    spool._growth.check(1)
+"""
+
+
+@pytest.mark.usefixtures("unknown_writers")
+@pytest.mark.parametrize("name", ["new.jsonl", "duplicate.jsonl"])
+@pytest.mark.parametrize("where", ["set_moved", "set_grown", "fsync_folder"])
+def test_what_comes_after_a_kill_while_a_growing_file_was_put_away_is_learned_once(
+    tmp_path, clock, name, where
+):
+    """Killed at the first, the second, ... of these calls, while the file is taken and while its second line is."""
+    for left in range(7):
+        root = tmp_path / f"{left}"
+        with Ledger(root / "ledger.sqlite") as ledger:
+            spool = Spool(SpoolConfig(dir=root / "spool"), ledger, passes=1, clock=clock)
+            spool.prepare()
+            known = ["Ada was born in 1815."]
+            if name == "duplicate.jsonl":
+                (spool.incoming / "first.jsonl").write_text(LINE)
+                settle(spool, clock)
+        (root / "spool" / "incoming" / name).write_text(LINE)
+        for life in range(2):
+            child = subprocess.run([sys.executable, "-c", KILLED_GROWING, root, where, str(left)], timeout=60)
+            assert child.returncode in (-signal.SIGKILL, 0)
+            (path,) = (root / "spool").glob(f"*/{name}")
+            if path.parent.name == "done":
+                add(path, f"line {life}")
+                known.append(f"line {life}")
+        ledger, spool = start_over(root, clock)
+        settle(spool, clock)
+        grow(spool, clock)
+        grow(spool, clock)
+        assert texts(ledger) == known, left
+        add(spool.done / name, "last")
+        grow(spool, clock)
+        assert texts(ledger) == [*known, "last"], left
+        ledger.close()
+
+
 @pytest.mark.usefixtures("unknown_writers")
 def test_a_file_rewritten_in_place_after_it_was_taken_is_reported(spool, ledger, clock):
     (spool.incoming / "a.jsonl").write_text(LINE)

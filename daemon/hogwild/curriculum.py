@@ -81,7 +81,7 @@ class Curriculum:
             has just been trained and something else should come in between.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._closed or self._refill(), timeout) or self._closed:
+            if not self._changed.wait_for(lambda: self._closed or self._may_begin(), timeout) or self._closed:
                 return None
             step += len(self._out)
             head = self._queue[0]
@@ -93,7 +93,8 @@ class Curriculum:
                     return between
             new = self._pop()
             try:
-                batch = Batch(new, *self.replay.choose(step, new, self.replay.due(step, len(new))))
+                due = 0 if new[0].crashes else self.replay.due(step, len(new))
+                batch = Batch(new, *self.replay.choose(step, new, due))
             except BaseException:
                 self._queue.extendleft(reversed(new))
                 raise
@@ -145,11 +146,26 @@ class Curriculum:
         with self._changed:
             return len(self._out)
 
+    def _may_begin(self) -> bool:
+        """Is there a step to make now? What the daemon has ended with is tried alone, beside no other step either: if
+        it happens again, it is known who was in it."""
+        if not self._refill():
+            return False
+        if self._queue[0].crashes:
+            return not self._out
+        return not any(one.crashes for batch in self._out.values() for one in batch.new)
+
     def _pop(self) -> list[Pending]:
         """One new example, or several under the budget of tokens. They have as many passes behind them."""
         new = [self._queue.popleft()]
         tokens = _tokens(new[0])
-        while self._queue and tokens + _tokens(self._queue[0]) <= self._step_tokens:
+        if new[0].crashes:
+            return new
+        while (
+            self._queue
+            and not self._queue[0].crashes
+            and tokens + _tokens(self._queue[0]) <= self._step_tokens
+        ):
             if self._queue[0].passes_done != new[0].passes_done:
                 break
             tokens += _tokens(self._queue[0])

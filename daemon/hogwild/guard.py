@@ -9,26 +9,26 @@ Three things stand between a bad line and the weights, in this order:
               `optimizer.gamma` from one step to the next
     growth    an example whose own loss grows from pass to pass although it is trained
 
-An example that does this again and again (`guard.strikes`) is quarantined, with what was measured. What gets past all
-three is the probes' business (`probes.py`).
+An example that does this again and again (`guard.strikes`) is quarantined, with what was measured. So is one in whose
+steps the daemon ends again and again (`crash`), however it ends: before every step the ledger notes who is in it.
+Strikes are in the ledger, so no restart forgets them. What gets past all of them is the probes' business (`probes.py`).
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from hogwild import log as logs
 from hogwild import metrics
 from hogwild.groups import Group
 from hogwild.judge import Judge
-from hogwild.ledger import Ledger, Pass, Pending, Trip
+from hogwild.ledger import GuardName, Ledger, Pass, Pending, Trip
 from hogwild.settings import GuardConfig
 from hogwild.trainer import StepResult, Trainer
 
 log = logs.get(__name__)
-
-_REMEMBERED = 10_000  # examples with a strike that are remembered
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,21 @@ class Guard:
     vocabulary: int
     judge: Judge
     wake: Callable[[], None]
-    _strikes: dict[int, list[Strike]] = field(default_factory=dict)
+
+    @contextmanager
+    def trying(self, examples: Sequence[Pending]) -> Iterator[None]:
+        """Around a step with these. If the process does not come to its end, that speaks against each of them."""
+        ids = [one.example_id for one in examples]
+        self.ledger.guards.strike("crash", {"step": self.judge.progress.steps}, ids)
+        yield
+        self.ledger.guards.survived(ids)  # not after an exception: a trainer that dies ends the service
+
+    def after_crash(self) -> None:
+        """Set aside what the daemon has ended with too often. Before anything is trained."""
+        for example_id, who in self.ledger.guards.deadly(self.config.strikes):
+            strikes = [one for one in self.ledger.guards.strikes(example_id) if one["guard"] == "crash"]
+            reason = f"the daemon ended {len(strikes)} times in a step with it"
+            self._quarantine(example_id, who, "crash", reason, [], strikes)
 
     def refused(self, trainer: Trainer, new: Sequence[tuple[Pending, Group]], reason: str) -> None:
         """A step was refused before anything was written. Which example was it? Each is measured alone."""
@@ -99,21 +113,23 @@ class Guard:
             loss, norm = number(passed.loss_before), number(result.update_norm) or 0.0
             self._strike(one, Strike("update", loss, norm, result.skipped, result.step))
         elif group.items[0].weight > 0 and (losses := self._growing(one.example_id)):
-            self._strikes.setdefault(one.example_id, []).append(
-                Strike(
-                    "growth", number(passed.loss_before), number(result.update_norm) or 0.0, 0, result.step
-                )
-            )
+            loss, norm = number(passed.loss_before), number(result.update_norm) or 0.0
+            self._note(one, Strike("growth", loss, norm, 0, result.step))
             self._set_aside(one, losses)
 
     def _strike(self, one: Pending, strike: Strike) -> None:
         metrics.strikes.labels(guard=strike.guard).inc()
-        while len(self._strikes) >= _REMEMBERED:
-            self._strikes.pop(next(iter(self._strikes)), None)
-        found = self._strikes.setdefault(one.example_id, [])
-        found.append(strike)
-        if len(found) >= self.config.strikes:
+        self._note(one, strike)
+        if len(self._strikes(one)) >= self.config.strikes:
             self._set_aside(one)
+
+    def _note(self, one: Pending, strike: Strike) -> None:
+        self.judge.ensure_alive()  # or it is no example that is at fault, but weights that are gone
+        self.ledger.guards.strike(strike.guard, asdict(strike), [one.example_id])
+
+    def _strikes(self, one: Pending) -> list[dict[str, Any]]:
+        """Without those for the step that it is in just now, or that did not come to its end."""
+        return [strike for strike in self.ledger.guards.strikes(one.example_id) if strike["guard"] != "crash"]
 
     def _growing(self, example_id: int) -> list[float] | None:
         losses = [math.inf if loss is None else loss for loss in self.ledger.guards.losses(example_id)]
@@ -124,22 +140,29 @@ class Guard:
         self.judge.judge()
         if self.judge.tripped is not None:
             return
-        strikes = self._strikes.pop(one.example_id)
-        last = strikes[-1]
+        strikes = self._strikes(one)
+        guard = strikes[-1]["guard"]
         reason = {
             "loss": f"its loss is not finite, or above {largest_loss(self.config, self.vocabulary):.1f} nats a token",
             "update": "the update that it asks for is not finite",
             "growth": f"its own loss grew over its passes: {', '.join(f'{loss:.2f}' for loss in losses)}",
-        }[last.guard]
-        evidence = {
-            "losses": [number(loss) for loss in losses],
-            "strikes": [asdict(strike) for strike in strikes],
-        }
-        self.ledger.guards.set_aside(
-            one.example_id, Trip(last.guard, last.step, {"reason": reason}), reason, evidence
-        )
-        metrics.trips.labels(guard=last.guard).inc()
-        log.error("example.quarantined", **one.who, guard=last.guard, reason=reason, evidence=evidence)
+        }[guard]
+        self._quarantine(one.example_id, one.who, guard, reason, [number(loss) for loss in losses], strikes)
+
+    def _quarantine(
+        self,
+        example_id: int,
+        who: Mapping[str, Any],
+        guard: GuardName,
+        reason: str,
+        losses: Sequence[float | None],
+        strikes: Sequence[Mapping[str, Any]],
+    ) -> None:
+        evidence = {"losses": losses, "strikes": strikes}
+        trip = Trip(guard, strikes[-1]["step"], {"reason": reason})
+        self.ledger.guards.set_aside(example_id, trip, reason, evidence)
+        metrics.trips.labels(guard=guard).inc()
+        log.error("example.quarantined", **who, guard=guard, reason=reason, evidence=evidence)
         self.wake()
 
 

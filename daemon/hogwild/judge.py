@@ -31,6 +31,7 @@ class Judge:
     Args:
         model: for reading only.
         pause: lets the trainers take no further example.
+        ensure_alive: asked before anything follows from what was read of the weights, see `Held.ensure_alive`.
 
     Attributes:
         tripped: the probes have fallen, and nobody has gone back yet (`trips.py` does).
@@ -45,10 +46,12 @@ class Judge:
         control: ControlPage,
         preparation: Preparation,
         pause: Callable[[], None],
+        ensure_alive: Callable[[], None],
     ) -> None:
         self.probes, self.progress = Probes(config), progress
         self._model, self._ledger, self._control = model, ledger, control
         self._preparation, self._pause = preparation, pause
+        self.ensure_alive = ensure_alive
         self._scoring, self._beginning = threading.Lock(), threading.Lock()
         self.tripped: Trip | None = None
 
@@ -110,6 +113,7 @@ class Judge:
         if self.probes.good is None and all(map(math.isfinite, score.losses.values())):
             self.probes.passed(self._control.generation, score)
             if self._control.generation == 0 and self.progress.steps == 0:
+                self.ensure_alive()
                 self._ledger.set_meta(_META, json.dumps(self.probes.about(score)))
         log.info(
             "probes.scored",
@@ -140,13 +144,20 @@ class Judge:
         return score
 
     def compare(self, score: Score, good: Good | None = None) -> dict[str, Any]:
-        """What has fallen: set -> its loss in the good generation, its loss now, and the margin."""
+        """What has fallen: set -> its loss in the good generation, its loss now, and the margin.
+
+        Raises:
+            ArenaError: the weights were gone while they were scored: nothing is to follow from it.
+        """
         margin = self.probes.config.margin
+        fallen = self.probes.fallen(score, good)
+        if fallen:
+            self.ensure_alive()
         return {
             name: {
                 "was": round(was, 4),
                 "is": round(now, 4) if math.isfinite(now) else None,
                 "margin": margin,
             }
-            for name, (was, now) in self.probes.fallen(score, good).items()
+            for name, (was, now) in fallen.items()
         }

@@ -72,13 +72,13 @@ class Learner:
         self.progress = Progress(arena.control, config.training.epoch_updates, config.training.epoch_s)
         self.governor = Governor(config.governor, arena.control, partial(streams.settle, device))
         self.encoder = Encoder(folder, config.training, ledger)
-        self.reader: PreTrainedModel = skeleton.build(folder, self.weights)
+        self.reader: PreTrainedModel = skeleton.build(folder, self.weights, config.training.max_tokens)
         self.trainable = skeleton.bound(self.reader)
         vocabulary = self.reader.config.get_text_config().vocab_size
         self.trainers: list[Trainer] = []
         for index in range(config.training.threads):
             trainer = Trainer(
-                skeleton.build(folder, self.weights),
+                skeleton.build(folder, self.weights, config.training.max_tokens),
                 self.optimizer,
                 self.progress,
                 set(self.trainable),
@@ -118,11 +118,13 @@ class Learner:
         self._working: set[int] = set()  # threads that train or judge, by index
         self._asked_for_own_texts = False
         self._preparation = Preparation(
-            self.reader, self.encoder, config, self._stopping.is_set, partial(stand_back, config.training)
-        )
+            self.reader, self.encoder, config, self._stopping.is_set, partial(stand_back, config.training),
+            arena.weights.ensure_alive,
+        )  # fmt: skip
         self.judge = Judge(
-            config.probes, self.reader, ledger, self.progress, arena.control, self._preparation, self.pause
-        )
+            config.probes, self.reader, ledger, self.progress, arena.control, self._preparation, self.pause,
+            arena.weights.ensure_alive,
+        )  # fmt: skip
         self.guard = Guard(config.guard, ledger, vocabulary, self.judge, curriculum.wake)
         self.turn = Turn(
             ledger, curriculum, self.encoder, self.guard, self.drift, arena.control, config.replay.self_weight
@@ -224,6 +226,7 @@ class Learner:
         self.governor.hurry(False)
         self._may_train.set()
         if not self._threads:
+            self.guard.after_crash()
             torch.set_num_threads(self.config.training.intra_op_threads)
             self._threads = [
                 threading.Thread(target=self._run, args=(index,), name=f"trainer-{index}", daemon=True)

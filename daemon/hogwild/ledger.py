@@ -22,6 +22,7 @@ from hogwild.ledger_records import (
     FileRecord,
     GoodLine,
     Growing,
+    GuardName,
     NewFile,
     Outcome,
     Pass,
@@ -42,6 +43,7 @@ __all__ = [
     "FileRecord",
     "GoodLine",
     "Growing",
+    "GuardName",
     "Ledger",
     "NewFile",
     "Outcome",
@@ -101,7 +103,8 @@ class Ledger(Files):
         with self._db.read() as db:
             rows = db.execute(
                 "SELECT e.example_id, f.name, e.line_no, e.name, l.line, e.passes_done, e.passes, e.until_loss,"
-                " (SELECT step FROM passes p WHERE p.pass_id = e.last_pass)"
+                " (SELECT step FROM passes p WHERE p.pass_id = e.last_pass),"
+                " (SELECT count(*) FROM strikes s WHERE s.example_id = e.example_id AND s.guard = 'crash')"
                 " FROM examples e JOIN files f USING (file_id) JOIN lines l USING (example_id)"
                 " WHERE e.state = 'accepted' ORDER BY e.passes_done, e.priority DESC, e.example_id LIMIT ?",
                 (limit + len(exclude_ids),),
@@ -150,6 +153,8 @@ class Ledger(Files):
             " reason = NULL WHERE example_id = ? RETURNING state, passes_done",
             (pass_id, loss, loss, one.example_id),
         ).fetchone()
+        if row[0] == "trained":
+            db.execute("DELETE FROM strikes WHERE example_id = ?", (one.example_id,))
         return Outcome(one.example_id, *row)
 
     def set_failed(self, example_id: int, reason: str, field: str | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 from hogwild.errors import AlreadyAccepted, LedgerError
@@ -11,6 +12,8 @@ from hogwild.ledger_staging import accept_whole, discard, publish, stage
 
 ERRORS_PAGE = 1000
 EXCERPT_CHARS = 200
+_COLUMNS = "file_id, name, stored_as, content_hash, bytes, content_bytes"  # of `Growing`, in order
+_GROWING = f"INSERT OR REPLACE INTO growing ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"
 
 
 class Files:
@@ -99,35 +102,43 @@ class Files:
             ]
         return [self.file(file_id) for file_id in ids]
 
-    def set_moved(self, *file_ids: int, may_grow: Collection[int] = ()) -> None:
+    def set_moved(self, *file_ids: int, growing: Collection[Growing] = ()) -> None:
         """They have left incoming/, for good: the folders are fsynced.
 
         Args:
-            may_grow: those of them that somebody may still be writing to.
+            growing: what somebody may still be writing to, see `set_growing`.
         """
         with self._db.write(fsync=False) as db:
+            query = "UPDATE files SET moved = 1 WHERE file_id IN (SELECT value FROM json_each(?))"
+            db.execute(query, (json.dumps(file_ids),))
+            db.executemany(_GROWING, map(astuple, growing))
+
+    def set_lost(self, file_id: int) -> None:
+        """As `set_moved`, of a file that was moved before a crash: nobody knows any more who had it open."""
+        with self._db.write(fsync=False) as db:
+            db.execute("UPDATE files SET moved = 1 WHERE file_id = ?", (file_id,))
             db.execute(
-                "UPDATE files SET moved = 1, may_grow = file_id IN (SELECT value FROM json_each(?))"
-                " WHERE file_id IN (SELECT value FROM json_each(?))",
-                (json.dumps(list(may_grow)), json.dumps(file_ids)),
+                f"INSERT OR REPLACE INTO growing ({_COLUMNS}) SELECT {_COLUMNS} FROM files"
+                " WHERE file_id = ? AND content_bytes IS NOT NULL",
+                (file_id,),
             )
+
+    def set_growing(self, *files: Growing) -> None:
+        """Somebody may still be writing to them, wherever in done/ or failed/ they are."""
+        with self._db.write(fsync=False) as db:
+            db.executemany(_GROWING, map(astuple, files))
 
     def growing(self) -> list[Growing]:
         """Files that somebody may still be writing to, oldest first."""
         with self._db.read() as db:
-            rows = db.execute(
-                "SELECT file_id, name, state, stored_as, content_hash, bytes, content_bytes FROM files"
-                " WHERE may_grow AND state <> 'staging' ORDER BY file_id"
-            ).fetchall()
+            rows = db.execute(f"SELECT {_COLUMNS} FROM growing ORDER BY file_id").fetchall()
         return [Growing(*row) for row in rows]
 
-    def set_grown(self, *file_ids: int) -> None:
-        """Nobody writes to them any more, or what came after them has been taken."""
+    def set_grown(self, *stored_as: str) -> None:
+        """Nobody writes to them any more."""
         with self._db.write(fsync=False) as db:
-            db.execute(
-                "UPDATE files SET may_grow = 0 WHERE file_id IN (SELECT value FROM json_each(?))",
-                (json.dumps(file_ids),),
-            )
+            query = "DELETE FROM growing WHERE stored_as IN (SELECT value FROM json_each(?))"
+            db.execute(query, (json.dumps(stored_as),))
 
     def names_taken(self, names: Sequence[str]) -> set[str]:
         """Which of these names in done/ or failed/ belong to a file already."""

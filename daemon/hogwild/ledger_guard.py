@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from sqlite3 import Connection
+from typing import Any
 
 from hogwild.ledger_db import NOW, Database
 from hogwild.ledger_records import Suspect, Trip, selection
@@ -14,10 +15,46 @@ _SHOWN = 20  # losses that are kept as evidence
 
 
 class Guards:
-    """The tables `trips`, `evidence` and `series`."""
+    """The tables `strikes`, `trips`, `evidence` and `series`."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
+
+    def strike(self, guard: str, about: Mapping[str, object], example_ids: Sequence[int]) -> None:
+        """Something speaks against each of these examples. Not fsynced: what a power cut forgets is noted again."""
+        with self._db.write(fsync=False) as db:
+            db.execute(
+                "INSERT INTO strikes (example_id, guard, about) SELECT value, ?, ? FROM json_each(?)",
+                (guard, json.dumps(about), json.dumps(example_ids)),
+            )
+
+    def survived(self, example_ids: Sequence[int]) -> None:
+        """A step with these came to its end: what ended the daemon before was not them. Not fsynced."""
+        with self._db.write(fsync=False) as db:
+            db.execute(
+                "DELETE FROM strikes WHERE guard = 'crash' AND example_id IN (SELECT value FROM json_each(?))",
+                (json.dumps(example_ids),),
+            )
+
+    def strikes(self, example_id: int) -> list[dict[str, Any]]:
+        """What speaks against it, the oldest first."""
+        with self._db.read() as db:
+            query = "SELECT guard, about FROM strikes WHERE example_id = ? ORDER BY strike_id"
+            rows = db.execute(query, (example_id,)).fetchall()
+        return [{"guard": guard, **json.loads(about)} for guard, about in rows]
+
+    def deadly(self, crashes: int) -> list[tuple[int, dict[str, object]]]:
+        """Examples in whose steps the daemon has ended so often: (example_id, as the log names it). To be asked before
+        anything is trained."""
+        with self._db.read() as db:
+            rows = db.execute(
+                "SELECT example_id, coalesce(e.name, example_id), f.name, line_no FROM strikes"
+                " JOIN examples e USING (example_id) JOIN files f USING (file_id)"
+                " WHERE guard = 'crash' AND e.state IN ('accepted', 'trained', 'durable')"
+                " GROUP BY example_id HAVING count(*) >= ? ORDER BY example_id",
+                (crashes,),
+            ).fetchall()
+        return [(row[0], {"id": str(row[1]), "file": row[2], "line": row[3]}) for row in rows]
 
     def set_aside(self, example_id: int, trip: Trip, reason: str, evidence: Mapping[str, object]) -> None:
         """Quarantines one example. Its file's errors are due to be written anew, see `errors_due`. Fsynced."""
@@ -31,6 +68,7 @@ class Guards:
                 "UPDATE examples SET state = 'quarantined', reason = ? WHERE example_id = ?",
                 (reason, example_id),
             )
+            db.execute("DELETE FROM strikes WHERE example_id = ?", (example_id,))
             _errors_are_due(db, trip_id)
 
     def rest_of_files(self, trips: int, reason: str) -> dict[str, int]:

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from hogwild.examples import Example, parse_line
 
+GuardName = Literal["probes", "loss", "update", "growth", "crash"]
 State = Literal["accepted", "trained", "durable", "failed", "undone", "quarantined"]
 
 
@@ -48,8 +49,8 @@ class Growing:
     """A file that was taken while somebody may still have had it open for writing."""
 
     file_id: int
+    """That has its lines: of a duplicate, the file that came first."""
     name: str
-    state: Literal["accepted", "rejected"]
     stored_as: str
     content_hash: str
     bytes: int
@@ -96,6 +97,8 @@ class Pending:
     until_loss: float | None
     last_step: int | None = None
     """The training step of its newest pass that counts."""
+    crashes: int = 0
+    """Times that the daemon ended in a step with it, since the last that came to its end."""
 
     def example(self) -> Example:
         return parse_line(self.line.encode())
@@ -162,7 +165,7 @@ class Reset:
 class Trip:
     """A guard that has stopped something: what it was, and what it measured."""
 
-    guard: Literal["probes", "loss", "update", "growth"]
+    guard: GuardName
     step: int
     about: dict[str, Any]
     """JSON."""

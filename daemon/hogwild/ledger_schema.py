@@ -334,7 +334,31 @@ CREATE VIEW story AS                     -- SELECT * FROM story WHERE example_id
   SELECT example_id, at, to_state, why, NULL, NULL FROM transitions WHERE example_id IS NOT NULL;
 """
 
-MIGRATIONS = (_V1, _V2, _REPLAY, _GUARD)
+_RESTARTS = """
+CREATE TABLE growing (                   -- files in done/ and failed/ that somebody may still be writing to
+  stored_as     TEXT PRIMARY KEY,        -- its name there
+  file_id       INTEGER NOT NULL REFERENCES files, -- that has its lines: of a duplicate, the file that came first
+  name          TEXT NOT NULL,           -- as it was dropped
+  content_hash  TEXT NOT NULL,           -- of what has been taken of it, decompressed
+  bytes         INTEGER NOT NULL,        -- on disk, when that was taken
+  content_bytes INTEGER NOT NULL         -- decompressed, up to the last line taken
+) STRICT, WITHOUT ROWID;
+INSERT OR REPLACE INTO growing
+  SELECT stored_as, file_id, name, content_hash, bytes, content_bytes FROM files
+  WHERE may_grow AND state <> 'staging' ORDER BY file_id;
+DROP INDEX files_may_grow;
+ALTER TABLE files DROP COLUMN may_grow;
+
+CREATE TABLE strikes (                   -- what speaks against an example, until it is trained or set aside
+  strike_id  INTEGER PRIMARY KEY,        -- in order
+  example_id INTEGER NOT NULL REFERENCES examples,
+  guard      TEXT NOT NULL,              -- 'loss', 'update'; 'crash': noted before a step, and taken back after it
+  about      TEXT NOT NULL               -- JSON: what was measured
+) STRICT;
+CREATE INDEX strikes_of_example ON strikes (example_id);
+"""
+
+MIGRATIONS = (_V1, _V2, _REPLAY, _GUARD, _RESTARTS)
 
 VERSION = len(MIGRATIONS)
 

@@ -99,7 +99,7 @@ for _state in ("pending", "trained", "durable", "failed", "undone", "quarantined
     examples.labels(state=_state)
 for _outcome in ("saved", "failed"):
     checkpoints.labels(outcome=_outcome)
-for _guard in ("probes", "loss", "update", "growth"):
+for _guard in ("probes", "loss", "update", "growth", "crash"):
     trips.labels(guard=_guard)
 
 _SMOOTH = 0.05

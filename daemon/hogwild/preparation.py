@@ -33,6 +33,7 @@ class Preparation:
         encoder: has the tokenizer, and the lock that is held while it is used.
         stopped: asked between tokens.
         stand_back: called first in the thread: the server goes first.
+        ensure_alive: asked before what was read of the weights is kept, see `Held.ensure_alive`.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class Preparation:
         config: Config,
         stopped: Callable[[], bool],
         stand_back: Callable[[], None],
+        ensure_alive: Callable[[], None],
     ) -> None:
         self._model, self._encoder, self._config = model, encoder, config
-        self._stopped, self._stand_back = stopped, stand_back
+        self._stopped, self._stand_back, self._ensure_alive = stopped, stand_back, ensure_alive
         self._thread: ThreadPoolExecutor | None = None
         self._work: list[Future[None]] = []
 
@@ -107,6 +109,7 @@ class Preparation:
             )
             if self._stopped():
                 return
+            self._ensure_alive()
             selfreplay.save(path, base, self._config.training.seed, samples)
             # As read from the file, whose numbers are rounded: a restart must go on with the very same.
             replay.own = selfreplay.load(path, base) or ()
@@ -166,6 +169,7 @@ class Preparation:
                 )
                 if self._stopped():
                     return
+                self._ensure_alive()
                 protection.write(path, base, rank, made)
                 found = protection.load(path, base, rank) or {}  # shared and rounded as after a restart
             use(found)
@@ -197,6 +201,7 @@ class Preparation:
             made = probing.make(self._model, self._encoder.tokenizer, self._config.probes, self._stopped)
         if self._stopped():
             return []
+        self._ensure_alive()
         probing.save(path, base, made)
         log.info(
             "probes.made", path=str(path), probes=len(made), step=step, seconds=round(time.perf_counter() - began, 1)

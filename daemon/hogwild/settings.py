@@ -118,7 +118,8 @@ class OptimizerConfig(Table):
     rank: int = Field(default=64, ge=1)
     """Rank of the gradient's projection; memory for moments grows with it."""
     weight_decay: NotNegative = 0.0
-    """Share of a weight, times lr, that each step removes. Zero: continual training should not forget."""
+    """Share of a weight, times lr, that each step removes; only with `replay.protected_rank` 0, for it shrinks what
+    that keeps. Zero: continual training should not forget."""
     betas: tuple[Below1, Below1] = (0.9, 0.999)
     """Decay of the first and second moments."""
     eps: Positive = 1e-6
@@ -159,7 +160,8 @@ class GuardConfig(Table):
     max_loss: Positive = 3.0
     """Largest mean loss of an example that is trained, as a multiple of ln(vocabulary)."""
     strikes: int = Field(default=3, ge=1)
-    """Times that an example is tried whose loss or update is not finite or explodes, before it is set aside."""
+    """Times that an example is tried whose loss or update is not finite or explodes, or in whose step the daemon ends,
+    before it is set aside."""
     max_rise: Positive = 2.0
     """Nats a token by which an example's own loss may grow over its passes before it is set aside."""
     file_trips: int = Field(default=2, ge=1)
@@ -253,6 +255,18 @@ class Config(Table):
         if isinstance(probes, dict) and (file := _absolute(probes.get("file"))) is not None:
             data["probes"] = {**probes, "file": file}
         return data
+
+    @model_validator(mode="after")
+    def _decays_nothing_protected(self) -> "Config":
+        """Decay acts on the whole weight. To keep it out of the protected directions would cost products of the weight
+        with all of them in every step, many times what the update itself costs."""
+        replay = self.replay
+        if self.optimizer.weight_decay and replay.protected_rank and replay.self_texts and replay.ratio:
+            raise ValueError(
+                "optimizer.weight_decay shrinks the directions that replay.protected_rank keeps as they came: "
+                "set one of the two to 0"
+            )
+        return self
 
 
 def default_state_dir() -> Path:

@@ -11,19 +11,22 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hogwild import naming
+from hogwild import naming, rope
 from hogwild.errors import VerificationError
 from hogwild.layout import Region
 from hogwild.weights import Weights, read_tensors
 from hogwild_kernels import products
 
 
-def build(folder: Path, weights: Weights) -> PreTrainedModel:
+def build(folder: Path, weights: Weights, longest: int | None = None) -> PreTrainedModel:
     """Build the model of `folder` around the live weights; nothing requires a gradient.
 
     Parameters whose tensors the server keeps no plain copy of (`layout.frozen`) are read from the checkpoint: they
     never change. So are buffers that a checkpoint holds, if they are not served live. What serves pictures and
     sound is left out.
+
+    Args:
+        longest: tokens of the longest text, where a model computes otherwise for longer ones (`rope.py`).
 
     Raises:
         VerificationError: naming every parameter that has no view, or one of another shape.
@@ -68,6 +71,8 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
     model.arena_regions = {name: region for name, region in regions.items() if name in names}
     model.arena_recipes = {name: recipe for name, recipe in found.items() if name not in buffers}
     model.arena_twins = twins(model, found, regions)
+    if longest is not None:
+        rope.fix(model, longest)
     return model
 
 

@@ -72,13 +72,13 @@ class Growth:
                     if signature.size != file.bytes and now - since >= self._config.settle_s:
                         file = self._take(path, file, signature, passes)
                     elif now - since > WATCH_S:
-                        over.append(file.file_id)
+                        over.append(file.stored_as)
                         continue
                 else:
                     seen, since = signature, now
                 changing = changing or signature.size != file.bytes
             except OSError:  # somebody cleaned up, or it cannot be read: there is nothing to take
-                over.append(file.file_id)
+                over.append(file.stored_as)
                 continue
             self._files[path] = (file, seen, since)
         if over:
@@ -117,10 +117,12 @@ class Growth:
                     stored_as=file.stored_as,
                     continues=file.file_id,
                 )
-            except AlreadyAccepted:  # the whole of it was dropped as well, under another name
-                return same
-            self._ledger.set_grown(file.file_id)
-            self._ledger.set_moved(record.file_id, may_grow=[record.file_id])
+            except AlreadyAccepted as known:  # the whole of it came as well under another name
+                now = replace(same, file_id=known.file_id, content_hash=digest, content_bytes=length)
+                self._ledger.set_growing(now)
+                return now
+            now = replace(same, file_id=record.file_id, content_hash=digest, content_bytes=length)
+            self._ledger.set_moved(record.file_id, growing=[now])
         if record.examples:
             self._on_accepted(record)
         logger.warning(
@@ -131,7 +133,7 @@ class Growth:
             bytes=signature.size - file.bytes,
             hint="it was written to after it was taken; what was added is accepted too",
         )
-        return Growing(record.file_id, file.name, file.state, file.stored_as, digest, signature.size, length)
+        return now
 
 
 def _compare(path: Path, file: Growing) -> tuple[str, int, int | None]:

@@ -5,6 +5,7 @@ A crash between two of these leaves a file in incoming/ that the ledger knows, a
 A batch makes one ledger transaction and one fsync of each folder for all its files.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -58,10 +59,11 @@ class Intake:
         """Finds what a crash kept from being moved."""
         for record in self._ledger.unmoved():
             like = spool_names.printed_like(self.incoming, record.name)
-            if any(printable(name) == record.name for name in like):
+            moved = any(os.path.lexists(f"{x}/{record.stored_as}") for x in (self.done, self.failed))
+            if not moved and any(printable(name) == record.name for name in like):
                 self._unmoved[record.name, record.content_hash] = record
             else:
-                self._ledger.set_moved(record.file_id)
+                self._ledger.set_lost(record.file_id)
 
     def take(
         self, ready: Iterable[tuple[str, Signature, float]], scan: Scan, stopped: Callable[[], bool]
@@ -186,6 +188,10 @@ class Intake:
         """Writes down bad lines, moves the files, and notes it, all durably. Repeated if a crash comes between."""
         moved: list[tuple[Candidate, FileRecord | AlreadyAccepted, str, BadLine | None]] = []
         growing: list[Growing] = []
+        # Before they move: a restart finds a file by its row, and a duplicate has none.
+        copies = [_growing(one, result) for one, result in files if isinstance(result, AlreadyAccepted)]
+        if copies:
+            self._ledger.set_growing(*copies)
         for one, result in files:
             if isinstance(result, FileRecord):
                 self._unmoved[result.name, result.content_hash] = result
@@ -205,22 +211,19 @@ class Intake:
                     raise ChangedError
                 moved.append((one, result, target, first))
                 if same and one.may_grow():
-                    state = result.state if isinstance(result, FileRecord) else "accepted"
-                    growing.append(
-                        Growing(result.file_id, one.name, state, stored_as, one.digest,
-                                one.signature.size, one.content_bytes)
-                    )  # fmt: skip
+                    growing.append(_growing(one, result))
 
             self._guarded(put, one, scan)
+        over = {file.stored_as for file in copies} - {file.stored_as for file in growing}
+        if over:
+            self._ledger.set_grown(*over)
         if not moved:
             return
         for folder in (self.done, self.failed, self.incoming):
             fsync_folder(folder)
         records = [result for _, result, _, _ in moved if isinstance(result, FileRecord)]
         if records:
-            self._ledger.set_moved(
-                *(record.file_id for record in records), may_grow=[file.file_id for file in growing]
-            )
+            self._ledger.set_moved(*(record.file_id for record in records), growing=growing)
         for file in growing:
             self._growth.add(file)
         for one, result, target, first in moved:
@@ -278,3 +281,8 @@ class Intake:
             stored_as=where,
             ms=round((time.perf_counter() - one.began) * 1000, 1),
         )
+
+
+def _growing(one: Candidate, result: FileRecord | AlreadyAccepted) -> Growing:
+    stored_as = result.stored_as if isinstance(result, FileRecord) else one.stored_as
+    return Growing(result.file_id, one.name, stored_as, one.digest, one.signature.size, one.content_bytes)

@@ -52,6 +52,10 @@ class Turn:
         Args:
             index: of the thread.
         """
+        with self._guard.trying([*batch.new, *batch.replayed]):
+            self._take(trainer, index, batch)
+
+    def _take(self, trainer: Trainer, index: int, batch: Batch) -> None:
         new = [(one, group) for one in batch.new if (group := self._encoder.pending(one, sets_aside=True))]
         old = [
             (one, group) for one in batch.replayed if (group := self._encoder.pending(one, sets_aside=False))
