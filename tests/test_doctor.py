@@ -80,6 +80,18 @@ def test_it_reads_well_on_a_terminal(service: Service) -> None:
 def test_a_wrong_configuration(service: Service) -> None:
     service.write("modle = 3")
     assert "did you mean `model`" in service.found("configuration", "fail")["found"]
+    assert str(service.model) in service.found("model", "ok")["found"], (
+        "the rest is looked at as it is configured"
+    )
+
+
+def test_a_variable_that_names_no_setting(service: Service) -> None:
+    said = service.found("configuration", "fail", HOGWILD_TRAINING_THREADS="3", HOGWILD_TRAINING__PASES="3")
+    assert (
+        "$HOGWILD_TRAINING_THREADS: names no setting; did you mean $HOGWILD_TRAINING__THREADS?"
+        in said["found"]
+    )
+    assert "training.pases: unknown key; did you mean `passes`?" in said["found"]
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def examine(path: Path | None, *, quick: bool, as_json: bool, model: Path | None
         findings.append(ok("configuration", path or "no file: defaults and environment"))
     except ConfigError as error:
         findings.append(fail("configuration", error, "mend what is named; `hogwild config` shows the rest"))
-        config = configuration.load(None)
+        config = configuration.usable(path)
     show.add(findings[0])
     subject = Subject(config, _service_user(), quick)
     checks: tuple[Check, ...]
