@@ -3,6 +3,7 @@
 Nothing is changed. Checks are functions that return findings; one that fails itself is a finding too.
 """
 
+import errno
 import functools
 import json
 import os
@@ -69,9 +70,17 @@ class Subject:
         return state_lock.holder(folder) if os.access(folder, os.X_OK) else None
 
     def may(self, path: Path, mode: int) -> bool:
-        """As `os.access`, for the service's user."""
-        if self.user.pw_uid == os.geteuid() or os.geteuid() != 0:
+        """As `os.access`, for the service's user.
+
+        Raises:
+            PermissionError: we are neither root nor that user, and cannot tell.
+        """
+        if self.user.pw_uid == os.geteuid():
             return os.access(path, mode)
+        if os.geteuid() != 0:
+            raise PermissionError(
+                errno.EPERM, f"what user {self.user.pw_name} may do there, only root can say", str(path)
+            )
         child = os.fork()
         if child == 0:
             try:
@@ -112,20 +121,37 @@ def examine(path: Path | None, *, quick: bool, as_json: bool, model: Path | None
     if model is not None:
         checks = (functools.partial(doctor_model.model, model),)
     for check in checks:
-        try:
-            found = list(check(subject))
-        except Exception as error:  # the next check may say why
-            name = getattr(check, "__name__", "model").replace("_", " ")
-            found = [
-                warn(
-                    name, f"could not be looked at: {error!r}", "report it, if nothing else here explains it"
-                )
-            ]
-        for one in found:
+        for one in look(check, subject):
             findings.append(one)
             show.add(one)
     show.end(findings)
     return 1 if any(one.level == "fail" for one in findings) else 0
+
+
+def look(check: Check, subject: Subject) -> list[Finding]:
+    """What a check finds; that it could not look, where it could not: the next one may say why."""
+    name = getattr(check, "__name__", "model").replace("_", " ")
+    try:
+        return list(check(subject))
+    except PermissionError as error:
+        why = f"{error.filename}: {error.strerror}"
+        return [warn(name, f"could not be looked at: {why}", "sudo hogwild doctor")]
+    except Exception as error:
+        return [
+            warn(name, f"could not be looked at: {error!r}", "report it, if nothing else here explains it")
+        ]
+
+
+def by_owner(path: Path, command: str, instead: str = "") -> str:
+    """A command as advice to whoever asks: on what is somebody else's, root has to give it.
+
+    Args:
+        instead: what anybody can do.
+    """
+    owner = 0 if command.startswith(("chown", "install")) else path.stat().st_uid
+    if os.geteuid() in (0, owner):
+        return command
+    return f"as root: {command}{f'; or {instead}' if instead else ''}"
 
 
 def _service_user() -> pwd.struct_passwd:
