@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from hogwild import config as configuration
-from hogwild import probe_file, state_lock
+from hogwild import probe_file, running, state_lock
 from hogwild.errors import ConfigError
 from hogwild.settings import Config
 
@@ -106,15 +106,9 @@ def examine(path: Path | None, *, quick: bool, as_json: bool, model: Path | None
     from hogwild import doctor_folders, doctor_machine, doctor_model, doctor_service
 
     show = _Json() if as_json else _Console()
-    findings = []
-    try:
-        config = configuration.load(path)
-        probe_file.check(config)
-        findings.append(ok("configuration", path or "no file: defaults and environment"))
-    except ConfigError as error:
-        findings.append(fail("configuration", error, "mend what is named; `hogwild config` shows the rest"))
-        config = configuration.usable(path)
-    show.add(findings[0])
+    config, found = _configuration(path)
+    findings = [found]
+    show.add(found)
     subject = Subject(config, _service_user(), quick)
     checks: tuple[Check, ...]
     checks = (*doctor_machine.CHECKS, *doctor_folders.CHECKS, *doctor_service.CHECKS)
@@ -126,6 +120,34 @@ def examine(path: Path | None, *, quick: bool, as_json: bool, model: Path | None
             show.add(one)
     show.end(findings)
     return 1 if any(one.level == "fail" for one in findings) else 0
+
+
+def _configuration(path: Path | None) -> tuple[Config, Finding]:
+    """What is examined. Where there is no file, the daemon that runs says: in the state folder, or, where nobody named
+    one, the only one there is."""
+    try:
+        config = configuration.load(path)
+        probe_file.check(config)
+    except ConfigError as error:
+        advice = "mend what is named; `hogwild config` shows the rest"
+        return configuration.usable(path), fail("configuration", error, advice)
+    if path is not None:
+        return config, ok("configuration", path)
+    named = any(keys == ("state_dir",) for keys in configuration.gather(None)[1])
+    daemons = [one] if (one := running.in_folder(config.state_dir)) else [] if named else running.anywhere()
+    if len(daemons) > 1:
+        said = ", ".join(f"{one.pid} in {one.config.state_dir}" for one in daemons)
+        return config, warn(
+            "configuration", f"no file, and several daemons run ({said}): defaults and environment",
+            "name the one that is meant: --config, or $HOGWILD_STATE_DIR",
+        )  # fmt: skip
+    if daemons:
+        (one,) = daemons
+        source = f" ({one.file})" if one.file else ""
+        return one.config, ok(
+            "configuration", f"no file: that of the running daemon, process {one.pid}{source}"
+        )
+    return config, ok("configuration", "no file: defaults and environment")
 
 
 def look(check: Check, subject: Subject) -> list[Finding]:
