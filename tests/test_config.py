@@ -1,10 +1,11 @@
+import re
 import tomllib
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from hogwild.config import field_paths, load
+from hogwild.config import field_paths, load, usable
 from hogwild.errors import ConfigError
 from hogwild.settings import Config, default_state_dir
 
@@ -85,6 +86,9 @@ def test_foreign_environment_variables_are_left_alone_but_a_bad_value_is_not(mon
     monkeypatch.setenv("HOGWILD_OPTIMIZER__BETAS", "[0.8")
     with pytest.raises(ConfigError, match=r"\$HOGWILD_OPTIMIZER__BETAS: optimizer.betas: "):
         load()
+    monkeypatch.setenv("HOGWILD_OPTIMIZER__BETAS", "[0.8, 2]")
+    with pytest.raises(ConfigError, match=r"\$HOGWILD_OPTIMIZER__BETAS: optimizer.betas.1: .*less than 1"):
+        load()
 
 
 def test_paths_follow_systemd_then_xdg_then_the_state_folder(monkeypatch, tmp_path):
@@ -126,3 +130,108 @@ def test_a_file_of_the_wrong_shape_is_one_clear_error(tmp_path, text, problem):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.toml: cannot be read: No such file"):
         load(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("table", "line", "says"),
+    [
+        ("training", "threads = true", "training.threads: input should be a valid integer, not True"),
+        ("training", 'threads = "2"', "training.threads: input should be a valid integer, not '2'"),
+        ("training", "threads = 2.0", "training.threads: input should be a valid integer, not 2.0"),
+        ("training", "low_priority = 1", "training.low_priority: input should be a valid boolean, not 1"),
+        ("training", 'low_priority = "no"', "training.low_priority: input should be a valid boolean, not 'no'"),
+        ("optimizer", 'lr = "0.1"', "optimizer.lr: input should be a valid number, not '0.1'"),
+        ("optimizer", "lr = true", "optimizer.lr: input should be a valid number, not True"),
+        ("optimizer", 'betas = ["0.9", 0.999]', "optimizer.betas.0: input should be a valid number, not '0.9'"),
+        ("server", 'arguments = "--port 8000"', "server.arguments: input should be a valid tuple"),
+        ("server", "arguments = [8000]", "server.arguments.0: input should be a valid string, not 8000"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_not_guessed_at(tmp_path, table, line, says):
+    path = write(tmp_path, f"[{table}]\n{line}\n")
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert says in str(caught.value)
+
+
+def test_whole_numbers_are_numbers_and_text_of_the_environment_is_read_as_what_the_key_holds(
+    tmp_path, monkeypatch
+):
+    path = write(tmp_path, "[optimizer]\nlr = 1\nbetas = [0, 0.5]\n[checkpoint]\ninterval_s = 300\n")
+    for name, text in {
+        "TRAINING__THREADS": "3", "TRAINING__LOW_PRIORITY": "False", "OPTIMIZER__EPS": "1e-5", "SPOOL__SETTLE_S": "2",
+        "SERVER__ARGUMENTS": '["--port", "1"]', "PROBES__FILE": "/etc/probes.jsonl", "SERVER__MODEL": "7",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(f"HOGWILD_{name}", text)
+    config = load(path)
+    assert (config.optimizer.lr, config.optimizer.betas, config.checkpoint.interval_s) == (
+        1.0,
+        (0.0, 0.5),
+        300.0,
+    )
+    assert (config.training.threads, config.training.low_priority, config.optimizer.eps) == (3, False, 1e-5)
+    assert (config.spool.settle_s, config.server.arguments) == (2.0, ("--port", "1"))
+    assert (config.probes.file, config.server.model) == (Path("/etc/probes.jsonl"), "7")
+    monkeypatch.setenv("HOGWILD_TRAINING__THREADS", "three")
+    with pytest.raises(ConfigError, match=r"\$HOGWILD_TRAINING__THREADS: training.threads: .*integer"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("HOGWILD_STATEDIR", "HOGWILD_STATE_DIR"),
+        ("HOGWILD_TRAINING_THREADS", "HOGWILD_TRAINING__THREADS"),
+        ("HOGWILD_LR", "HOGWILD_OPTIMIZER__LR"),
+        ("HOGWILD_API_KYE", "HOGWILD_API_KEY"),
+    ],
+)
+def test_a_variable_that_names_no_setting_is_refused_and_the_nearest_is_named(monkeypatch, name, nearest):
+    monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("HOGWILD_ZZZ", "7")
+    with pytest.raises(ConfigError) as caught:
+        load()
+    assert "$HOGWILD_ZZZ: names no setting: unset it" in str(caught.value)
+    assert f"${name}: names no setting; did you mean ${nearest}" in str(caught.value)
+
+
+def test_the_variable_that_holds_the_servers_key_may_have_any_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOGWILD_VLLM_SECRET", "s")
+    with pytest.raises(ConfigError, match="HOGWILD_VLLM_SECRET"):
+        load()
+    load(write(tmp_path, '[server]\napi_key_env = "HOGWILD_VLLM_SECRET"\n'))
+    monkeypatch.setenv("HOGWILD_SERVER__API_KEY_ENV", "HOGWILD_VLLM_SECRET")
+    load()
+
+
+def test_every_variable_that_hogwild_itself_reads_or_sets_is_known(monkeypatch):
+    repository = EXAMPLE.parents[1]
+    settings = {"HOGWILD_" + "__".join(keys).upper() for keys in field_paths()}
+    named = set()
+    for folder in ("daemon", "kernels", "benchmarks", "scripts", "systemd", "config", "docs"):
+        for path in (repository / folder).rglob("*"):
+            if path.suffix in (".py", ".sh", ".service", ".toml", ".md"):
+                named |= set(re.findall(r"\bHOGWILD_[A-Z]\w*[A-Z]\b(?!_)", path.read_text()))
+    assert named >= {"HOGWILD_CONFIG", "HOGWILD_API_KEY", "HOGWILD_SERVER_URL", "HOGWILD_TRAINING__THREADS"}
+    for name in named - settings:
+        monkeypatch.setenv(name, "1")
+    load()
+
+
+def test_what_is_wrong_can_be_left_out_to_look_at_the_rest(tmp_path, monkeypatch):
+    path = write(
+        tmp_path,
+        'modle = "x"\nmodel = "/m"\nlog = []\n[training]\nthreads = true\npasses = 7\n[optimizer]\n'
+        "betas = [0.9, true]\n"
+        "[optimiser]\nlr = 1\n",
+    )
+    monkeypatch.setenv("HOGWILD_TRAINING__SEDE", "3")
+    monkeypatch.setenv("HOGWILD_STATEDIR", "/s")
+    config = usable(path)
+    assert (config.model, config.training.passes, config.training.threads) == ("/m", 7, 2)
+    assert config.optimizer == Config().optimizer
+    assert usable(write(tmp_path, "model = ")) == Config()
+    monkeypatch.setenv("HOGWILD_STATE_DIR", "/" + "a" * 200)
+    monkeypatch.delenv("HOGWILD_STATEDIR")
+    with pytest.raises(ConfigError, match="Unix sockets allow"):
+        usable(None)

@@ -67,6 +67,23 @@ def test_a_key_that_does_not_exist_names_the_nearest() -> None:
     assert "did you mean `threads`" in str(ran.exception)
 
 
+def test_a_tables_name_shows_the_table(tmp_path: Path) -> None:
+    path = tmp_path / "hogwild.toml"
+    path.write_text("[optimizer]\nrank = 8\n[training]\nseed = 1\n")
+    shown = run("optimizer", "-c", path)
+    assert tomllib.loads(shown) == {"optimizer": load(path).model_dump(mode="json")["optimizer"]}
+    assert f"# {path}" in shown
+    wanted = [".".join(keys) for keys in field_paths() if keys[0] == "optimizer"]
+    assert [one["key"] for one in json.loads(run("optimizer", "--json", "-c", path))] == wanted
+    assert [one["key"] for one in json.loads(run("optimizer", "--json", "--changed", "-c", path))] == [
+        "optimizer.rank"
+    ]
+    ran = CliRunner().invoke(app, ["config", "optimiser"])
+    assert "did you mean `optimizer`" in str(ran.exception)
+    assert run("server.model") == "\n", "and a key is a key, where a table has one of that name"
+    assert run("model") == "\n"
+
+
 def test_the_file_of_the_user_then_of_the_machine(tmp_path: Path) -> None:
     assert run("training.threads") == "2\n"
     (tmp_path / "etc.toml").write_text("[training]\nthreads = 5\n")

@@ -6,13 +6,14 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support import environment, free_port
+from support import Daemon, environment, free_port
 from tiny import llama, tokenizer
 
 
@@ -80,6 +81,18 @@ def test_it_reads_well_on_a_terminal(service: Service) -> None:
 def test_a_wrong_configuration(service: Service) -> None:
     service.write("modle = 3")
     assert "did you mean `model`" in service.found("configuration", "fail")["found"]
+    assert str(service.model) in service.found("model", "ok")["found"], (
+        "the rest is looked at as it is configured"
+    )
+
+
+def test_a_variable_that_names_no_setting(service: Service) -> None:
+    said = service.found("configuration", "fail", HOGWILD_TRAINING_THREADS="3", HOGWILD_TRAINING__PASES="3")
+    assert (
+        "$HOGWILD_TRAINING_THREADS: names no setting; did you mean $HOGWILD_TRAINING__THREADS?"
+        in said["found"]
+    )
+    assert "training.pases: unknown key; did you mean `passes`?" in said["found"]
 
 
 @pytest.mark.parametrize(
@@ -168,3 +181,74 @@ def test_a_state_folder_in_memory(service: Service) -> None:
     text = service.config.read_text()
     service.config.write_text(text.replace(f"{service.root}/state", "/dev/shm/hogwild-doctor-test"))
     assert "a reboot loses everything" in service.found("file system", "fail")["found"]
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
+    """Starts daemons by a configuration file of their own."""
+    daemons: list[Daemon] = []
+
+    def start(name: str) -> Daemon:
+        root = tmp_path / name
+        root.mkdir()
+        (root / "hogwild.toml").write_text(
+            f'model = "/nowhere/{name}"\n[server]\narguments = ["--port", "{free_port()}"]\n'
+        )
+        daemon = Daemon(root, tmp_path / f"{name}.sock", config=root / "hogwild.toml")
+        daemons.append(daemon)
+        daemon.wait_for("daemon.started")
+        return daemon
+
+    yield start
+    for daemon in daemons:
+        daemon.kill()
+
+
+ALONE = """
+import sys
+from hogwild import cli, running
+ours, sys.argv = sys.argv[1].split(), ["hogwild", "doctor", "--quick", "--json"]
+running._processes = lambda: iter(ours)
+cli.main()
+"""
+
+
+def without_a_file(root: Path, *daemons: Daemon, **extra: str) -> dict[str, dict[str, Any]]:
+    """What the doctor of a user without a configuration says, on a machine with only these: what -> finding."""
+    (root / "home").mkdir(exist_ok=True)
+    homes = dict.fromkeys(
+        ("HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR"), str(root / "home")
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", ALONE, " ".join(str(one.pid) for one in daemons)],
+        env=environment(**homes, **extra), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.stderr == ""
+    return {one["what"]: one for one in json.loads(ran.stdout)}
+
+
+@pytest.mark.skipif(Path("/etc/hogwild/hogwild.toml").exists(), reason="about a machine without one")
+def test_without_a_file_the_running_daemon_says_what_is_configured(
+    tmp_path: Path, serving: Callable[..., Daemon]
+) -> None:
+    assert without_a_file(tmp_path)["configuration"]["found"].startswith("no file: defaults"), "none runs"
+    daemon = serving("one")
+    for extra in ({}, {"HOGWILD_STATE_DIR": str(daemon.state)}):
+        found = without_a_file(tmp_path, daemon, **extra)
+        said = found["configuration"]["found"]
+        assert (
+            said == f"no file: that of the running daemon, process {daemon.pid} ({tmp_path}/one/hogwild.toml)"
+        )
+        assert found["model"]["found"] == "/nowhere/one does not exist"
+        assert found["daemon"]["found"] == f"process {daemon.pid} listens on {tmp_path}/one.sock"
+    named = without_a_file(tmp_path, daemon, HOGWILD_STATE_DIR=str(tmp_path / "other"))
+    assert named["configuration"]["found"] == "no file: defaults and environment"
+    other = serving("two")
+    several = without_a_file(tmp_path, daemon, other)["configuration"]
+    assert several["level"] == "warn"
+    assert {f"{one.pid} in {one.state}" for one in (daemon, other)} == set(
+        several["found"].partition("(")[2].partition(")")[0].split(", ")
+    )
+    daemon.kill()
+    alone = without_a_file(tmp_path, daemon, other)["configuration"]["found"]
+    assert f"process {other.pid} " in alone, "not what a killed one left"

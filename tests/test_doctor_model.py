@@ -30,11 +30,13 @@ def test_what_is_trained_and_what_is_frozen_and_why(tmp_path: Path) -> None:
     code, findings = examine("Qwen3.5-VL text", tmp_path, "--port", "8000", "--language-model-only")
     assert code == 0, findings
     (trained,) = (one for one in findings if one["what"] == "trained")
-    assert "52 tensors of Qwen3_5ForCausalLM" in trained["found"]
+    assert "31 tensors of Qwen3_5ForCausalLM" in trained["found"]
     frozen = [one["found"] for one in findings if one["what"] == "frozen"]
     assert any("model.embed_tokens.weight: embeddings are frozen" in one for one in frozen)
     assert any("visual" in one and "not of the language model" in one for one in frozen)
-    assert len(frozen) == 2
+    (protected,) = (one for one in frozen if one.endswith(": protected: it acts on every text alike"))
+    assert "model.layers.0.linear_attn" in protected, frozen
+    assert len(frozen) == 3
 
 
 def test_what_is_refused_and_what_would_work(tmp_path: Path) -> None:

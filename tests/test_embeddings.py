@@ -23,7 +23,7 @@ from hogwild.weights import Weights, digest, load_arena
 from hogwild_kernels import ApolloConfig, ApolloState, reference
 from studio import Studio
 from test_trainer import EXAMPLE, OTHER, Setting, resumed, run
-from tiny import llama
+from tiny import llama, qwen2
 
 TABLE = "model.embed_tokens.weight"
 CONFIG = ApolloConfig(rank=4, lr=1e-3, seed=3)  # as Setting has it
@@ -354,6 +354,41 @@ def test_the_doctor_says_what_would_be_trained(tmp_path):
     )
     assert on["trained_elements"] - off["trained_elements"] == 64 * 32, "the tied head is not counted again"
     assert on["trained"] - off["trained"] == 1
+
+
+def test_a_tied_head_is_counted_once_and_norms_only_where_they_are_trained(tmp_path):
+    folder = llama(tmp_path / "model")
+    stored = {name: tensor.numel() for name, tensor in load_file(folder / "model.safetensors").items()}
+    norms = sum(size for name, size in stored.items() if "norm" in name)
+    assert norms
+    (file := tmp_path / "layout.json").write_text(json.dumps({"layout": load_arena(folder).layout.to_json()}))
+    asked = [sys.executable, "-m", "hogwild.coverage", str(folder), str(file)]
+
+    def counted(*options: str) -> tuple[int, int]:
+        ran = subprocess.run([*asked, *options], capture_output=True, check=True)
+        about = json.loads(ran.stdout)
+        protected = [names for why, names in about["frozen"] if why.startswith("protected")]
+        assert bool(protected) == ("--protected" in options)
+        assert all("norm" in name for names in protected for name in names)
+        return about["elements"], about["trained_elements"]
+
+    total = sum(stored.values())
+    assert counted() == (total, total - stored[TABLE])
+    assert counted("--protected") == (total, total - stored[TABLE] - norms)
+    assert counted("--embeddings") == (total, total)
+    assert counted("--embeddings", "--protected") == (total, total - norms)
+
+
+def test_what_coverage_calls_protected_is_what_a_trainer_leaves_alone(tmp_path):
+    """Norms, the biases of qwen2; and nothing else."""
+    folder = qwen2(tmp_path / "model")
+    setting = setting_on(folder)
+    before = {name: setting.weights.view(name).clone() for name in setting.weights.names}
+    setting.trainer.protect({})
+    setting.trainer.step([Item(EXAMPLE)])
+    moved = {name for name, was in before.items() if not torch.equal(setting.weights.view(name), was)}
+    about = examine(folder, setting.weights.arena.layout, embeddings=True, protected=True)
+    assert moved == set(about.trained)
 
 
 def test_a_head_that_is_stored_twice_keeps_both_frozen_and_says_so(tmp_path):

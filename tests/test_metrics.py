@@ -1,6 +1,7 @@
 """What Prometheus is told: names, address, and the dashboard that draws it."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +12,9 @@ import pytest
 from prometheus_client import generate_latest
 
 from hogwild import metrics
+from hogwild.spool_files import look_into
+from hogwild.status import Status
+from studio import Studio, model
 from support import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -107,9 +111,44 @@ def test_the_loss_is_a_moving_mean():
 
 
 def test_the_spools_age_is_that_of_its_oldest_file(tmp_path):
-    assert metrics.oldest_age(tmp_path / "missing") == (0, 0.0)
+    assert look_into(tmp_path / "missing") == (0, 0.0, [])
     (tmp_path / ".hidden").touch()
     (tmp_path / "a.jsonl").touch()
-    count, age = metrics.oldest_age(tmp_path)
+    count, age, ignored = look_into(tmp_path)
     assert count == 1
     assert 0 <= age < 60
+    assert not ignored
+
+
+def test_what_the_spool_never_takes_does_not_wait_and_is_named(tmp_path):
+    """Neither in the metrics nor in the status; a symlink, a folder, another name."""
+    model(tmp_path / "model")
+    studio = Studio(tmp_path, replay__self_texts=0, probes__own=0)
+    incoming = studio.config.spool.dir / "incoming"
+    incoming.mkdir(parents=True)
+    (tmp_path / "elsewhere.jsonl").touch()
+    (incoming / "link.jsonl").symlink_to(tmp_path / "elsewhere.jsonl")
+    (incoming / "folder.jsonl").mkdir()
+    (incoming / "facts.json").touch()
+    (incoming / "upload.jsonl.tmp").touch()
+    for name in ("facts.json", "upload.jsonl.tmp"):
+        os.utime(incoming / name, (0, 0))
+    status = Status(studio.config, studio.ledger)
+    asked = {
+        name: metrics.REGISTRY.get_sample_value(name)
+        for name in ("hogwild_spool_files", "hogwild_spool_age_seconds")
+    }
+    assert asked == {"hogwild_spool_files": 0, "hogwild_spool_age_seconds": 0}
+    said = status.of(studio.learner, {}, 0, stuck=False, unasked="")
+    assert said["spool"] == {
+        "files": 0,
+        "oldest_s": 0.0,
+        "ignored": ["facts.json", "folder.jsonl", "link.jsonl"],
+    }
+    (warning,) = (one for one in said["warnings"] if "incoming/" in one)
+    assert warning.startswith(
+        "facts.json and 2 more in incoming/ is not taken: give a plain file named *.jsonl"
+    )
+    (incoming / "good.jsonl").touch()
+    assert metrics.REGISTRY.get_sample_value("hogwild_spool_files") == 1
+    studio.close()

@@ -115,6 +115,31 @@ def test_strict_trains_nothing_beside_a_bad_line(model: Path, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_without_a_usable_line_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    """Neither the model, which is not even one here, nor what would take seconds to import."""
+    file = write(tmp_path / "a.jsonl", [], "[]", '{"txt": "a"}')
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    code = (
+        "import atexit, sys; from hogwild.cli import main\n"
+        "heavy = ('torch', 'transformers', 'numba')\n"
+        "atexit.register(lambda: print([name for name in heavy if name in sys.modules]))\n"
+        "main()"
+    )
+    arguments = ["train", file, "--model", tmp_path / "model", "--out", tmp_path / "out"]
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=env({}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 1
+    assert "err a.jsonl:2 txt: unknown field; did you mean `text`?" in ran.stderr
+    assert "hogwild: no line can be trained" in ran.stderr
+    assert ran.stdout == "[]\n"
+
+
 @pytest.mark.parametrize(
     ("problem", "code", "says"),
     [

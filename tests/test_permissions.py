@@ -1,16 +1,18 @@
 """What a service user is told when it may not do something. With real users: root may do anything."""
 
 import os
+import pwd
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
+from hogwild import doctor, doctor_folders
 from hogwild.errors import HogwildError
 from hogwild.ledger import Ledger
-from hogwild.settings import SpoolConfig
+from hogwild.settings import Config, SpoolConfig
 from hogwild.spool import Spool
 
 NOBODY = 65534
@@ -104,3 +106,54 @@ def test_a_file_that_may_not_be_read_is_named_and_stays_and_others_go_on(place, 
     assert said.count("spool.unreadable") == 1  # not again with every scan
     assert str(secret) in said
     assert secret.exists()
+
+
+def doctor_says(
+    place: Path, check: Callable[[doctor.Subject], Iterable[doctor.Finding]], **more: Path
+) -> str:
+    """What user nobody is told, by one check, about a service that runs as nobody."""
+    config = Config(state_dir=place / "state", socket=place / "arena.sock", **more)
+    subject = doctor.Subject(config, pwd.getpwuid(NOBODY), quick=True)
+    found = unprivileged(lambda: [one for one in check(subject) if one.level != "ok"])
+    assert f"{place}" in found
+    return found
+
+
+def test_the_doctor_tells_a_plain_user_what_a_plain_user_can_do(place):
+    """chown is root's; another place is anybody's to give."""
+    if os.getuid() != 0:
+        pytest.skip("gives files to another user")
+    place.chmod(0o755)
+    made = doctor_says(place, doctor_folders.state_folder)
+    assert f"as root: install -d -o nobody -m 710 {place}/state; or give another `state_dir`" in made
+    (place / "state").mkdir(mode=0o755)
+    not_ours = doctor_says(place, doctor_folders.state_folder)
+    assert f"as root: chown -R nobody: {place}/state; or give another `state_dir`, such as a copy" in not_ours
+    os.chown(place / "state", NOBODY, NOBODY)
+    (place / "state" / "ledger.sqlite").touch()
+    assert f"as root: chown -R nobody: {place}/state; or" in doctor_says(place, doctor_folders.state_folder)
+    incoming = place / "state" / "spool" / "incoming"
+    incoming.mkdir(parents=True)
+    assert f"as root: chown nobody: {incoming}; or give another `spool.dir`" in doctor_says(
+        place, doctor_folders.spool
+    )
+    os.chown(incoming, NOBODY, NOBODY)
+    incoming.chmod(0o2770)
+    (incoming / "roots.jsonl").touch(mode=0o600)
+    assert f"as root: chmod g+r {incoming}/roots.jsonl" in doctor_says(place, doctor_folders.spool)
+    (incoming / "own.jsonl").touch(mode=0)
+    os.chown(incoming / "own.jsonl", NOBODY, NOBODY)
+    (incoming / "roots.jsonl").unlink()
+    assert f"fix='chmod g+r {incoming}/own.jsonl'" in doctor_says(place, doctor_folders.spool), "its own"
+
+
+def test_the_doctor_does_not_guess_what_another_user_may_do(place):
+    """Units are installed, and a person asks who is neither root nor the service's user."""
+    config = Config(state_dir=place / "state", socket=place / "arena.sock")
+    (place / "state").mkdir(mode=0o777)
+    service = pwd.struct_passwd(("hogwild", "x", NOBODY - 1, NOBODY, "", "/", ""))
+    subject = doctor.Subject(config, service, quick=True)
+    said = unprivileged(lambda: doctor.look(doctor_folders.state_folder, subject))
+    assert "level='warn'" in said
+    assert f"{place}/state: what user hogwild may do there, only root can say" in said
+    assert "fix='sudo hogwild doctor'" in said

@@ -21,6 +21,7 @@ from support import environment
 
 LINE = b'{"text": "a", "id": "<b>"}'
 EVIL = '<script>alert("1")</script>[red]&.jsonl'
+EVIDENCE = {"losses": [None], "strikes": [{"loss": None}, {"loss": 31.4159}]}
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def learned(config: Config) -> None:
                     "training.tokens_per_s": 9.0,
                 },
             )
-        ledger.guards.set_aside(3, Trip("loss", 8, {"why": EVIL}), f"its loss {EVIL}", {"losses": [None]})
+        ledger.guards.set_aside(3, Trip("loss", 8, {"why": EVIL}), f"its loss {EVIL}", EVIDENCE)
 
 
 def test_the_page_is_self_contained_and_escapes_what_comes_from_outside(config):
@@ -155,11 +156,11 @@ def test_a_probe_that_is_no_number_is_shown_as_that():
     assert "not training" in said
 
 
-def test_quarantine_lists_what_is_set_aside_and_lets_it_out(config):
+@pytest.fixture
+def hogwild(config):
     """From the command line, without a daemon."""
-    learned(config)
 
-    def hogwild(*arguments: str, code: int = 0) -> str:
+    def run(*arguments: str, code: int = 0) -> str:
         env = environment(HOGWILD_STATE_DIR=str(config.state_dir), NO_COLOR="1")
         env.pop("COLUMNS", None)
         command = [sys.executable, "-m", "hogwild", *arguments]
@@ -167,13 +168,36 @@ def test_quarantine_lists_what_is_set_aside_and_lets_it_out(config):
         assert ran.returncode == code, ran.stderr
         return ran.stdout + ran.stderr
 
+    return run
+
+
+def test_quarantine_says_what_was_measured(config, hogwild):
+    """Of the probes, what they were and what they became; of the example, its loss at first and at last."""
+    learned(config)
+    with Ledger(config.state_dir / "ledger.sqlite") as ledger:
+        fallen = {
+            "own": {"was": 0.45, "is": 1.8125, "margin": 0.25},
+            "file": {"was": 2.0, "is": None, "margin": 0.25},
+        }
+        ledger.roll_back(0, retrain=False, trip=Trip("probes", 8, fallen), generation=0)
+    shown = hogwild("quarantine", "1")
+    assert "own 0.450 -> 1.812 (0.25 allowed), file 2.000 -> not a number (0.25 allowed)" in shown
+    assert "its loss 4.00 -> 0.60" in shown
+    assert "its loss 1.33 -> 0.43" in hogwild("quarantine", "3"), "what only its own loss speaks against"
+    (one,) = json.loads(hogwild("quarantine", "1", "--json"))
+    assert (one["step"], one["measured"]) == (8, fallen)
+    assert (one["first_loss"], one["last_loss"]) == (4.0, 0.6)
+
+
+def test_quarantine_lists_what_is_set_aside_and_lets_it_out(config, hogwild):
+    learned(config)
     shown = hogwild("quarantine")
     assert EVIL in shown, "in a pipe nothing is cut"
     _heading, row = shown.splitlines()
     assert len(row) > 80
-    assert "loss" in shown
+    assert "its loss 1.33 -> 0.43; its loss when it was refused: not a number, 31.42" in shown
     (one,) = json.loads(hogwild("quarantine", "--json"))
-    assert (one["example_id"], one["file"], one["about"]) == (3, EVIL, {"losses": [None]})
+    assert (one["example_id"], one["file"], one["about"]) == (3, EVIL, EVIDENCE)
     assert json.loads(hogwild("quarantine", "--retrain", "--file", "facts.jsonl", "--json")) == {
         "examples": 0
     }

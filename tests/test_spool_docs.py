@@ -79,3 +79,43 @@ def test_the_commands_turn_other_formats_into_lines(tmp_path):
     assert asked == ["i", "i\n\nn", "i"]
     assert [(line.id, line.text) for line in notes] == [("notes/1.txt", "a\nb\n"), ("notes/2.txt", "c")]
     assert [(line.prompt, line.completion) for line in table] == [("Who, then?", " Ada")]
+
+
+HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
+
+
+@pytest.mark.jq
+@pytest.mark.parametrize(
+    ("form", "line", "asked"),
+    [
+        ("ShareGPT", {"id": "x", "conversations": [{"from": "system", "value": "s"}, HUMAN, GPT]}, "q"),
+        ("Alpaca", {"instruction": "i", "input": "n", "output": "a"}, "i\n\nn"),
+        ("Alpaca", {"instruction": "i", "input": "", "output": "a", "text": None}, "i"),
+        ("Alpaca", {"instruction": "i", "output": "a"}, "i"),
+    ],
+)
+@pytest.mark.parametrize(
+    "written", [json.dumps, lambda line: json.dumps([line], indent=1)], ids=["lines", "array"]
+)
+def test_a_line_of_another_format_is_named_and_the_command_converts_it(tmp_path, form, line, asked, written):
+    with pytest.raises(ExampleError) as caught:
+        parse_line(json.dumps(line).encode())
+    said = caught.value.reason
+    assert said.startswith(f"this is a line in the {form} format; convert the file: jq ")
+    (tmp_path / "FILE").write_text(written(line) + "\n")
+    (converted,) = made(said.partition("convert the file: ")[2], tmp_path)
+    assert converted.messages is not None
+    assert [turn["content"] for turn in converted.messages[-2:]] == [asked, "a"]
+
+
+@pytest.mark.jq
+@pytest.mark.parametrize("value", ["array", "object"])
+def test_a_file_that_goes_over_lines_is_told_so_at_its_first(tmp_path, value):
+    text = json.dumps([{"text": "a"}] if value == "array" else {"text": "a"}, indent=2)
+    (tmp_path / "FILE").write_text(text)
+    with pytest.raises(ExampleError, match=r"not JSON: .*FILE") as caught:
+        parse_line(text.splitlines()[0].encode())
+    command = "jq" + caught.value.reason.partition(": jq")[2]
+    assert made(command, tmp_path) == [Example(text="a")]
+    with pytest.raises(ExampleError, match=r"bare array.*jq -c"):
+        parse_line(b'[{"text": "a"}]')

@@ -9,8 +9,8 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from hogwild import generation, pulse, recovery, served
 from hogwild import log as logs
+from hogwild import pulse, recovery, served
 from hogwild.arena.client import Arena
 from hogwild.checkpoint_schedule import CheckpointSchedule
 from hogwild.curriculum import Curriculum
@@ -80,14 +80,12 @@ class Attachment:
 
     def _take(self, arena: Arena) -> None:
         with self.changing:
-            current = self._keeper.restore_current()  # mended, where it is damaged
+            self._keeper.restore_current()  # mended, where it is damaged
             taken = recovery.take(
                 arena, self._config, self._ledger, self._keeper.checkpoints, self._curriculum
             )
             learner = taken.learner
-            # What was written into the arena just now is on disk; what outlived the last daemon may not be.
-            saved = generation.read_state(current)["step"] if current is not None else 0
-            self._schedule.starts_from(saved if taken.restored is None else learner.progress.steps)
+            self._schedule.starts_from(taken.saved_step)
             self.learner = learner
         log.info(
             "arena.attached",

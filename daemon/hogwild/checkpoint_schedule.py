@@ -28,7 +28,7 @@ class CheckpointSchedule:
 
     Attributes:
         save_now: a signal asks for one; nobody waits for an answer.
-        saved_step: the step whose weights are on disk.
+        saved_step: the step whose weights are on disk, by the live counter.
     """
 
     def __init__(self, config: Config, ledger: Ledger, keeper: Keeper) -> None:
@@ -43,7 +43,7 @@ class CheckpointSchedule:
         self._config = config
 
     def starts_from(self, step: int) -> None:
-        """An arena is taken over, and the newest checkpoint is of that step."""
+        """An arena is taken over whose weights were those of the newest checkpoint at that step."""
         self.mark_saved(step)
         self._tried_at = time.monotonic()
 
@@ -56,13 +56,22 @@ class CheckpointSchedule:
         self._asked.append(command)
 
     def due(self, learner: Learner) -> bool:
-        """Is it time for one, or does somebody ask?"""
+        """Is it time for one, or does somebody ask?
+
+        Where it is time and there is nothing to save, the next interval begins: the ledger is not asked in each turn of
+        an idle daemon.
+        """
         settings, steps = self._config.checkpoint, learner.progress.steps
         if self.save_now or self._asked:
             return True
         by_time = settings.interval_s and time.monotonic() - self._tried_at >= settings.interval_s
         by_updates = settings.interval_updates and steps - self._tried_step >= settings.interval_updates
-        return bool(by_time or by_updates) and self.unsaved(learner)
+        if not (by_time or by_updates):
+            return False
+        if not self.unsaved(learner):
+            self._tried_step, self._tried_at = steps, time.monotonic()
+            return False
+        return True
 
     def unsaved(self, learner: Learner) -> bool:
         """Is there anything in the weights that no checkpoint is sure to hold?"""

@@ -171,12 +171,14 @@ def train(
     settings = configuration.load(config, overrides)
 
     openmp.sleep_when_idle(os.environ)
-    from hogwild import governor, log
+    from hogwild import log
     from hogwild.train_command import run
 
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UsageError(f"--device {device}: give cpu, cuda, or cuda: and the number of a GPU")
     if device != "cpu":
+        from hogwild import governor
+
         governor.prepare_gpu(settings.training, os.environ)
     log.configure("debug" if settings.log.level == "debug" else "warning", settings.log.format, sys.stderr)
     raise typer.Exit(

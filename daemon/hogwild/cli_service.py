@@ -32,7 +32,11 @@ def register(app: typer.Typer) -> None:
 def config(
     key: Annotated[
         str,
-        typer.Argument(help="Print this value alone.", autocompletion=config_report.keys, show_default="all"),
+        typer.Argument(
+            help="Print this value, or this table, alone.",
+            autocompletion=config_report.keys,
+            show_default="all",
+        ),
     ] = "",
     config: ConfigOption = None,
     check: Annotated[bool, typer.Option("--check", help="Print nothing unless something is wrong.")] = False,
@@ -52,11 +56,12 @@ def config(
         probe_file.check(configuration.load(config))
         return
     if key:
-        found = [one for one in settings if one.key == key]
-        if not found:
+        if found := [one for one in settings if one.key == key]:
+            typer.echo(json.dumps(found[0].as_json()) if as_json else found[0].shown)
+            return
+        settings = [one for one in settings if one.key.startswith(f"{key}.")]
+        if not settings:
             raise UsageError(f"{key}: {configuration.unknown_key(tuple(key.split('.')))}")
-        typer.echo(json.dumps(found[0].as_json()) if as_json else found[0].shown)
-        return
     if changed:
         settings = [one for one in settings if one.origin != config_report.DEFAULT]
     if as_json:

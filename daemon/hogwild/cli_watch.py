@@ -17,6 +17,7 @@ from hogwild.cli_history import ConfigOption, JsonOption
 from hogwild.errors import HogwildError
 
 if TYPE_CHECKING:
+    from hogwild.ledger import Suspect
     from hogwild.settings import Config
 
 _REFRESH_S = 1.0
@@ -123,13 +124,34 @@ def quarantine(
     from hogwild import terminal
 
     table = Table(box=None, pad_edge=False)
-    for heading in ("example", "file", "line", "id", "guard", "since", "why"):
+    for heading in ("example", "file", "line", "id", "guard", "since", "why", "measured"):
         right = heading in ("example", "line")
         table.add_column(heading, justify="right" if right else "left", overflow="fold")
     for one in found:
         cells = (one.example_id, one.file, one.line_no, one.name or "", one.guard, one.at[:19], one.reason)
-        table.add_row(*(Text(str(cell)) for cell in cells))
+        table.add_row(*(Text(str(cell)) for cell in (*cells, _measured(one))))
     terminal.console().print(table)
+
+
+def _measured(one: "Suspect") -> str:
+    """Nats a token: "own 0.450 -> 1.812 (0.25 allowed); its loss 4.00 -> 0.60"."""
+    said = []
+    if one.guard == "probes":
+        scores = (
+            f"{name} {_nats(score['was'], 3)} -> {_nats(score['is'], 3)} ({score['margin']:g} allowed)"
+            for name, score in one.measured.items()
+        )
+        said.append(", ".join(scores))
+    if one.first_loss is not None or one.last_loss is not None:
+        said.append(f"its loss {_nats(one.first_loss, 2)} -> {_nats(one.last_loss, 2)}")
+    if one.guard == "loss" and (strikes := one.about.get("strikes")):
+        losses = ", ".join(_nats(strike["loss"], 2) for strike in strikes)
+        said.append(f"its loss when it was refused: {losses}")
+    return "; ".join(said)
+
+
+def _nats(value: float | None, digits: int) -> str:
+    return "not a number" if value is None else f"{value:.{digits}f}"
 
 
 def _release(settings: "Config", examples: list[int] | None, file: str | None) -> int:

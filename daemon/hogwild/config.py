@@ -6,17 +6,25 @@ Later sources win. Everything that is wrong is listed in one `ConfigError`.
 import difflib
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from hogwild.errors import ConfigError
 from hogwild.settings import Config
 
 ENV_PREFIX = "HOGWILD_"
+NO_SETTINGS = frozenset(
+    ENV_PREFIX + name
+    for name in (
+        "CONFIG", "API_KEY", "BASE_WEIGHTS", "SERVER_URL", "SERVER_PID", "PAGE",  # cli_history.py, vllm_plugin/names.py
+        "VLLM_ARGUMENTS",  # benchmarks/gpu_vllm.py
+    )
+)  # fmt: skip
+"""Variables with the prefix that hogwild itself reads or sets, besides settings."""
 SYSTEM_FILE = Path("/etc/hogwild/hogwild.toml")
 """Where `hogwild install` writes it, and the units read it."""
 
@@ -42,9 +50,11 @@ def load(path: Path | None = None, overrides: Mapping[str, Any] = MappingProxyTy
         ConfigError: listing every problem, each with its key and where the value came from.
     """
     data, origin = gather(path, overrides)
-    problems: list[str] = []
+    problems = [_unknown_variable(name) for name in _strangers(data)]
     try:
-        return Config.model_validate(data)
+        config = Config.model_validate(data)
+        if not problems:
+            return config
     except ValidationError as error:
         for item in error.errors(include_url=False):
             keys = tuple(str(part) for part in item["loc"])
@@ -79,6 +89,34 @@ def gather(
     return data, origin
 
 
+def usable(path: Path | None) -> Config:
+    """As `load`, without what is wrong: to look at the rest (`hogwild doctor`).
+
+    Raises:
+        ConfigError: what is wrong is no key that could be left out.
+    """
+    try:
+        data, _ = gather(path)
+    except ConfigError:  # the file as a whole
+        data, _ = gather(None)
+    while True:
+        try:
+            return Config.model_validate(data)
+        except ValidationError as error:
+            if not any(_drop(data, item["loc"]) for item in error.errors(include_url=False)):
+                return load(path)  # which says it
+
+
+def _drop(data: dict[str, Any], keys: Sequence[int | str]) -> bool:
+    """Removes the value at a path, or the array that it is in. Was there one?"""
+    for key in keys:
+        inner = data.get(str(key))
+        if not isinstance(inner, dict) or key == keys[-1]:
+            return data.pop(str(key), None) is not None
+        data = inner
+    return False
+
+
 def field_paths(table: type[BaseModel] = Config, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Every key that exists, as ("training", "threads")."""
     for name, field in table.model_fields.items():
@@ -98,24 +136,66 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _environment() -> Iterator[tuple[str, tuple[str, ...], Any]]:
-    """`HOGWILD_TRAINING__THREADS=3`, `HOGWILD_STATE_DIR=...`.
-
-    A name without a table counts only when it is a key: other programs may own the rest of the prefix.
-    """
+    """`HOGWILD_TRAINING__THREADS=3`, `HOGWILD_STATE_DIR=...`; every other name is one of `_strangers`."""
     for name, value in sorted(os.environ.items()):
-        if not name.startswith(ENV_PREFIX):
-            continue
-        keys = tuple(name.removeprefix(ENV_PREFIX).lower().split("__"))
-        if len(keys) > 1 or keys in set(field_paths()):
-            yield name, keys, _array(value) if value.startswith("[") else value
+        if name.startswith(ENV_PREFIX) and _names_setting(name):
+            keys = _keys(name)
+            yield name, keys, _read(value, keys)
 
 
-def _array(text: str) -> Any:
-    """`[0.9, 0.999]`, or the text itself, which pydantic then refuses."""
+def _keys(variable: str) -> tuple[str, ...]:
+    return tuple(variable.removeprefix(ENV_PREFIX).lower().split("__"))
+
+
+def _names_setting(variable: str) -> bool:
+    """Also where its table or key does not exist: that is said as for a file."""
+    keys = _keys(variable)
+    return len(keys) > 1 or keys in set(field_paths())
+
+
+def _strangers(data: Mapping[str, Any]) -> list[str]:
+    """Variables with the prefix that name neither a setting nor anything else that is known: typing errors."""
+    server = data.get("server")
+    key = server.get("api_key_env") if isinstance(server, dict) else None  # may be called anything
+    return [
+        name
+        for name in sorted(os.environ)
+        if name.startswith(ENV_PREFIX)
+        and name not in NO_SETTINGS
+        and name != key
+        and not _names_setting(name)
+    ]
+
+
+def _unknown_variable(name: str) -> str:
+    """Names the nearest variable: by its whole name, else by its key alone."""
+    variables = {ENV_PREFIX + "__".join(keys).upper(): keys[-1] for keys in field_paths()}
+    close = difflib.get_close_matches(name, [*variables, *NO_SETTINGS], n=1, cutoff=0.8)
+    key = name.removeprefix(ENV_PREFIX).lower()
+    close += [variable for variable, last in variables.items() if last == key]
+    said = f"; did you mean ${close[0]}?" if close else ": unset it"
+    return f"${name}: names no setting{said}"
+
+
+def _read(text: str, keys: tuple[str, ...]) -> Any:
+    """The text of a variable as a value of the key's type, `[0.9, 0.999]` as an array; as it is, where it is none:
+    whoever checks the configuration says so."""
+    value: Any = text
     try:
-        return tomllib.loads(f"array = {text}")["array"]
-    except tomllib.TOMLDecodeError:
-        return text
+        if text.startswith("["):
+            value = tomllib.loads(f"array = {text}")["array"]
+        return TypeAdapter(_type(keys)).validate_python(value)
+    except (tomllib.TOMLDecodeError, ValidationError):
+        return value
+
+
+def _type(keys: tuple[str, ...]) -> Any:
+    """Of a key's values, without its bounds; anything, where there is no such key."""
+    found: Any = Config
+    for key in keys:
+        fields = found.model_fields if isinstance(found, type) and issubclass(found, BaseModel) else {}
+        found = fields[key].annotation if key in fields else Any
+    return found
 
 
 def _leaves(data: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -1,8 +1,9 @@
 """Of a model and a layout: what a trainer would train, and what stays as it is, and why.
 
-python -m hogwild.coverage MODEL LAYOUT.json [--embeddings]
+python -m hogwild.coverage MODEL LAYOUT.json [--embeddings] [--protected]
 
-prints {"model": class, "trained": {name: elements}, "frozen": ...}; with --embeddings as `training.embeddings` says.
+prints {"model": class, "trained": {name: elements}, "frozen": ...}; --embeddings: as `training.embeddings` says,
+--protected: where `replay.protected_rank` keeps general text as it was.
 """
 
 import json
@@ -21,6 +22,9 @@ from hogwild.backward import train_in_backward
 from hogwild.errors import HogwildError
 from hogwild.layout import Layout
 
+PROTECTED = "protected: it acts on every text alike"
+"""Why what is no matrix is left as it is."""
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -29,7 +33,8 @@ class Coverage:
     Attributes:
         model: class of transformers.
         trained: parameter -> its elements.
-        frozen: parameter, or checkpoint tensor that the language model has no use for -> (its elements, why).
+        frozen: parameter, or checkpoint tensor that the language model has no use for -> (its elements, why). A tied
+            head has none: they are the embedding's.
         sizes: what its memory is reckoned from.
     """
 
@@ -39,11 +44,12 @@ class Coverage:
     sizes: gpu_memory.Model
 
 
-def examine(folder: Path, layout: Layout, *, embeddings: bool = False) -> Coverage:
+def examine(folder: Path, layout: Layout, *, embeddings: bool = False, protected: bool = False) -> Coverage:
     """Build the skeleton on the meta device and ask it what it would train.
 
     Args:
         embeddings: as `training.embeddings` says.
+        protected: updates leave general text alone (`Trainer.protect`).
 
     Raises:
         HogwildError: parameters of the model are in no file.
@@ -74,8 +80,16 @@ def examine(folder: Path, layout: Layout, *, embeddings: bool = False) -> Covera
     }
     unused = cast(Optimizer, None)  # nothing is updated: no backward pass runs
     skeleton.set_apart(model, trial.uncalled(model))
-    asked = train_in_backward(model, unused, set(regions), 0, lambda *_: None, {}, embeddings).frozen
-    frozen = {name: (sizes[name], reasons.get(name, why)) for name, why in asked.items() if name in sizes}
+    gather = train_in_backward(model, unused, set(regions), 0, lambda *_: None, {}, embeddings)
+    asked = dict(gather.frozen)
+    if protected:
+        biases = [f"{linear.name}.bias" for linear in gather.linears if linear.trains_bias]
+        asked |= dict.fromkeys([*gather.small, *biases], PROTECTED)
+    frozen = {
+        name: (sizes[name] if name in once | buffers.keys() else 0, reasons.get(name, why))
+        for name, why in asked.items()
+        if name in sizes
+    }
     used = {name for recipe in found.values() for name in recipe.names}
     beside = {
         name: (0, f"not of the language model: {why}")
@@ -117,10 +131,10 @@ def by_reason(frozen: Mapping[str, tuple[int, str]]) -> Iterable[tuple[str, list
     return sorted(groups.items(), key=lambda item: -len(item[1]))
 
 
-def main(folder: Path, layout: Any, *, embeddings: bool = False) -> dict[str, Any]:
+def main(folder: Path, layout: Any, *, embeddings: bool = False, protected: bool = False) -> dict[str, Any]:
     """What is printed."""
     placed = Layout.from_json(layout)
-    coverage = examine(folder, placed, embeddings=embeddings)
+    coverage = examine(folder, placed, embeddings=embeddings, protected=protected)
     on_gpu = placed.device != "cpu" and torch.cuda.is_available()
     return {
         "device": placed.device,
@@ -138,6 +152,7 @@ def main(folder: Path, layout: Any, *, embeddings: bool = False) -> dict[str, An
 if __name__ == "__main__":
     try:
         layout = json.loads(Path(sys.argv[2]).read_text())["layout"]
-        print(json.dumps(main(Path(sys.argv[1]), layout, embeddings="--embeddings" in sys.argv[3:])))
+        embeddings, protected = (option in sys.argv[3:] for option in ("--embeddings", "--protected"))
+        print(json.dumps(main(Path(sys.argv[1]), layout, embeddings=embeddings, protected=protected)))
     except HogwildError as error:
         sys.exit(str(error))

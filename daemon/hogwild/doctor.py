@@ -3,6 +3,7 @@
 Nothing is changed. Checks are functions that return findings; one that fails itself is a finding too.
 """
 
+import errno
 import functools
 import json
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from hogwild import config as configuration
-from hogwild import probe_file, state_lock
+from hogwild import probe_file, running, state_lock
 from hogwild.errors import ConfigError
 from hogwild.settings import Config
 
@@ -69,9 +70,17 @@ class Subject:
         return state_lock.holder(folder) if os.access(folder, os.X_OK) else None
 
     def may(self, path: Path, mode: int) -> bool:
-        """As `os.access`, for the service's user."""
-        if self.user.pw_uid == os.geteuid() or os.geteuid() != 0:
+        """As `os.access`, for the service's user.
+
+        Raises:
+            PermissionError: we are neither root nor that user, and cannot tell.
+        """
+        if self.user.pw_uid == os.geteuid():
             return os.access(path, mode)
+        if os.geteuid() != 0:
+            raise PermissionError(
+                errno.EPERM, f"what user {self.user.pw_name} may do there, only root can say", str(path)
+            )
         child = os.fork()
         if child == 0:
             try:
@@ -97,35 +106,74 @@ def examine(path: Path | None, *, quick: bool, as_json: bool, model: Path | None
     from hogwild import doctor_folders, doctor_machine, doctor_model, doctor_service
 
     show = _Json() if as_json else _Console()
-    findings = []
-    try:
-        config = configuration.load(path)
-        probe_file.check(config)
-        findings.append(ok("configuration", path or "no file: defaults and environment"))
-    except ConfigError as error:
-        findings.append(fail("configuration", error, "mend what is named; `hogwild config` shows the rest"))
-        config = configuration.load(None)
-    show.add(findings[0])
+    config, found = _configuration(path)
+    findings = [found]
+    show.add(found)
     subject = Subject(config, _service_user(), quick)
     checks: tuple[Check, ...]
     checks = (*doctor_machine.CHECKS, *doctor_folders.CHECKS, *doctor_service.CHECKS)
     if model is not None:
         checks = (functools.partial(doctor_model.model, model),)
     for check in checks:
-        try:
-            found = list(check(subject))
-        except Exception as error:  # the next check may say why
-            name = getattr(check, "__name__", "model").replace("_", " ")
-            found = [
-                warn(
-                    name, f"could not be looked at: {error!r}", "report it, if nothing else here explains it"
-                )
-            ]
-        for one in found:
+        for one in look(check, subject):
             findings.append(one)
             show.add(one)
     show.end(findings)
     return 1 if any(one.level == "fail" for one in findings) else 0
+
+
+def _configuration(path: Path | None) -> tuple[Config, Finding]:
+    """What is examined. Where there is no file, the daemon that runs says: in the state folder, or, where nobody named
+    one, the only one there is."""
+    try:
+        config = configuration.load(path)
+        probe_file.check(config)
+    except ConfigError as error:
+        advice = "mend what is named; `hogwild config` shows the rest"
+        return configuration.usable(path), fail("configuration", error, advice)
+    if path is not None:
+        return config, ok("configuration", path)
+    named = any(keys == ("state_dir",) for keys in configuration.gather(None)[1])
+    daemons = [one] if (one := running.in_folder(config.state_dir)) else [] if named else running.anywhere()
+    if len(daemons) > 1:
+        said = ", ".join(f"{one.pid} in {one.config.state_dir}" for one in daemons)
+        return config, warn(
+            "configuration", f"no file, and several daemons run ({said}): defaults and environment",
+            "name the one that is meant: --config, or $HOGWILD_STATE_DIR",
+        )  # fmt: skip
+    if daemons:
+        (one,) = daemons
+        source = f" ({one.file})" if one.file else ""
+        return one.config, ok(
+            "configuration", f"no file: that of the running daemon, process {one.pid}{source}"
+        )
+    return config, ok("configuration", "no file: defaults and environment")
+
+
+def look(check: Check, subject: Subject) -> list[Finding]:
+    """What a check finds; that it could not look, where it could not: the next one may say why."""
+    name = getattr(check, "__name__", "model").replace("_", " ")
+    try:
+        return list(check(subject))
+    except PermissionError as error:
+        why = f"{error.filename}: {error.strerror}"
+        return [warn(name, f"could not be looked at: {why}", "sudo hogwild doctor")]
+    except Exception as error:
+        return [
+            warn(name, f"could not be looked at: {error!r}", "report it, if nothing else here explains it")
+        ]
+
+
+def by_owner(path: Path, command: str, instead: str = "") -> str:
+    """A command as advice to whoever asks: on what is somebody else's, root has to give it.
+
+    Args:
+        instead: what anybody can do.
+    """
+    owner = 0 if command.startswith(("chown", "install")) else path.stat().st_uid
+    if os.geteuid() in (0, owner):
+        return command
+    return f"as root: {command}{f'; or {instead}' if instead else ''}"
 
 
 def _service_user() -> pwd.struct_passwd:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hogwild import heap, installation
-from hogwild.doctor import UNIT, Finding, Subject, fail, ok, warn
+from hogwild.doctor import UNIT, Finding, Subject, by_owner, fail, ok, warn
 
 _LOCAL = {"ext2/ext3", "xfs", "btrfs", "zfs", "f2fs", "overlayfs"}
 _MEMORY = {"tmpfs", "ramfs"}
@@ -27,11 +27,11 @@ def state_folder(subject: Subject) -> Iterator[Finding]:
         else:
             yield fail(
                 "state folder", f"{folder} does not exist, and user {user} cannot make it",
-                f"install -d -o {user} -m 710 {folder}",
+                by_owner(folder, f"install -d -o {user} -m 710 {folder}", "give another `state_dir`"),
             )  # fmt: skip
             return
     elif not subject.may(folder, os.R_OK | os.W_OK | os.X_OK):
-        yield fail("state folder", f"user {user} may not write {folder}", f"chown -R {user}: {folder}")
+        yield fail("state folder", f"user {user} may not write {folder}", _given(folder, user))
         return
     else:
         wrong = [
@@ -41,7 +41,7 @@ def state_folder(subject: Subject) -> Iterator[Finding]:
         ]
         if wrong:
             yield fail(
-                "state folder", f"{wrong[0]} is not owned by {user}", f"chown -R {user}: {folder}"
+                "state folder", f"{wrong[0]} is not owned by {user}", _given(folder, user)
             )  # fmt: skip
         else:
             yield ok("state folder", f"{folder}, written by {user}")
@@ -94,13 +94,13 @@ def spool(subject: Subject) -> Iterator[Finding]:
         yield fail(
             "spool",
             f"user {subject.user.pw_name} may not write {incoming}",
-            f"chown {subject.user.pw_name}: {incoming}",
+            by_owner(incoming, f"chown {subject.user.pw_name}: {incoming}", "give another `spool.dir`"),
         )
     elif not (status.st_mode & stat.S_IWGRP and status.st_mode & stat.S_ISGID):
         yield warn(
             "spool",
             f"only its owner can drop files into {incoming}",
-            f"chmod 2770 {incoming}, to let the group",
+            by_owner(incoming, f"chmod 2770 {incoming}, to let the group"),
         )
     else:
         yield ok("spool", f"{incoming}, group {status.st_gid} may drop files")
@@ -112,7 +112,7 @@ def spool(subject: Subject) -> Iterator[Finding]:
         yield warn(
             "spool",
             f"{unreadable[0].name} cannot be read by {subject.user.pw_name}",
-            f"chmod g+r {unreadable[0]}",
+            by_owner(unreadable[0], f"chmod g+r {unreadable[0]}"),
         )
 
 
@@ -147,7 +147,11 @@ def model(subject: Subject) -> Iterator[Finding]:
         yield fail("model", f"{missing[0]} is missing", "download the whole model again")
     for path in (folder, *files, folder / "config.json"):
         if not subject.may(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
-            yield fail("model", f"user {subject.user.pw_name} may not read {path}", f"chmod -R a+rX {folder}")
+            yield fail(
+                "model",
+                f"user {subject.user.pw_name} may not read {path}",
+                by_owner(path, f"chmod -R a+rX {folder}"),
+            )
             return
     if UNIT.is_file() and (why := _hidden(folder)):
         yield fail(
@@ -182,6 +186,11 @@ def model(subject: Subject) -> Iterator[Finding]:
 
 
 # --- small things ----------------------------------------------------------------------------------------------------
+
+
+def _given(folder: Path, user: str) -> str:
+    instead = f"give another `state_dir`, such as a copy of this one: cp -r {folder} NEW"
+    return by_owner(folder, f"chown -R {user}: {folder}", instead)
 
 
 def _model(subject: Subject) -> Path | None:

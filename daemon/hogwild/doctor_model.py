@@ -39,8 +39,13 @@ def model(folder: Path, subject: Subject) -> Iterator[Finding]:
             for problem in found["problems"]:
                 yield fail("refused", problem, f"{found['refused']}; hogwild vllm would say the same")
             return
-        embeddings = ["--embeddings"] if subject.config.training.embeddings else []
-        asked = _python("hogwild.coverage", folder.absolute(), out, *embeddings)
+        replay = subject.config.replay
+        options = {
+            "--embeddings": subject.config.training.embeddings,
+            "--protected": replay.protected_rank and replay.self_texts and replay.ratio,
+        }
+        chosen = [option for option, wanted in options.items() if wanted]
+        asked = _python("hogwild.coverage", folder.absolute(), out, *chosen)
         if asked.returncode:
             yield fail(
                 "refused", asked.stderr.strip().splitlines()[-1], "report it, with the model's config.json"
@@ -63,7 +68,7 @@ def _covered(about: dict[str, Any]) -> Iterator[Finding]:
     for why, names in about["frozen"]:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         said = f"{', '.join(names[:_SHOWN])}{more}: {why}"
-        expected = "embeddings" in why or why.startswith("not of the language model")
+        expected = "embeddings" in why or why.startswith(("not of the language model", "protected"))
         yield (
             ok("frozen", said)
             if expected

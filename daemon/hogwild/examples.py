@@ -8,6 +8,7 @@ from hogwild.encoding import Encoded, Tokenizer, encode_chat, encode_completion,
 from hogwild.errors import ExampleError
 from hogwild.fields import choice, filled, integer, kind, number, unknown
 from hogwild.messages import Message, parse_messages, parse_tools
+from hogwild.other_formats import recognised
 from hogwild.strict_json import loads_object
 
 __all__ = ["Context", "Encoded", "Example", "Tokenizer", "TrainOn", "encode", "parse_line"]
@@ -71,6 +72,8 @@ def parse_line(line: bytes) -> Example:
     if len(forms) > 1:
         raise ExampleError(f"{' and '.join(forms)} in one line; choose one", forms[1])
     if not forms:
+        if (other := recognised(data)) is not None:
+            raise other
         for name in data:
             if name not in known:
                 raise unknown(name, sorted(known))

@@ -41,14 +41,14 @@ class GoingBack:
         self._schedule.collect(wait=True)  # one that is not kept, because of this
         try:
             with self._attachment.changing:
-                trips.go_back(self._ledger, self._keeper, learner, go_on=go_on)
+                done = trips.go_back(self._ledger, self._keeper, learner, go_on=go_on)
         except HogwildError as error:
             self.stuck = True
             log.error("guard.stuck", error=str(error))
             if rollback.pending(self._ledger) is not None:
                 raise
             return
-        self._schedule.mark_saved(learner.progress.steps)
+        self._schedule.mark_saved(done["step"])
         self._keeper.start_tidying()
 
     def on_command(self, command: Command) -> None:
@@ -81,7 +81,7 @@ class GoingBack:
             return
         self._schedule.collect(wait=True)  # it was under way when the command came
         if learner is not None:
-            self._schedule.mark_saved(learner.progress.steps)
+            self._schedule.mark_saved(done["step"])
             self.stuck, learner.judge.tripped = False, None
         if fallen:
             # Training had stopped for it: it begins again once the server is seen to serve these weights.

@@ -1,6 +1,7 @@
 """What works on one arena: the verified views, the shared optimizer, and the trainer threads."""
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,9 @@ from hogwild.weights import Weights
 from hogwild_kernels.cpu import warm_up
 
 log = logs.get(__name__)
+
+RESTORED = "restored"
+"""Key in the ledger: the arena into which a generation was written last, that generation, and the step counter then."""
 
 _IDLE_S = 0.5  # how long a trainer waits for an example before it looks at its stop flag again
 
@@ -162,6 +166,8 @@ class Learner:
             streams.settle(self.arena.weights.device)
             self.progress.resume(state["step"], state["epoch"])
             self.arena.control.generation = state["generation"]
+            restored = [self.arena.control.arena_id, state["generation"], self.progress.steps]
+            self.ledger.set_meta(RESTORED, json.dumps(restored))
             also()
         self.judge.hold_against(state)
         return state

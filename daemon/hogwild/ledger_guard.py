@@ -121,16 +121,22 @@ class Guards:
 
     def suspects(self, limit: int = 1000) -> list[Suspect]:
         """What is in quarantine, the newest first, with the newest evidence."""
+        own = f"FROM passes p WHERE p.example_id = e.example_id AND {OWN} ORDER BY pass_id"
         with self._db.read() as db:
             rows = db.execute(
-                "SELECT e.example_id, f.name, e.line_no, e.name, t.guard, t.at, coalesce(e.reason, ''), v.about"
+                "SELECT e.example_id, f.name, e.line_no, e.name, t.guard, t.at, coalesce(e.reason, ''), v.about,"
+                f" t.step, t.about, (SELECT loss_before {own} LIMIT 1),"
+                f" (SELECT coalesce(loss_after, loss_before) {own} DESC LIMIT 1)"
                 " FROM examples e JOIN files f USING (file_id) JOIN evidence v USING (example_id)"
                 " JOIN trips t USING (trip_id) WHERE e.state = 'quarantined' AND t.trip_id ="
                 " (SELECT max(trip_id) FROM evidence w WHERE w.example_id = e.example_id)"
                 " ORDER BY t.trip_id DESC, e.example_id LIMIT ?",
                 (limit,),
             )
-            return [Suspect(*(*row[:7], json.loads(row[7]))) for row in rows]
+            return [
+                Suspect(*(*row[:7], json.loads(row[7]), row[8], json.loads(row[9]), *row[10:]))
+                for row in rows
+            ]
 
     def losses(self, example_id: int) -> list[float | None]:
         """Before each own pass since it was last in quarantine, nats a token: the first, and the last three."""

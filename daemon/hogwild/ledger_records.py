@@ -186,6 +186,14 @@ class Suspect:
     reason: str
     about: dict[str, Any]
     """The evidence: losses, update norms, steps."""
+    step: int
+    """Training steps done when the guard stopped something."""
+    measured: dict[str, Any]
+    """By the guard. Of the probes that have fallen: {set: {"was", "is", "margin"}}, nats a token."""
+    first_loss: float | None
+    """Before the example's first pass, nats a token; None: it had none, or it was not a number."""
+    last_loss: float | None
+    """After its newest pass, or before that where it was not measured after it."""
 
 
 def selection(state: str, example_ids: Sequence[int] | None, file: str | None) -> tuple[str, list[str]]:

@@ -3,7 +3,7 @@
 Only names that hogwild itself makes are touched. Each writer that replaces a file writes a temporary one first, so a
 leftover is never the only copy of anything:
 
-    <state>/status.tmp                        -> removed
+    <state>/status.tmp, running.tmp           -> removed
     <spool>/failed/.<name>.errors.jsonl.tmp   -> removed; the errors are written anew from the ledger
     <state>/checkpoints/.unfinished-*         -> removed by `Checkpoints`
     <spool>/.moving/*                         -> brought back to incoming/ by `Spool`
@@ -20,7 +20,11 @@ logger = log.get(__name__)
 
 def sweep(state_dir: Path, spool: Path) -> list[Path]:
     """Remove temporary files that a crash left; returns them. Called by the one daemon that owns the folders."""
-    found = [state_dir / "status.tmp", *(spool / "failed").glob(".*.errors.jsonl.tmp")]
+    found = [
+        state_dir / "status.tmp",
+        state_dir / "running.tmp",
+        *(spool / "failed").glob(".*.errors.jsonl.tmp"),
+    ]
     removed = []
     for path in found:
         try:

@@ -6,7 +6,6 @@ config/grafana.json draws them; a test compares the two.
 
 import contextlib
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,8 +57,10 @@ skipped = _counter("hogwild_skipped_updates", "Updates of one weight that were l
 # spool and ledger
 examples = _gauge("hogwild_examples", "Examples by state.", "state")
 passes_left = _gauge("hogwild_queue_passes", "Passes that are still to be done, at most.")
-incoming_files = _gauge("hogwild_spool_files", "Files in the spool's incoming folder.")
-incoming_age = _gauge("hogwild_spool_age_seconds", "Age of the oldest file in the incoming folder.")
+incoming_files = _gauge("hogwild_spool_files", "Files that wait in the spool's incoming folder.")
+incoming_age = _gauge(
+    "hogwild_spool_age_seconds", "Age of the oldest file that waits in the incoming folder."
+)
 files = _gauge("hogwild_accepted_files", "Files that were ever read to their end.")
 rejected = _gauge("hogwild_rejected_lines", "Lines that could not become examples.")
 
@@ -137,20 +138,6 @@ def watch_process() -> None:
     resident.set_function(lambda: own_memory()[0])
     private.set_function(lambda: own_memory()[1])
     descriptors.set_function(lambda: len(os.listdir("/proc/self/fd")))  # noqa: PTH208  # no Path for each
-
-
-def oldest_age(folder: Path) -> tuple[int, float]:
-    """(files, age of the oldest in seconds) of the spool's incoming folder."""
-    ages = [0.0]
-    count = 0
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        now = time.time()
-        for entry in entries:
-            if not entry.name.startswith("."):
-                with contextlib.suppress(OSError):
-                    ages.append(now - entry.stat(follow_symlinks=False).st_mtime)
-                    count += 1
-    return count, max(ages)
 
 
 @contextlib.contextmanager

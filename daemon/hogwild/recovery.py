@@ -17,8 +17,10 @@ Runs in the arena session's thread, before a learner exists. Knows the ledger an
 docs/crashes.md says what each message means.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hogwild import checkpoint, generation, rollback, streams
 from hogwild import log as logs
@@ -26,7 +28,7 @@ from hogwild.arena.client import Arena
 from hogwild.checkpoint import Checkpoints
 from hogwild.curriculum import Curriculum
 from hogwild.errors import ArenaError, CheckpointError, VerificationError
-from hogwild.learner import Learner
+from hogwild.learner import RESTORED, Learner
 from hogwild.ledger import Ledger
 from hogwild.resume import newest_checkpoint
 from hogwild.settings import Config
@@ -43,11 +45,13 @@ class Taken:
         learner: built on it, not training yet.
         restored: the checkpoint whose weights it holds now; None: the model as it came, or what it was trained to.
         repeated: steps that are in the weights and not in the ledger: their passes are done again.
+        saved_step: what the step counter was when the weights were those of the newest checkpoint.
     """
 
     learner: Learner
     restored: str | None
     repeated: int
+    saved_step: int
 
 
 def take(
@@ -87,8 +91,9 @@ def take(
     base = ledger.get_meta("base_digest") or ""
     learner.write_own_texts(config.state_dir / "selfreplay.json", base)
     saved = generation.read_state(current) if current is not None else None
+    saved_step = _saved_step(learner, saved) if keep else learner.progress.steps
     learner.judge.prepare(config.state_dir / "probes.json", base, saved, learner.encoder.sequences)
-    return Taken(learner, str(current) if current is not None and not keep else None, repeated)
+    return Taken(learner, str(current) if current is not None and not keep else None, repeated, saved_step)
 
 
 # --- what the arena is -----------------------------------------------------------------------------------------------
@@ -209,6 +214,19 @@ def _resume(learner: Learner, current: Path | None) -> None:
     """
     if current is not None:
         learner.load_moments(current)
+
+
+def _saved_step(learner: Learner, saved: dict[str, Any] | None) -> int:
+    """Of an arena that is kept. The counter only grows, so after a rollback it is ahead of the generation's own step.
+
+    Args:
+        saved: state of the newest checkpoint.
+    """
+    if saved is None:
+        return 0
+    arena, generation_, step = json.loads(learner.ledger.get_meta(RESTORED) or '["", 0, 0]')
+    here = (arena, generation_) == (learner.arena.control.arena_id, saved["generation"])
+    return int(step if here else saved["step"])
 
 
 def _restore(learner: Learner, current: Path | None, write: bool) -> None:

@@ -106,6 +106,7 @@ def roll_back(
     training = learner is not None and learner.training
     paused = time.perf_counter()
     whole = True  # weights, ledger and disk say the same
+    step = None  # what the counter was when the live weights were the generation's
     try:
         if learner is not None:
             learner.pause()
@@ -127,6 +128,7 @@ def roll_back(
         whole = False
         if learner is not None:
             learner.restore(folder)
+            step = learner.progress.steps
         undone = _apply(intent, ledger, keeper)
         if learner is not None:
             arena_written(ledger)
@@ -139,6 +141,7 @@ def roll_back(
         **undone,
         "asked": generation,
         "live": learner is not None,
+        "step": step,
         "paused_ms": round((time.perf_counter() - paused) * 1000),
         "ms": round((time.perf_counter() - began) * 1000),
     }

@@ -14,6 +14,9 @@ SUN_PATH_BYTES = 107  # sockaddr_un.sun_path is 108 bytes on Linux, the last one
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
+# TOML has neither paths nor tuples: a text stands for the one, an array for the other.
+AnyPath = Annotated[Path, Field(strict=False)]
+Texts = Annotated[tuple[str, ...], Field(strict=False)]
 
 
 def _fits_sockaddr(socket: Path) -> Path:
@@ -26,13 +29,14 @@ def _fits_sockaddr(socket: Path) -> Path:
 
 
 class Table(BaseModel):
-    """A TOML table: read-only, and a key that is not a field is an error."""
+    """A TOML table: read-only. A key that is not a field is an error, and so is a value of another type than the key's,
+    but for whole numbers, which are numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class SpoolConfig(Table):
-    dir: Path = Path()
+    dir: AnyPath = Path()
     """Folder that holds incoming/, done/ and failed/. Empty: `<state_dir>/spool`."""
     rescan_interval_s: Positive = 2.0
     """Seconds between full scans of incoming/. File events only shorten the wait; the scan is the truth."""
@@ -120,7 +124,7 @@ class OptimizerConfig(Table):
     weight_decay: NotNegative = 0.0
     """Share of a weight, times lr, that each step removes; only with `replay.protected_rank` 0, for it shrinks what
     that keeps. Zero: continual training should not forget."""
-    betas: tuple[Below1, Below1] = (0.9, 0.999)
+    betas: Annotated[tuple[Below1, Below1], Field(strict=False)] = (0.9, 0.999)
     """Decay of the first and second moments."""
     eps: Positive = 1e-6
     """Added to the root of the second moment."""
@@ -169,7 +173,7 @@ class GuardConfig(Table):
 
 
 class ProbesConfig(Table):
-    file: Path = Path()
+    file: AnyPath = Path()
     """Prompts with expected answers, or reference texts, as the spool takes them. Empty: none but the model's own."""
     every_updates: int = Field(default=50, ge=0)
     """Training steps between two scorings; 0: only before a checkpoint."""
@@ -196,7 +200,7 @@ class GovernorConfig(Table):
 class ServerConfig(Table):
     model: str = ""
     """What `hogwild vllm` serves if its command line does not say: a folder, or a name on the hub. Empty: `model`."""
-    arguments: tuple[str, ...] = ()
+    arguments: Texts = ()
     """Arguments of `vllm serve`, before those of the command line."""
     url: str = ""
     """Base URL of the vLLM server. Empty: as announced by the server's plugin."""
@@ -216,9 +220,9 @@ class LogConfig(Table):
 class Config(Table):
     model: str = ""
     """Hugging Face folder of the model. Empty: whatever the server offers."""
-    state_dir: Path = Path()
+    state_dir: AnyPath = Path()
     """Ledger, checkpoints and history. Empty: $STATE_DIRECTORY, or $XDG_STATE_HOME/hogwild."""
-    socket: Annotated[Path, AfterValidator(_fits_sockaddr)] = Path()
+    socket: Annotated[AnyPath, AfterValidator(_fits_sockaddr)] = Path()
     """Socket over which server and daemon hand over the weights. Empty: $RUNTIME_DIRECTORY/arena.sock, or
     $XDG_RUNTIME_DIR/hogwild/arena.sock, or `<state_dir>/arena.sock`."""
     spool: SpoolConfig = SpoolConfig()

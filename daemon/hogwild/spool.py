@@ -21,7 +21,16 @@ from hogwild.ledger import Ledger
 from hogwild.ledger_records import FileRecord
 from hogwild.lines import SUFFIXES
 from hogwild.settings import SpoolConfig
-from hogwild.spool_files import MOVING, Signature, printable, return_half_moved, user, write_errors_file
+from hogwild.spool_files import (
+    MOVING,
+    Signature,
+    is_hidden,
+    is_spool_file,
+    printable,
+    return_half_moved,
+    user,
+    write_errors_file,
+)
 from hogwild.spool_grown import Growth
 from hogwild.spool_take import Intake, Scan
 from hogwild.spool_watch import Watch
@@ -128,11 +137,11 @@ class Spool:
         with os.scandir(self.incoming) as entries:
             for entry in entries:
                 name = entry.name
-                if name.startswith(".") or name.endswith(".tmp"):
+                if is_hidden(name):
                     continue
                 if name in self._said:
                     names.add(name)
-                if not name.endswith(SUFFIXES) or not entry.is_file(follow_symlinks=False):
+                if not is_spool_file(entry):
                     names.add(name)
                     self._say_once(
                         name, "spool.ignored", reason=f"not a plain file named *{', *'.join(SUFFIXES)}"

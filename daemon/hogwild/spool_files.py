@@ -1,10 +1,12 @@
 """File-system manners of the spool: folders, durable writes, and who else has a file open."""
 
+import contextlib
 import enum
 import fcntl
 import getpass
 import os
 import signal
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +17,47 @@ from hogwild.errors import SpoolError
 from hogwild.files import private
 from hogwild.ledger import Ledger
 from hogwild.ledger_records import BadLine
+from hogwild.lines import SUFFIXES
 
 MOVING = ".moving"  # beside incoming/: files on their way out of it
 FOLDER_MODE = 0o2770  # a group drops files in; set-group-id keeps them the group's
+
+
+class Incoming(NamedTuple):
+    """What lies in incoming/."""
+
+    files: int
+    """That wait to be taken."""
+    oldest_s: float
+    """Age of the oldest of them."""
+    ignored: list[str]
+    """Names of what is never taken, and may have been meant to be."""
+
+
+def is_hidden(name: str) -> bool:
+    """One of those that nobody means for the spool, not yet or not at all."""
+    return name.startswith(".") or name.endswith(".tmp")
+
+
+def is_spool_file(entry: "os.DirEntry[str]") -> bool:
+    """May it be read, once it is complete?"""
+    return entry.name.endswith(SUFFIXES) and entry.is_file(follow_symlinks=False)
+
+
+def look_into(incoming: Path) -> Incoming:
+    """What waits there, and what never will be taken; nothing, where the folder cannot be read."""
+    ages, ignored = [], []
+    with contextlib.suppress(OSError), os.scandir(incoming) as entries:
+        now = time.time()
+        for entry in entries:
+            if is_hidden(entry.name):
+                continue
+            if not is_spool_file(entry):
+                ignored.append(printable(entry.name))
+                continue
+            with contextlib.suppress(OSError):
+                ages.append(now - entry.stat(follow_symlinks=False).st_mtime)
+    return Incoming(len(ages), max([0.0, *ages]), sorted(ignored))
 
 
 class Signature(NamedTuple):

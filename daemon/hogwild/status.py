@@ -15,8 +15,10 @@ from hogwild import metrics
 from hogwild.arena.control import Load
 from hogwild.learner import Learner
 from hogwild.ledger import Ledger
+from hogwild.lines import SUFFIXES
 from hogwild.probes import Score
 from hogwild.settings import Config
+from hogwild.spool_files import Incoming, look_into
 
 log = logs.get(__name__)
 
@@ -45,8 +47,8 @@ class Status:
         self._yielded = (0, 0.0)
         metrics.started.set(self._began)
         metrics.watch_process()
-        metrics.incoming_files.set_function(lambda: self._incoming()[0])
-        metrics.incoming_age.set_function(lambda: self._incoming()[1])
+        metrics.incoming_files.set_function(lambda: self._incoming().files)
+        metrics.incoming_age.set_function(lambda: self._incoming().oldest_s)
         metrics.checkpoint_age.set_function(self._checkpoint_age_s)
 
     def write(
@@ -86,7 +88,7 @@ class Status:
         tokens_per_s, updates_per_s = self._speed()
         probes = judge.probes
         resident, private = metrics.own_memory()
-        waiting_files, oldest_s = self._incoming()
+        incoming = self._incoming()
         generation, saved_at = self._newest_checkpoint()
         return {
             "pid": os.getpid(),
@@ -111,7 +113,11 @@ class Status:
                     for file in self._ledger.files(_FILES)
                 ],
             },
-            "spool": {"files": waiting_files, "oldest_s": round(oldest_s, 1)},
+            "spool": {
+                "files": incoming.files,
+                "oldest_s": round(incoming.oldest_s, 1),
+                "ignored": incoming.ignored[:_FILES],
+            },
             "serving": {"running": running, "waiting": waiting, "token_latency_s": latency},
             "probes": {
                 "newest": _score(probes.newest),
@@ -122,7 +128,7 @@ class Status:
             "guards": {"trips": self._ledger.guards.trips(), "newest": self._ledger.guards.newest_trips(3)},
             "memory": {"resident_bytes": resident, "private_bytes": private},
             "warnings": self._warnings(
-                learner, counts, attached=attached, stuck=stuck, unasked=unasked, oldest_s=oldest_s
+                learner, counts, attached=attached, stuck=stuck, unasked=unasked, incoming=incoming
             ),
         }  # fmt: skip
 
@@ -134,7 +140,7 @@ class Status:
         attached: bool,
         stuck: bool,
         unasked: str,
-        oldest_s: float,
+        incoming: Incoming,
     ) -> list[str]:
         found = []
         if stuck:
@@ -157,8 +163,12 @@ class Status:
             found.append(
                 f"{counts['failed'] + counts['rejected']} lines cannot be trained: {self._config.spool.dir / 'failed'}"
             )
-        if oldest_s > max(60.0, 10 * self._config.spool.rescan_interval_s):
-            found.append(f"a file has been in incoming/ for {oldest_s:.0f} s")
+        if incoming.oldest_s > max(60.0, 10 * self._config.spool.rescan_interval_s):
+            found.append(f"a file has been in incoming/ for {incoming.oldest_s:.0f} s")
+        if incoming.ignored:
+            more = f" and {len(incoming.ignored) - 1} more" if len(incoming.ignored) > 1 else ""
+            wanted = f"give a plain file named *{', *'.join(SUFFIXES)}"
+            found.append(f"{incoming.ignored[0]}{more} in incoming/ is not taken: {wanted}")
         return found
 
     def _gauges(self, learner: Learner, counts: dict[str, int], left: int, *, attached: bool) -> None:
@@ -216,8 +226,8 @@ class Status:
             return 0.0, 0.0
         return round((last[1] - first[1]) / seconds, 2), round((last[2] - first[2]) / seconds, 3)
 
-    def _incoming(self) -> tuple[int, float]:
-        return metrics.oldest_age(self._config.spool.dir / "incoming")
+    def _incoming(self) -> Incoming:
+        return look_into(self._config.spool.dir / "incoming")
 
     def _newest_checkpoint(self) -> tuple[int | None, str | None]:
         try:

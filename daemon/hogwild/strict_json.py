@@ -11,6 +11,12 @@ from typing import Any, NoReturn
 
 from hogwild.errors import ExampleError
 
+_OF_ARRAY = ". Of a file that is one array: jq -c '.[]' FILE > lines.jsonl"
+_OVER_LINES = {
+    "[": _OF_ARRAY,
+    "{": ". Of a file whose objects go over several lines: jq -c . FILE > lines.jsonl",
+}
+"""The first line of a file that was written to be read: what makes lines of it."""
 _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -29,8 +35,9 @@ def loads_object(line: bytes) -> dict[str, Any]:
     value = loads(text)
     if not isinstance(value, dict):
         kind = {list: "array", str: "string", bool: "boolean", type(None): "null"}.get(type(value), "number")
+        hint = _OF_ARRAY if isinstance(value, list) else ""
         raise ExampleError(
-            f'a bare {kind}; a line is an object like {{"prompt": "...", "completion": "..."}}'
+            f'a bare {kind}; a line is an object like {{"prompt": "...", "completion": "..."}}{hint}'
         )
     return value
 
@@ -42,7 +49,8 @@ def loads(text: str) -> Any:
         # Only an escape can have smuggled a surrogate in: UTF-8 itself cannot carry one.
         surrogate = "\\u" in text and _LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False))
     except json.JSONDecodeError as error:
-        raise ExampleError(f"not JSON: {error.msg} at column {error.colno}") from None
+        hint = _OVER_LINES.get(text.strip(), "")
+        raise ExampleError(f"not JSON: {error.msg} at column {error.colno}{hint}") from None
     except RecursionError:
         raise ExampleError("nested too deeply") from None
     except ValueError:  # an integer with more digits than Python converts

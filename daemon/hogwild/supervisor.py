@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from hogwild import __version__, leftovers, metrics, pulse, rollback, state_lock, status_line
+from hogwild import __version__, leftovers, metrics, pulse, rollback, running, state_lock, status_line
 from hogwild import config as configuration
 from hogwild import log as logs
 from hogwild.arena.hub import Hub
@@ -96,6 +96,7 @@ class Supervisor:
             state=str(self.config.state_dir),
             queued=self.ledger.counts().pending,
         )
+        self._leave_word()
         self.hub.start()
         self.keeper.start_tidying()  # what the last daemon had no time for
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
@@ -260,6 +261,12 @@ class Supervisor:
             if self._watchdog.is_ready:
                 self._systemd.ready(self._status_line())
 
+    def _leave_word(self) -> None:
+        try:
+            running.leave_word(self.config, self._config_path)
+        except OSError as error:  # a full disk is no reason not to learn
+            log.warning("status.unwritten", path=str(self.config.state_dir / running.NAME), error=str(error))
+
     def _take_over_settings(self) -> None:
         try:
             fresh = configuration.load(self._config_path, self._overrides)
@@ -282,6 +289,7 @@ class Supervisor:
         self.schedule.configure(self.config)
         self.attachment.configure(self.config)
         logs.configure(fresh.log.level, fresh.log.format)
+        self._leave_word()
         log.info("config.reloaded", live=sorted(live), needs_restart=restart)
 
 

@@ -22,6 +22,8 @@ from rich.table import Table
 from hogwild.check import Checker
 from hogwild.encoding import context_length
 from hogwild.errors import HogwildError, UsageError
+from hogwild.ledger_records import GoodLine
+from hogwild.lines import DamagedFileError, read_lines
 from hogwild.settings import Config
 
 if TYPE_CHECKING:
@@ -45,11 +47,12 @@ def run(
         HogwildError: nothing has been written to `out`.
     """
     _refuse(files, model, out)
+    console = Console(stderr=True)
+    _refuse_lines(files, config, console)
     from transformers.utils import logging as transformers_logging
 
     from hogwild.one_shot import OneShot  # torch: seconds that a refusal should not take
 
-    console = Console(stderr=True)
     transformers_logging.disable_progress_bar()
     shot = OneShot(config, model, out, state, device)
     _check(files, config, model, console, strict)
@@ -82,6 +85,30 @@ def _refuse(files: Sequence[Path], model: Path, out: Path) -> None:
         raise UsageError(f"--out {out}: is there already; give a folder that is not, or an empty one")
 
 
+def _refuse_lines(files: Sequence[Path], config: Config, console: Console) -> None:
+    """Files without one line of the right form; whether this model can train the others takes its tokenizer.
+
+    Raises:
+        HogwildError: there is none; all that is wrong has been printed.
+        UsageError: a file cannot be read.
+    """
+    try:
+        lines = (line for path in files for line in read_lines(path, config.spool.max_line_bytes))
+        if any(isinstance(line, GoodLine) for line in lines):
+            return
+    except (DamagedFileError, OSError):
+        pass  # the checker says which file, and why
+    _sum_up(Checker(config, console, problems_only=True), files)
+
+
+def _sum_up(checker: Checker, files: Sequence[Path]) -> None:
+    for _ in checker.files(files):
+        pass
+    checker.sum_up()
+    if not checker.good:
+        raise HogwildError("no line can be trained")
+
+
 def _check(files: Sequence[Path], config: Config, model: Path, console: Console, strict: bool) -> None:
     """As `hogwild check`, but silent about what is well."""
     from transformers import AutoTokenizer
@@ -91,11 +118,7 @@ def _check(files: Sequence[Path], config: Config, model: Path, console: Console,
     except (OSError, ValueError) as error:
         raise UsageError(f"--model {model}: no tokenizer there: {error}") from error
     checker = Checker(config, console, tokenizer, context_length(model), problems_only=True)
-    for _ in checker.files(files):
-        pass
-    checker.sum_up()
-    if not checker.good:
-        raise HogwildError("no line can be trained")
+    _sum_up(checker, files)
     if strict and checker.bad:
         raise HogwildError(f"{checker.bad} lines are wrong, and --strict was given: nothing was trained")
 

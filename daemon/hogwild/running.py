@@ -1,0 +1,76 @@
+"""Daemons that run, and the configuration that each of them has: for commands that nobody told. Imports no torch.
+
+A daemon leaves word in `<state_dir>/running.json`. Where its state folder is not known either, the lock says it, which
+is among its open files.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from hogwild import state_lock
+from hogwild.errors import HogwildError
+from hogwild.files import replace_file
+from hogwild.settings import Config
+
+NAME = "running.json"
+
+
+@dataclass(frozen=True)
+class Running:
+    """A daemon.
+
+    Attributes:
+        pid: its process.
+        file: its configuration file; None: it has none.
+        config: what it goes by now.
+    """
+
+    pid: int
+    file: Path | None
+    config: Config
+
+
+def leave_word(config: Config, file: Path | None) -> None:
+    """Called by the daemon, at start and after a reload. OSError: it could not be written."""
+    said = {"pid": os.getpid(), "file": str(file.absolute()) if file else None}
+    text = json.dumps({**said, "config": config.model_dump(mode="json")})
+    replace_file(config.state_dir / NAME, text.encode() + b"\n")
+
+
+def in_folder(state_dir: Path) -> Running | None:
+    """The daemon that works there; None: none does, or it cannot be seen what it goes by."""
+    try:
+        pid = state_lock.holder(state_dir)
+        said = json.loads((state_dir / NAME).read_bytes())
+        if pid is None or said["pid"] != pid:  # what an earlier one left
+            return None
+        return Running(
+            pid, Path(said["file"]) if said["file"] else None, Config.model_validate(said["config"])
+        )
+    except (OSError, HogwildError, ValueError, LookupError, TypeError, ValidationError):
+        return None  # of another user, or of another version
+
+
+def anywhere() -> list[Running]:
+    """Every daemon whose open files we may see."""
+    folders = {
+        lock.parent for pid in _processes() for lock in _open_files(pid) if lock.name == state_lock.NAME
+    }
+    return [one for folder in sorted(folders) if (one := in_folder(folder)) is not None]
+
+
+def _processes() -> Iterator[str]:
+    yield from (name for name in os.listdir("/proc") if name.isdigit())  # noqa: PTH208  # no Path for each
+
+
+def _open_files(pid: str) -> Iterator[Path]:
+    with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                yield Path(os.readlink(entry.path))  # noqa: PTH115
