@@ -1,9 +1,9 @@
 """Rotary frequencies that follow from how long a text is: made those of one length, for every text.
 
 transformers computes them anew in every pass where a configuration says "dynamic" or "longrope", from the largest
-position in the row: a short text beside a long one, or after it, then comes out otherwise than alone, and keys that were
-read before a text grew long do not fit those after. A server that keeps keys cannot do that either: vLLM takes one set
-for all texts, by the longest one that it may be asked for.
+position in the row: a short text beside a long one, or after it, then comes out otherwise than alone, and keys that
+were read before a text grew long do not fit those after. A server that keeps keys cannot do that either: vLLM takes one
+set for all texts, by the longest one that it may be asked for.
 """
 
 from collections.abc import Iterator
