@@ -1,5 +1,6 @@
 """What comes in between: files, rollbacks, scores, failures, at moments when they hurt. Real threads, a tiny model."""
 
+import contextlib
 import errno
 import http.server
 import json
@@ -22,8 +23,10 @@ from hogwild.going_back import GoingBack
 from hogwild.ledger import Trip
 from hogwild.status import Status
 from hogwild.trainer import Trainer
+from hogwild.weights import read_tensors
 from studio import DEADLINE_S, Studio, model
 from support import wait_until
+from test_checkpoint import small_disk
 from tiny import WORDS
 
 QUIET = {"replay__self_texts": 0, "probes__own": 0}
@@ -155,6 +158,51 @@ def test_a_rollback_that_cannot_be_noted_changes_nothing_and_training_goes_on(ro
     assert studio.bits() == before
     assert studio.learner.training
     studio.close()
+
+
+@pytest.mark.parametrize("kib", [0, 40, 200])
+def test_on_a_full_disk_a_rollback_beside_a_checkpoint_changes_nothing_or_is_finished_by_the_next_start(
+    root, kib
+):
+    """What is asked for is only in history and has to be written first; or it is there, and the ledger has no room."""
+    with small_disk(root / "state", 6000):
+        settings = {**QUIET, "checkpoint__keep": 1, "history__base_every": 0}
+        studio = Studio(root, **settings)
+        for number in range(4):
+            studio.drop(f"{number}", 2)
+            studio.train()
+            if number < 3:
+                studio.save()
+        before, passes = studio.bits(), studio.ledger.counts().passes
+        room, filler = os.statvfs(root / "state"), root / "state" / "filler"
+        filler.write_bytes(bytes(max(room.f_bavail * room.f_bsize - kib * 1024, 0)))
+        back = going_back(studio)
+        for generation in (1, 2):  # only in history
+            back._schedule.begin(studio.learner)
+            assert "No space left" in ask_for(back, generation)["error"]
+            assert (studio.bits(), studio.ledger.counts().passes) == (before, passes)
+            with contextlib.suppress(LedgerError):  # ends the service
+                back._schedule.collect(wait=True)
+        try:
+            gone_back = ask_for(back, 3)["status"] == "done"
+        except LedgerError:  # ends the service, too: at the worst moment
+            gone_back = rollback.pending(studio.ledger) is not None
+        filler.unlink()
+        studio = Studio(root, studio.close(), **settings)
+        assert rollback.pending(studio.ledger) is None
+        if gone_back:
+            assert serves(studio, 3)
+        else:
+            assert studio.ledger.counts().passes == passes
+        studio.train()
+        assert studio.save() >= 4
+        studio.close()
+
+
+def serves(studio: Studio, generation: int) -> bool:
+    weights = studio.learner.weights
+    saved = read_tensors(studio.keeper.history.restore(generation))
+    return all(torch.equal(weights.view(name), tensor) for name, tensor in saved)
 
 
 def test_what_is_replayed_and_fits_no_longer_does_not_hold_up_the_rest(root):

@@ -11,6 +11,7 @@ from hogwild_kernels import (
     ApolloConfig,
     ApolloState,
     apollo_update,
+    counter,
     embedding_update,
     reference,
     tied_factors,
@@ -96,3 +97,55 @@ def test_wrong_shapes_are_refused_by_name() -> None:
     state = ApolloState("model.embed_tokens", (V, N), ApolloConfig(rank=4))
     with pytest.raises(ValueError, match=r"model\.embed_tokens"):
         embedding_update(torch.zeros(V, N), torch.tensor([1, 2]), torch.zeros(3, N), state)
+
+
+class OnDevice:
+    """What `ApolloState.projection` asks of a tensor that is on a GPU."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self) -> None:
+        self.read_by: list[str] = []
+
+    def to(self, _device: object) -> OnDevice:
+        return self
+
+    def record_stream(self, stream: str) -> None:
+        self.read_by.append(stream)
+
+
+def test_a_projection_that_several_streams_read_waits_for_each_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not only for the stream of the thread that made it: the next epoch's takes its place while others still read."""
+    state, made = ApolloState("embed", (V, N), ApolloConfig(rank=4, gap=1)), [OnDevice(), OnDevice()]
+    epochs = iter(made)
+    for stream in ("one", "two", "one"):
+        monkeypatch.setattr("torch.cuda.current_stream", lambda _device, stream=stream: stream)
+        state.projection(lambda *_: next(epochs))  # type: ignore[arg-type,return-value]
+    state.counts[0] = 1
+    state.projection(lambda *_: next(epochs))  # type: ignore[arg-type,return-value]
+    assert [one.read_by for one in made] == [["one", "two", "one"], ["one"]]
+
+
+@pytest.mark.gpu
+def test_a_projection_is_not_overwritten_while_another_stream_reads_it() -> None:
+    """Made in one stream, read late in a second one, and replaced meanwhile; then memory is asked for in the first."""
+    device = torch.device("cuda")
+    first, second = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
+    state = ApolloState("embed", (4096, 1024), ApolloConfig(rank=64, gap=1), device)
+    expected = counter.projection(state.key, 0, 64, 1024).sum().item()
+    with torch.cuda.stream(first):
+        state.projection()
+    with torch.cuda.stream(second):
+        read = state.projection()
+        torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
+        late = read + 0
+        del read
+    with torch.cuda.stream(first):
+        state.counts[0] = 1
+        state.projection()
+        taken = [torch.full((64, 1024), 7.0, device=device) for _ in range(8)]
+    torch.cuda.synchronize()
+    assert late.sum().item() == pytest.approx(expected, rel=1e-3)
+    assert len(taken) == 8

@@ -1,4 +1,4 @@
-"""Rotary frequencies that transformers makes of a row's length: here a text comes out the same beside any other."""
+"""Rotary frequencies that transformers makes of the length of a row: a text comes out the same beside any other."""
 
 from pathlib import Path
 

@@ -40,7 +40,7 @@ class Status:
         self._config, self._ledger = config, ledger
         self.newest: dict[str, Any] = {}
         self._wrote_at = 0.0
-        self._began = time.time()
+        self._began, self._started = time.time(), time.monotonic()  # clocks are set, and set back
         self._points: deque[tuple[float, float, float]] = deque()  # (when, tokens, updates)
         self._noted_at = 0.0
         self._loads: deque[tuple[float, int, float]] = deque()  # (when, tokens, seconds waited for them)
@@ -93,7 +93,7 @@ class Status:
         return {
             "pid": os.getpid(),
             "at": time.time(),
-            "uptime_s": round(time.time() - self._began),
+            "uptime_s": round(time.monotonic() - self._started),
             "model": str(learner.folder),
             "step": learner.progress.steps,
             "epoch": learner.progress.epoch,

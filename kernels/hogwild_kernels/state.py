@@ -123,6 +123,10 @@ class ApolloState:
             # Both fields are replaced by one reference assignment, so a reader sees an old or a new pair.
             held = (epoch, build(self.key, epoch, self.rank, min(self.shape)).to(self.norm.device))
             self._projection = held
+        if held[1].is_cuda:
+            # Another thread may drop it while ours still reads: its memory then waits for our stream too, and not only
+            # for the one that it was made in.
+            held[1].record_stream(torch.cuda.current_stream(held[1].device))
         return held[1]
 
     def tensors(self) -> dict[str, Tensor]:
