@@ -1,5 +1,7 @@
 """Tiny models of several families, as `tiny.llama` makes them, and plain autograd over them as the truth."""
 
+import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -113,8 +115,8 @@ class Truth:
         """Where tokens that predict nothing trained are detached: nowhere, at the output of every linear layer, or
         also at that of norms and convolutions and on their way into the recurrence. "read": those before the first
         trained one are read without gradient, into transformers' own cache."""
-        empty = skeleton.empty(folder)
-        model = type(empty).from_pretrained(folder, config=empty.config, dtype=dtype)
+        kind, config = _kind(folder)
+        model = kind.from_pretrained(folder, config=copy.deepcopy(config), dtype=dtype)
         ids, wanted = example.ids, torch.tensor(example.trained[1:])
         start = example.trained.index(True) - 1 if constants == "read" else 0
         constant = ~wanted if constants in ("linear", "everywhere") else torch.zeros_like(wanted)
@@ -138,6 +140,13 @@ class Truth:
         for name, module in model.named_modules():
             if isinstance(module, Conv1D):  # a linear layer whose weight lies transposed
                 self.gradients[f"{name}.weight"] = self.gradients[f"{name}.weight"].t()
+
+
+@functools.lru_cache(maxsize=1)
+def _kind(folder: Path) -> tuple[Any, Any]:
+    """The class of a model, and its configuration as it is served."""
+    empty = skeleton.empty(folder)
+    return type(empty), empty.config
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ import pytest
 from structlog.testing import capture_logs
 from transformers import AutoTokenizer
 
+from families import build
+from hogwild import trainer
 from hogwild.arena.client import Arena
 from hogwild.config import load
 from hogwild.curriculum import Curriculum
@@ -35,6 +37,25 @@ def test_a_server_whose_linear_layers_are_all_packed_is_refused(tmp_path: Path) 
             Learner(arena, folder, config, ledger, Curriculum(ledger))
         assert set(packed) <= {problem.split(":")[0] for problem in caught.value.problems}
         assert Learner(whole, folder, config, ledger, Curriculum(ledger)).frozen
+
+
+@pytest.mark.parametrize(
+    ("family", "context", "said"),
+    [("jamba", "frozen", ["jamba"]), ("jamba", "full", []), ("qwen3_5_text", "frozen", [])],
+)
+def test_context_that_cannot_be_frozen_is_said_and_tried_once_for_all_threads(
+    tmp_path, monkeypatch, family, context, said
+):
+    folder = build(family, tmp_path / "model")
+    tokenizer(folder)
+    settings = {"state_dir": str(tmp_path / "state"), "training.threads": 3, "training.context": context}
+    tried, judge = [], trainer.judge
+    monkeypatch.setattr(trainer, "judge", lambda *arguments: tried.append(arguments) or judge(*arguments))
+    with Ledger(tmp_path / "ledger.sqlite") as ledger, capture_logs() as logs:
+        learner = Learner(load_arena(folder), folder, load(None, settings), ledger, Curriculum(ledger))
+    assert [one["model_type"] for one in logs if one["event"] == "context.not_frozen"] == said
+    assert [one.can_freeze for one in learner.trainers] == [family != "jamba"] * 3
+    assert len(tried) == 1
 
 
 # Only the newest answer shows its thought (w9): two turns do not fit into one sequence.

@@ -22,6 +22,7 @@ from hogwild.encoding import Encoded
 from hogwild.layout import Layout
 from hogwild.settings import OptimizerConfig
 from hogwild.trainer import Item, Progress, Trainer
+from hogwild.trial import Verdict
 from hogwild.weights import Weights, load_arena
 from hogwild_kernels import products
 
@@ -56,6 +57,7 @@ class Case:
         self.architecture, self._root = architecture, root
         self._folders: dict[torch.dtype, Path] = {}
         self._truths: dict[tuple[str, torch.dtype], Expected] = {}
+        self._verdict: Verdict | None = None  # of the model in fp32, as threads of one daemon share it
 
     def folder(self, dtype: torch.dtype) -> Path:
         if dtype not in self._folders:
@@ -96,9 +98,11 @@ class Case:
         after = {name: weights.at(region) for name, region in skeleton.bound(model).items()}
         trainer = Trainer(
             model, Optimizer(OPTIMIZER, seed=3), Progress(arena.control, 4), set(after), context, seed=0,
-            batch_tokens=37, **settings,
+            batch_tokens=37, verdict=self._verdict if dtype == torch.float32 else None, **settings,
         )  # fmt: skip
         trainer._activations = 1 << 30  # one update, with activations computed twice too
+        if dtype == torch.float32:
+            self._verdict = trainer.verdict
         before = {name: place.clone() for name, place in after.items()}
         served_before = {name: weights.view(name).clone() for name in weights.names}
         result = trainer.step(ITEMS)
