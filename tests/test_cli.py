@@ -38,9 +38,10 @@ def hogwild(*arguments: object, **settings: object) -> subprocess.CompletedProce
 @pytest.mark.parametrize("command", ["serve", "train"])
 def test_threads_inside_an_operator_sleep_instead_of_spinning(tmp_path, command):
     """Beside a busy server, spinning ones make the daemon ten times slower. OpenMP says itself what it has read."""
-    arguments = {"serve": [], "train": ["missing.jsonl", "--model", tmp_path, "--out", tmp_path / "out"]}[
-        command
-    ]
+    (file := tmp_path / "facts.jsonl").write_text('{"text": "a"}\n')  # without a line, `train` loads nothing
+    (tmp_path / "config.json").write_text("{}")
+    train = [file, "--model", tmp_path, "--out", tmp_path / "out"]
+    arguments = {"serve": [], "train": train}[command]
     env = environment(OMP_DISPLAY_ENV="verbose", HOGWILD_STATE_DIR=str(tmp_path / "state"))
     for name in openmp.PASSIVE:
         env.pop(name, None)

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from support import Daemon, environment, free_port
+from support import Daemon, environment, free_port, wait_until
 from tiny import llama, tokenizer
+from world import World
 
 
 class Service:
@@ -252,3 +253,28 @@ def test_without_a_file_the_running_daemon_says_what_is_configured(
     daemon.kill()
     alone = without_a_file(tmp_path, daemon, other)["configuration"]["found"]
     assert f"process {other.pid} " in alone, "not what a killed one left"
+
+
+def test_what_the_daemon_serves_is_what_is_looked_at(world: World) -> None:
+    """Nothing configured names the model or the port: `hogwild vllm DIR --port N` does, and the daemon knows."""
+    world.server()
+    daemon = world.daemon()
+    daemon.wait_for("arena.attached")
+    wait_until(lambda: daemon.ask("status").get("server"), "the daemon knows its server")
+    findings = {one["what"]: one for one in json.loads(daemon.command("doctor", "--quick", "--json").stdout)}
+    assert findings["model"]["level"] == "ok"
+    assert findings["model"]["found"].startswith(f"{world.model}: ")
+    assert findings["server"]["found"] == "nobody listens on http://127.0.0.1:1: the port is free"
+
+
+def test_a_command_that_finds_no_daemon_names_those_that_run(world: World) -> None:
+    daemon = world.daemon()
+    daemon.wait_for("daemon.started")
+    for command in ("status", "checkpoint"):
+        ran = subprocess.run(
+            [sys.executable, "-m", "hogwild", command],
+            env=environment(HOGWILD_STATE_DIR=str(world.root)), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert ran.returncode == 1
+        assert f"no daemon is running with the state folder {world.root}" in ran.stderr
+        assert f"process {daemon.pid} works in {daemon.state}" in ran.stderr

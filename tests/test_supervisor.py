@@ -81,6 +81,25 @@ def test_commands_before_there_is_anything_to_command(idle):
     assert idle.daemon.alive
 
 
+def test_the_status_before_there_is_a_server_says_what_waits_and_for_what(idle):
+    idle.daemon.drop("facts.jsonl", b'{"text": "w1 w2"}\n{"txt": "w1"}\n')
+    idle.daemon.wait_for("spool.accepted")
+    said = wait_until(
+        lambda: (one := idle.daemon.ask("status")).get("pending") and one, "what waits is counted"
+    )
+    assert (said["training"], said["pending"], said["rejected"]) == (False, 1, 1)
+    assert said["waiting"].startswith(f"waiting for a server on {idle.world.sock}")
+    shown = idle.daemon.command("status").stdout
+    for part in (
+        "waiting for a server",
+        "hogwild vllm MODEL",
+        "1 examples",
+        "1 bad line",
+        str(idle.daemon.pid),
+    ):
+        assert part in shown, part
+
+
 def test_an_arena_that_another_daemon_trained_is_refused_and_not_touched(idle):
     server = idle.world.server(trained=True)
     before = sums(server)
@@ -89,6 +108,7 @@ def test_an_arena_that_another_daemon_trained_is_refused_and_not_touched(idle):
     assert idle.daemon.alive
     assert not idle.daemon.events("arena.attached")
     assert sums(server) == before
+    wait_until(lambda: "another state folder" in idle.daemon.ask("status")["waiting"], "the status says why")
     server.kill()
 
 
@@ -178,3 +198,15 @@ def test_a_status_file_that_cannot_be_written_does_not_end_the_daemon(world):
     daemon = world.daemon()
     daemon.wait_for("status.unwritten")
     assert daemon.terminate() == 0
+
+
+def test_the_status_after_a_command_is_of_after_the_command(world):
+    world.checkpoint()
+    world.server()
+    daemon = world.daemon()
+    daemon.wait_for("arena.attached", step=40)
+    wait_until(lambda: daemon.ask("status").get("generation") == 1, "it has a status")
+    for generation in (0, 1, 0):
+        assert daemon.ask("rollback", generation)["generation"] == generation
+        said = daemon.ask("status")
+        assert (said["generation"], said["checkpoint"]["generation"]) == (generation, generation)

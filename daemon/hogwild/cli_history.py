@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hogwild import commands, owner, progress, state_lock
+from hogwild import commands, owner, progress, running, state_lock
 from hogwild import config as configuration
 from hogwild.errors import HogwildError, UsageError
 
@@ -39,7 +39,7 @@ def checkpoint(config: ConfigOption = None, as_json: JsonOption = False) -> None
     settings = configuration.load(config)
     owner.become(settings.state_dir)
     if state_lock.holder(settings.state_dir) is None:
-        raise HogwildError(f"no daemon is running with the state folder {settings.state_dir}")
+        raise running.none_in(settings.state_dir)
     with progress.waiting("the daemon writes a checkpoint"):
         saved = commands.send(settings.socket, "checkpoint")
     if as_json:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hogwild import commands, owner, state_lock
+from hogwild import commands, owner, running, state_lock
 from hogwild import config as configuration
 from hogwild.cli_history import ConfigOption, JsonOption
 from hogwild.errors import HogwildError
@@ -173,12 +173,5 @@ def _release(settings: "Config", examples: list[int] | None, file: str | None) -
 def _status(settings: "Config") -> dict[str, Any]:
     pid = state_lock.holder(settings.state_dir)
     if pid is None:
-        raise HogwildError(f"no daemon is running with the state folder {settings.state_dir}")
-    data: dict[str, Any] = {"pid": pid, "training": False}  # until a server has brought its weights
-    try:
-        written = json.loads((settings.state_dir / "status.json").read_text())
-        if written["pid"] == pid:  # not what an earlier daemon left
-            data = written
-    except FileNotFoundError:
-        pass
-    return data
+        raise running.none_in(settings.state_dir)
+    return running.status(settings.state_dir, pid)

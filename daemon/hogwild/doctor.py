@@ -11,11 +11,11 @@ import pwd
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hogwild import config as configuration
 from hogwild import probe_file, running, state_lock
-from hogwild.errors import ConfigError
+from hogwild.errors import ConfigError, HogwildError
 from hogwild.settings import Config
 
 UNIT = Path("/etc/systemd/system/hogwild.service")
@@ -68,6 +68,15 @@ class Subject:
         """Process id of the daemon that works in the state folder; None: none does, or it cannot be seen."""
         folder = self.config.state_dir
         return state_lock.holder(folder) if os.access(folder, os.X_OK) else None
+
+    @functools.cached_property
+    def status(self) -> dict[str, Any]:
+        """What the daemon says of itself; empty where none runs or it cannot be read."""
+        try:
+            pid = self.daemon()
+            return running.status(self.config.state_dir, pid) if pid is not None else {}
+        except (OSError, ValueError, HogwildError):
+            return {}
 
     def may(self, path: Path, mode: int) -> bool:
         """As `os.access`, for the service's user.

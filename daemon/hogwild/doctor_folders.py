@@ -194,7 +194,7 @@ def _given(folder: Path, user: str) -> str:
 
 
 def _model(subject: Subject) -> Path | None:
-    named = subject.config.server.model or subject.config.model
+    named = subject.config.server.model or subject.config.model or subject.status.get("model", "")
     return Path(named) if named and (named.startswith(("/", ".", "~")) or Path(named).is_dir()) else None
 
 

@@ -28,7 +28,8 @@ print(json.dumps(patches.report()))
 def server(subject: Subject) -> Iterator[Finding]:
     arguments = list(subject.config.server.arguments)
     port = int(arguments[arguments.index("--port") + 1]) if "--port" in arguments[:-1] else 8000
-    url = subject.config.server.url or f"http://127.0.0.1:{port}"
+    attached = subject.status.get("server") or {}
+    url = subject.config.server.url or attached.get("url") or f"http://127.0.0.1:{port}"
     about = _ask(f"{url}/hogwild/status", os.environ.get(subject.config.server.api_key_env, ""))
     if isinstance(about, dict):
         yield ok(
@@ -73,7 +74,7 @@ def arena_socket(subject: Subject) -> Iterator[Finding]:
     elif pid is not None:
         yield fail(
             "daemon", f"process {pid} works in {subject.config.state_dir}, but does not listen on {path}",
-            "give this command the daemon's configuration (--config)",
+            "if it has just started, ask again; else give this command the daemon's configuration (--config)",
         )  # fmt: skip
     elif not subject.may(next(one for one in path.parents if one.exists()), os.W_OK | os.X_OK):
         yield fail("daemon", f"user {subject.user.pw_name} cannot make {path}", "give another `socket`")

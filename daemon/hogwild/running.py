@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -41,6 +42,30 @@ def leave_word(config: Config, file: Path | None) -> None:
     said = {"pid": os.getpid(), "file": str(file.absolute()) if file else None}
     text = json.dumps({**said, "config": config.model_dump(mode="json")})
     replace_file(config.state_dir / NAME, text.encode() + b"\n")
+
+
+def status(state_dir: Path, pid: int) -> dict[str, Any]:
+    """What the daemon `pid`, which works there, has said last of what it does; its `pid` alone before it has.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not what a daemon writes.
+    """
+    try:
+        said = json.loads((state_dir / "status.json").read_bytes())
+    except FileNotFoundError:
+        said = {}
+    # not what an earlier daemon left
+    return dict(said) if said.get("pid") == pid else {"pid": pid, "training": False}
+
+
+def none_in(state_dir: Path) -> HogwildError:
+    """Nobody works there; where there are others, which."""
+    others = "".join(
+        f"; process {one.pid} works in {one.config.state_dir}{f' (--config {one.file})' if one.file else ''}"
+        for one in anywhere()
+    )
+    return HogwildError(f"no daemon is running with the state folder {state_dir}{others}")
 
 
 def in_folder(state_dir: Path) -> Running | None:

@@ -13,13 +13,35 @@ _MIB = 1024 * 1024
 def screen(status: dict[str, Any]) -> RenderableType:
     """What is being learned, how fast, what waits, the probes, the last checkpoint, and what is wrong."""
     if "learning" not in status:
-        lines = [Text("no server has brought its weights yet", style="yellow")]
-        lines += [Text(f"{key:>14}  {value}") for key, value in status.items()]
-        return Panel(Group(*lines), title=f"hogwild, process {status['pid']}", title_align="left")
-    parts: list[RenderableType] = [_facts(status), Text(), _files(status)]
-    if status["warnings"]:
-        parts += [Text(), *(Text(f"! {warning}", style="bold yellow") for warning in status["warnings"])]
+        return _waiting(status)
+    parts: list[RenderableType] = [_facts(status), Text(), _files(status), *_warnings(status)]
     return Panel(Group(*parts), title=_title(status), title_align="left", padding=(1, 2))
+
+
+def _waiting(status: dict[str, Any]) -> RenderableType:
+    """No server has brought its weights yet."""
+    parts: list[RenderableType] = [Text(status.get("waiting", "it is just starting"), style="yellow")]
+    if "pending" not in status:  # a daemon that has just started has not counted yet
+        parts += [Text(f"{key:>14}  {value}") for key, value in status.items()]
+    else:
+        what = f"{status['pending']} examples wait, {status['failed'] + status['rejected']} bad lines"
+        parts.append(Text(f"{what}{_in_spool(status)}"))
+        parts += _warnings(status)
+    return Panel(Group(*parts), title=f"hogwild, process {status['pid']}", title_align="left", padding=(1, 2))
+
+
+def _warnings(status: dict[str, Any]) -> list[RenderableType]:
+    found = [Text(f"! {warning}", style="bold yellow") for warning in status["warnings"]]
+    return [Text(), *found] if found else []
+
+
+def _in_spool(status: dict[str, Any]) -> str:
+    spool = status["spool"]
+    return (
+        f"; {spool['files']} files in incoming/, the oldest {_span(spool['oldest_s'])}"
+        if spool["files"]
+        else ""
+    )
 
 
 def _title(status: dict[str, Any]) -> Text:
@@ -41,15 +63,8 @@ def _facts(status: dict[str, Any]) -> Table:
     loss = "" if learning["loss"] is None else f", loss {learning['loss']:.2f} nats/token lately"
     table.add_row("speed", Text(speed + loss))
     eta = "" if learning["eta_s"] is None else f", about {_span(learning['eta_s'])}"
-    spool = status["spool"]
-    files = (
-        f"; {spool['files']} files in incoming/, the oldest {_span(spool['oldest_s'])}"
-        if spool["files"]
-        else ""
-    )
-    table.add_row(
-        "queue", Text(f"{status['pending']} examples, {learning['passes_left']} passes at most{eta}{files}")
-    )
+    queue = f"{status['pending']} examples, {learning['passes_left']} passes at most{eta}{_in_spool(status)}"
+    table.add_row("queue", Text(queue))
     table.add_row(
         "learned",
         Text(

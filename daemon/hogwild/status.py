@@ -55,11 +55,45 @@ class Status:
         self, learner: Learner, server: dict[str, Any], saved_step: int, *, stuck: bool, unasked: str
     ) -> None:
         """For `hogwild status` and for Prometheus, if it is time."""
+        if self._due():
+            self.newest = self.of(learner, server, saved_step, stuck=stuck, unasked=unasked)
+            self._put(self.newest)
+
+    def write_waiting(self, why: str) -> None:
+        """The same, before a server has brought its weights.
+
+        Args:
+            why: what is waited for.
+        """
+        if not self._due():
+            return
+        counts, incoming = asdict(self._ledger.counts()), self._incoming()
+        self._count(counts, self._ledger.remaining()[0])
+        self._put(
+            {
+                "pid": os.getpid(),
+                "at": time.time(),
+                "uptime_s": round(time.time() - self._began),
+                "training": False,
+                "waiting": why,
+                **counts,
+                "spool": _spool(incoming),
+                "warnings": self._lasting(counts, incoming),
+            }
+        )
+
+    def expire(self) -> None:
+        """Something was done that somebody may look for: it is written in the next turn."""
+        self._wrote_at = -math.inf
+
+    def _due(self) -> bool:
         now = time.monotonic()
         if now - self._wrote_at < _WRITE_S:
-            return
+            return False
         self._wrote_at = now
-        self.newest = status = self.of(learner, server, saved_step, stuck=stuck, unasked=unasked)
+        return True
+
+    def _put(self, status: dict[str, Any]) -> None:
         path = self._config.state_dir / "status.json"
         fresh = path.with_suffix(".tmp")
         try:
@@ -67,7 +101,7 @@ class Status:
             fresh.rename(path)
         except OSError as error:  # a full disk is no reason to stop learning
             log.warning("status.unwritten", path=str(path), error=str(error))
-            self._wrote_at = now + _RETRY_S - _WRITE_S
+            self._wrote_at = time.monotonic() + _RETRY_S - _WRITE_S
 
     def of(
         self, learner: Learner, server: dict[str, Any], saved_step: int, *, stuck: bool, unasked: str
@@ -113,11 +147,7 @@ class Status:
                     for file in self._ledger.files(_FILES)
                 ],
             },
-            "spool": {
-                "files": incoming.files,
-                "oldest_s": round(incoming.oldest_s, 1),
-                "ignored": incoming.ignored[:_FILES],
-            },
+            "spool": _spool(incoming),
             "serving": {"running": running, "waiting": waiting, "token_latency_s": latency},
             "probes": {
                 "newest": _score(probes.newest),
@@ -157,6 +187,11 @@ class Status:
             found.append(
                 "training waits: the server has not been verified, or does not serve what is trained"
             )
+        return found + self._lasting(counts, incoming)
+
+    def _lasting(self, counts: dict[str, int], incoming: Incoming) -> list[str]:
+        """What is wrong with or without a server."""
+        found = []
         if counts["quarantined"]:
             found.append(f"{counts['quarantined']} examples are in quarantine: hogwild quarantine")
         if counts["failed"] or counts["rejected"]:
@@ -183,6 +218,9 @@ class Status:
         metrics.step.set(learner.progress.steps)
         metrics.epoch.set(learner.progress.epoch)
         metrics.generation.set(learner.arena.control.generation)
+        self._count(counts, left)
+
+    def _count(self, counts: dict[str, int], left: int) -> None:
         metrics.passes_left.set(left)
         metrics.files.set(counts["files"])
         metrics.rejected.set(counts["rejected"])
@@ -259,6 +297,14 @@ _OF_A_FILE = (
     "quarantined",
     "rejected",
 )
+
+
+def _spool(incoming: Incoming) -> dict[str, Any]:
+    return {
+        "files": incoming.files,
+        "oldest_s": round(incoming.oldest_s, 1),
+        "ignored": incoming.ignored[:_FILES],
+    }
 
 
 def _score(score: Score | None) -> dict[str, Any] | None:

@@ -143,18 +143,23 @@ class Supervisor:
         while (command := self.commands.next()) is not None:
             with pulse.away():
                 self._obey(command)
+            self._status.expire()
         learner = self.attachment.learner
         if learner is None:
+            self._status.write_waiting(self._status_line())
             return
         if learner.failure is not None:
             raise HogwildError(f"a trainer thread died ({learner.failure!r}): its layer may be half-written")
         if learner.judge.tripped is not None and not self.going_back.stuck:
             with pulse.away():
                 self.going_back.on_trip(learner, go_on=True)
+            self._status.expire()
         if self.attachment.must_check:
             self.attachment.check(after="attach")
-        if self.schedule.collect() and not self._stop:
-            self.attachment.check(after="checkpoint")
+        if self.schedule.collect():
+            self._status.expire()
+            if not self._stop:
+                self.attachment.check(after="checkpoint")
         if not self.keeper.saving and self.schedule.due(learner):
             self.schedule.begin(learner)
         self._status.write(
