@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -137,4 +138,26 @@ def refusing(_pipe: Any, root: Path) -> None:
 
     studio.curriculum.done = killed  # type: ignore[method-assign]
     studio.train()
+    studio.close()
+
+
+def test_a_step_that_outlasts_the_end_of_the_daemon_is_nobodys_fault(tmp_path):
+    """It is told to end, waits as long as it may, and goes."""
+    accept(tmp_path, [line(1, 58, 3)])
+    studio = Studio(tmp_path, probes__own=0, replay__self_texts=0)
+    begun, goes_on = threading.Event(), threading.Event()
+    for trainer in studio.learner.trainers:
+
+        def step(items: Any, real: Any = trainer.step) -> Any:
+            begun.set()
+            goes_on.wait()
+            return real(items)
+
+        trainer.step = step  # type: ignore[method-assign]
+    studio.learner.start()
+    assert begun.wait(60)
+    assert [one.crashes for one in studio.ledger.pending(9)] == [1], "so a kill would count"
+    assert not studio.learner.stop(0.1)
+    assert [one.crashes for one in studio.ledger.pending(9)] == [0]
+    goes_on.set()
     studio.close()

@@ -36,6 +36,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.new) + len(self.replayed) + len(self.own)
 
+    @property
+    def examples(self) -> list[Pending]:
+        """Those that are in the ledger."""
+        return [*self.new, *self.replayed]
+
     def __iter__(self) -> "Iterator[Pending | Sample]":
         yield from self.new
         yield from self.replayed
@@ -145,6 +150,11 @@ class Curriculum:
         """Batches that are being trained right now."""
         with self._changed:
             return len(self._out)
+
+    def under_way(self) -> list[Pending]:
+        """The examples of these batches."""
+        with self._changed:
+            return [one for batch in self._out.values() for one in batch.examples]
 
     def _may_begin(self) -> bool:
         """Is there a step to make now? What the daemon has ended with is tried alone, beside no other step either: if

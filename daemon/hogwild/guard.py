@@ -15,8 +15,7 @@ Strikes are in the ledger, so no restart forgets them. What gets past all of the
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -70,13 +69,15 @@ class Guard:
     judge: Judge
     wake: Callable[[], None]
 
-    @contextmanager
-    def trying(self, examples: Sequence[Pending]) -> Iterator[None]:
-        """Around a step with these. If the process does not come to its end, that speaks against each of them."""
+    def trying(self, examples: Iterable[Pending]) -> None:
+        """A step with these begins. If the process ends before `tried`, that speaks against each of them."""
         ids = [one.example_id for one in examples]
         self.ledger.guards.strike("crash", {"step": self.judge.progress.steps}, ids)
-        yield
-        self.ledger.guards.survived(ids)  # not after an exception: a trainer that dies ends the service
+
+    def tried(self, examples: Iterable[Pending]) -> None:
+        """It has come to its end, or ends now for another reason. Before anybody else takes an example, who may end
+        the process."""
+        self.ledger.guards.survived([one.example_id for one in examples])
 
     def after_crash(self) -> None:
         """Set aside what the daemon has ended with too often. Before anything is trained."""

@@ -298,7 +298,11 @@ class Learner:
             thread.join(max(deadline - time.monotonic(), 0.1))
         self._preparation.close()
         self.progress.settle()
-        return not any(thread.is_alive() for thread in self._threads)
+        if not any(thread.is_alive() for thread in self._threads):
+            return True
+        if self.failure is None:  # the end is not the fault of what they are at
+            self.guard.tried(self.curriculum.under_way())
+        return False
 
     def quiet(self, timeout_s: float) -> bool:
         """After `pause`: wait until no example is being trained or judged. False if one still is in the end."""

@@ -52,10 +52,7 @@ class Turn:
         Args:
             index: of the thread.
         """
-        with self._guard.trying([*batch.new, *batch.replayed]):
-            self._take(trainer, index, batch)
-
-    def _take(self, trainer: Trainer, index: int, batch: Batch) -> None:
+        self._guard.trying(batch.examples)
         new = [(one, group) for one in batch.new if (group := self._encoder.pending(one, sets_aside=True))]
         old = [
             (one, group) for one in batch.replayed if (group := self._encoder.pending(one, sets_aside=False))
@@ -66,14 +63,14 @@ class Turn:
                 # What was to be replayed fits no longer: a step all the same, or it is drawn for ever.
                 self._guard.judge.progress.advance()
                 self._ledger.count_step_without_pass()
-            self._curriculum.done(batch)  # nothing new is left, and replay was there for its sake
+            self._done(batch)  # nothing new is left, and replay was there for its sake
             return
         groups = [*(group for _, group in new), *(group for _, group in old), *own]
         try:
             result = trainer.step(flat(groups))
         except LossError as error:  # nothing was written
             self._guard.refused(trainer, new, str(error))
-            self._curriculum.done(batch)
+            self._done(batch)
             self._curriculum.wake()
             return
         except torch.OutOfMemoryError as error:
@@ -102,7 +99,7 @@ class Turn:
         outcomes = self._ledger.record_passes(passes)
         if not passes:  # a restart counts the steps that the ledger knows of
             self._ledger.count_step_without_pass()
-        self._curriculum.done(batch)
+        self._done(batch)
         if new:
             self.recent = [new[0][1].ids, *self.recent[: _RECENT - 1]]
         for (one, group), passed, outcome in zip(new, passes, outcomes, strict=False):
@@ -114,6 +111,10 @@ class Turn:
             log.debug("example.replayed", **one.who, loss=round(loss, 4), step=result.step, thread=index)
             if self._curriculum.forgotten(one, loss):
                 log.info("example.reopened", **one.who, loss=round(loss, 4), until_loss=one.until_loss)
+
+    def _done(self, batch: Batch) -> None:
+        self._guard.tried(batch.examples)
+        self._curriculum.done(batch)
 
     def _too_large(self, new: Sequence[tuple[Pending, Group]], error: Exception) -> None:
         """The service is about to end, and must not come back to the very same step."""
