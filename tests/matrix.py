@@ -317,9 +317,7 @@ def table(rows: Sequence[tuple[Architecture, Outcome]]) -> Iterator[str]:
             result = f"refused: {said}" if not problems else f"**{problems[0]}**"
             yield f"| {architecture.name} | | | | | {result} |"
             continue
-        parts = sorted(
-            {name.rpartition(".")[2] if "A_log" in name else name.split(".")[0] for name in outcome.frozen}
-        )
+        parts = sorted(part for part in architecture.frozen if any(part in name for name in outcome.frozen))
         frozen = f"{len(outcome.frozen)}: {', '.join(parts)}" if parts else "none"
         result = "live, agrees" if not problems else f"**{'; '.join(problems)}**"
         assert outcome.before is not None

@@ -30,6 +30,5 @@ def adjust(model: PreTrainedModel) -> None:
             # mamba_mixer2.py has no other; Zamba 2 and Nemotron-H of transformers let no step be shorter than one.
             module.time_step_limit = (0.0, float("inf"))
         if model.config.model_type == "bloom" and hasattr(module, "gelu_impl"):
-            module.gelu_impl = (
-                torch.nn.GELU()
-            )  # bloom.py takes the function itself, not its approximation by tanh
+            # bloom.py takes the function itself, transformers its approximation by tanh.
+            module.gelu_impl = torch.nn.GELU()
