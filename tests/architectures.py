@@ -123,7 +123,8 @@ ARCHITECTURES = [
     _dense("Qwen3", "qwen3", tie_word_embeddings=False),
     _dense("Mistral", "mistral", sliding_window=9),
     _dense("Gemma", "gemma", tie_word_embeddings=True),
-    _dense("Gemma 2", "gemma2", sliding_window=16, query_pre_attn_scalar=32, tie_word_embeddings=True),
+    _dense("Gemma 2", "gemma2", sliding_window=16, query_pre_attn_scalar=32, tie_word_embeddings=True,
+           attn_logit_softcapping=2.0),
     _dense(
         "Gemma 3 text", "gemma3_text", sliding_window=16, query_pre_attn_scalar=32, short=True,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],

@@ -35,9 +35,10 @@ PROMPTS = [
     [70, 11, 29, 84, 48],
 ]
 DECODE = 6
-FLOOR = (
-    0.01  # nats: below it nothing is concluded. Above it, what the service itself accepts (disagreement.py)
-)
+FLOOR = 0.01
+"""Nats: below it nothing is concluded. Above it, what the service itself accepts (disagreement.py)."""
+EXACT = 1e-4
+"""Nats: the largest mean difference in fp32. Measured: up to 4e-6."""
 
 
 class ServerProcess:
@@ -127,6 +128,7 @@ class Outcome:
         bound: parameters of the Hugging Face model that lie in the arena.
         frozen: checkpoint tensor -> why it is not trained.
         before, after: how server and trainer differ, as loaded and with every weight moved.
+        exact: by how much they differ in fp32, in nats, with every weight moved; None: not asked, or not to be had.
         moved: by how much the weights' move changed the answers, in nats: what a dead model would be off by.
         dead: bound parameters that vLLM does not read.
         unplaced: parameters whose tensors are all served live, and that the trainer has a copy of.
@@ -137,6 +139,7 @@ class Outcome:
     frozen: dict[str, str] = field(default_factory=dict)
     before: "Difference | None" = None
     after: "Difference | None" = None
+    exact: float | None = None
     moved: float = float("nan")
     dead: list[str] = field(default_factory=list)
     unplaced: list[str] = field(default_factory=list)
@@ -162,6 +165,8 @@ class Outcome:
         found += [f"{name}: the trainer has a copy of what is served live" for name in self.unplaced]
         found += [f"differs by {one} as loaded" for one in self.before.problems()]
         found += [f"differs by {one} once every weight has moved" for one in self.after.problems()]
+        if self.exact is not None and not self.exact <= EXACT:
+            found.append(f"differs by {self.exact:.0e} nats in fp32 (limit {EXACT:.0e})")
         if not self.moved > 2 * max(self.after.limits):  # a dead model would be off by that then
             found.append(
                 f"moving every weight changed the answers by {self.moved:.3f} nats: nothing is proved"
@@ -172,8 +177,10 @@ class Outcome:
         return found
 
 
-def examine(server: ServerProcess, architecture: Architecture, folder: Path, *, each: bool = True) -> Outcome:
-    """Serve it, move its weights, compare. `each`: also every weight alone."""
+def examine(
+    server: ServerProcess, architecture: Architecture, folder: Path, *, each: bool = True, exact: bool = False
+) -> Outcome:
+    """Serve it, move its weights, compare. `each`: also every weight alone. `exact`: also in fp32."""
     began, outcome = time.monotonic(), Outcome()
     architecture.build(folder)
     try:
@@ -209,8 +216,25 @@ def examine(server: ServerProcess, architecture: Architecture, folder: Path, *, 
             with moved(model, [name], scale=2.0):
                 if server.ask(PROMPTS[:1], 2).same(Answers([first.texts[0][:26]], [first.logprobs[0][:25]])):
                     outcome.dead.append(name)
+    if exact:
+        outcome.exact = in_fp32(server, architecture, folder.with_name(f"{folder.name}-fp32"))
     outcome.seconds = time.monotonic() - began
     return outcome
+
+
+@torch.no_grad()
+def in_fp32(server: ServerProcess, architecture: Architecture, folder: Path) -> float | None:
+    """Mean difference in nats between vLLM and the model where rounding hides nothing, with every weight moved."""
+    architecture.build(folder, torch.float32)
+    try:
+        arena = server.load(folder, dtype="float32", **architecture.vllm)
+    except RefusedError as error:
+        if "requires BF16" in str(error):  # Gated DeltaNet on a CPU
+            return None
+        raise
+    model = skeleton.build(folder, Weights(arena))
+    with moved(model, list(skeleton.bound(model))):
+        return max(compare(model, server.ask()).means)
 
 
 @dataclass(frozen=True)
@@ -281,27 +305,26 @@ def moved(model: Any, names: Sequence[str], scale: float = 1.0) -> Iterator[None
 
 def table(rows: Sequence[tuple[Architecture, Outcome]]) -> Iterator[str]:
     """As docs/models.md shows it."""
-    yield "| Architecture | Bound | Frozen | Difference (noise) as loaded, moved | Result |"
-    yield "|---|---|---|---|---|"
+    yield "| Architecture | Bound | Frozen | Difference (noise) as loaded, moved | In fp32 | Result |"
+    yield "|---|---|---|---|---|---|"
     for architecture, outcome in rows:
         problems = outcome.problems(architecture)
         if architecture.unserved and not problems:
-            yield f"| {architecture.name} | | | | not served by vLLM on a CPU: {architecture.unserved} |"
+            yield f"| {architecture.name} | | | | | not served by vLLM on a CPU: {architecture.unserved} |"
             continue
         if outcome.refused:
             said = outcome.refused.strip().splitlines()[-1].strip(" -")
             result = f"refused: {said}" if not problems else f"**{problems[0]}**"
-            yield f"| {architecture.name} | | | | {result} |"
+            yield f"| {architecture.name} | | | | | {result} |"
             continue
-        parts = sorted(
-            {name.rpartition(".")[2] if "A_log" in name else name.split(".")[0] for name in outcome.frozen}
-        )
+        parts = sorted(part for part in architecture.frozen if any(part in name for name in outcome.frozen))
         frozen = f"{len(outcome.frozen)}: {', '.join(parts)}" if parts else "none"
         result = "live, agrees" if not problems else f"**{'; '.join(problems)}**"
         assert outcome.before is not None
         assert outcome.after is not None
         said = ", ".join(f"{max(one.means):.3f} ({one.noise:.3f})" for one in (outcome.before, outcome.after))
-        yield f"| {architecture.name} | {outcome.bound} | {frozen} | {said} | {result} |"
+        exact = "-" if outcome.exact is None else f"{outcome.exact:.0e}"
+        yield f"| {architecture.name} | {outcome.bound} | {frozen} | {said} | {exact} | {result} |"
 
 
 def main(wanted: Sequence[str]) -> int:
@@ -312,7 +335,7 @@ def main(wanted: Sequence[str]) -> int:
         try:
             for number, architecture in enumerate(chosen):
                 try:
-                    outcome = examine(server, architecture, Path(name) / f"model-{number}")
+                    outcome = examine(server, architecture, Path(name) / f"model-{number}", exact=True)
                 except Exception as error:  # the other rows say something all the same
                     if os.environ.get("MATRIX_TRACE"):
                         raise

@@ -122,13 +122,25 @@ REMOVALS = [
         f"{ARCHITECTURES}::test_compiled_serving_sees_what_is_written_in_place",
     ),
     Removal(
-        13, "Cohere 2's window is that of transformers", "daemon/hogwild/skeleton.py",
+        13, "Cohere 2's window is that of transformers", "daemon/hogwild/as_served.py",
         "        config.sliding_window += 1\n", "        pass\n", "matrix: Cohere 2",
     ),
     Removal(
         14, "what is no parameter of transformers is left as its code has it", "daemon/hogwild/naming.py",
         "    return {name: tensor for name, tensor in state.items() if name not in parameters}\n", "    return {}\n",
         "tests/test_steps.py::test_examples_are_learned_and_unlearned",
+    ),
+    Removal(
+        15, "logits of attention are not capped", "daemon/hogwild/as_served.py",
+        '        return {"attn_implementation": "eager"}\n', "        return {}\n", "matrix: Gemma 2",
+    ),
+    Removal(
+        16, "time steps have a lower bound", "daemon/hogwild/as_served.py",
+        '            module.time_step_limit = (0.0, float("inf"))\n', "            pass\n", "matrix: Zamba 2",
+    ),
+    Removal(
+        17, "BLOOM's activation is approximated", "daemon/hogwild/as_served.py",
+        "            module.gelu_impl = torch.nn.GELU()", "            pass", "matrix: BLOOM",
     ),
 ]  # fmt: skip
 

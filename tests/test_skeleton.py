@@ -73,6 +73,19 @@ def test_what_is_written_to_the_arena_is_what_the_model_computes(folder):
 
 
 @torch.no_grad()
+def test_logits_of_attention_are_capped_as_the_server_caps_them(tmp_path):
+    """The kernel that transformers takes if nobody says otherwise leaves it out."""
+    folder = build("gemma2", tmp_path / "model", attn_logit_softcapping=0.5)
+    model = skeleton.build(folder, Weights(load_arena(folder)))
+    capped, plain = (
+        AutoModelForCausalLM.from_pretrained(folder, attn_implementation=how)(IDS).logits
+        for how in ("eager", "sdpa")
+    )
+    assert torch.allclose(model(IDS).logits, capped, atol=1e-5)
+    assert not torch.allclose(capped, plain, atol=1e-2), "it makes a difference"
+
+
+@torch.no_grad()
 def test_a_tied_head_is_one_tensor(tmp_path):
     folder = MODELS["tied"](tmp_path / "model")
     model = skeleton.build(folder, Weights(load_arena(folder)))

@@ -192,7 +192,7 @@ class Gather:
         (tokens, rows), length = self.rows, x.shape[:-1].numel()
         if length == tokens:
             return rows
-        if self.context and length == x.shape[-2] == self.context + tokens:
+        if self.context and x.ndim > 2 and length == x.shape[-2] == self.context + tokens:
             new = torch.arange(tokens, device=x.device) if rows is None else rows
             return self.context + new
         return None

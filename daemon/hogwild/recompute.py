@@ -111,11 +111,6 @@ class _Pass:
             n for n, one in enumerate(self._leaves) if isinstance(one, Tensor) and one.requires_grad
         ]
 
-    @property
-    def inputs(self) -> list[Tensor]:
-        """The tensors with a gradient."""
-        return [self._leaves[place] for place in self._places]
-
     def run(self, inputs: Sequence[Tensor]) -> tuple[list[Any], TreeSpec]:
         """Its outputs and what it adds to mappings, flat, and how they belong together."""
         leaves = list(self._leaves)
@@ -133,7 +128,11 @@ class _Pass:
     def recomputed(self) -> Any:
         """What the layer returns; mappings get what it adds. Nothing is kept but the inputs."""
         shapes: list[TreeSpec] = []
-        out, added = tree_unflatten(_Recomputed.apply(self, shapes, *self.inputs), shapes[0])  # type: ignore[no-untyped-call]
+        inputs = [self._leaves[place] for place in self._places]
+        for place in self._places:
+            self._leaves[place] = None  # autograd keeps them, for as long as they are needed
+        outs = _Recomputed.apply(self, shapes, *inputs)  # type: ignore[no-untyped-call]
+        out, added = tree_unflatten(outs, shapes[0])
         for name, new in added.items():
             self._handed[name].update(new)
         return out

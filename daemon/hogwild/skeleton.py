@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hogwild import naming, rope
+from hogwild import as_served, naming, rope
 from hogwild.errors import VerificationError
 from hogwild.layout import Region
 from hogwild.weights import Weights, read_tensors
@@ -135,15 +135,13 @@ def older(model: PreTrainedModel, folder: Path, names: Iterable[str]) -> Iterato
 def empty(folder: Path) -> PreTrainedModel:
     """The model of `folder` on the meta device: its language model and head alone."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if config.model_type == "cohere2":
-        # vLLM's commandr.py lets a token see as many before it, and itself: one more than transformers does, and as the
-        # model was trained. Can go when both agree, which the matrix shows.
-        config.sliding_window += 1
+    settings = as_served.settings(config)
     kind = AutoModelForCausalLM
     if type(config) not in AutoModelForCausalLM._model_mapping:
         kind = AutoModelForImageTextToText
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = kind.from_config(config, dtype=config.dtype)
+        model: PreTrainedModel = kind.from_config(config, dtype=config.dtype, **settings)
+    as_served.adjust(model)
     decoder = model.get_decoder()
     kept = {id(module) for module in decoder.modules()}
     if (base := model.base_model) is not decoder:
