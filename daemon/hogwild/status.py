@@ -55,7 +55,7 @@ class Status:
         self, learner: Learner, server: dict[str, Any], saved_step: int, *, stuck: bool, unasked: str
     ) -> None:
         """For `hogwild status` and for Prometheus, if it is time."""
-        if self._due():
+        if self._due() or not self.newest:  # what was written before said that there is no server
             self.newest = self.of(learner, server, saved_step, stuck=stuck, unasked=unasked)
             self._put(self.newest)
 
