@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from chat_families import tokenizer_of
-from hogwild.check import Checker
+from hogwild.check import Checker, tokenizer_in
 from hogwild.config import load
 from hogwild.errors import UsageError
 
@@ -122,3 +122,12 @@ def test_what_a_line_says_for_itself_is_shown(tmp_path):
 def test_a_file_that_cannot_be_read_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match=r"absent\.jsonl: cannot be read"):
         checked([tmp_path / "absent.jsonl"])
+
+
+def test_a_folder_without_a_tokenizer_is_one_line(tmp_path):
+    with pytest.raises(UsageError, match=r"nowhere: there is no such folder$"):
+        tokenizer_in(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UsageError, match="no tokenizer there: ") as caught:
+        tokenizer_in(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1

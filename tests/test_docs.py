@@ -5,6 +5,7 @@ Events are compared in test_events.py, the configuration's defaults in test_conf
 
 import ast
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import typer.main
 from hogwild import presets
 from hogwild.cli import app
 from hogwild.config import field_paths
+from studio import Studio, model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -47,7 +49,7 @@ def test_keys_that_the_documentation_names_exist(path: Path) -> None:
     tables = {key.split(".")[0] for key in keys if "." in key}
     named = set(re.findall(rf"`((?:{'|'.join(sorted(tables))})\.[a-z_]+)`", path.read_text()))
     events = set(re.findall(r"`([a-z]+\.[a-z_]+)`", (REPOSITORY / "docs" / "events.md").read_text()))
-    files = {name for name in named if name.endswith((".py", ".sqlite"))}
+    files = {name for name in named if name.endswith((".py", ".sqlite", ".json"))}
     assert named - keys - events - files == set()
 
 
@@ -82,3 +84,22 @@ def test_every_preset_and_every_unit_is_in_operations() -> None:
         *(path.name for path in (REPOSITORY / "systemd").glob("*.*") if path.is_file()),
     ):
         assert name.removesuffix(".service") in OPERATIONS
+
+
+def test_the_backup_takes_everything_that_cannot_be_made_again(tmp_path: Path) -> None:
+    """What a daemon leaves in its state folder, against what the runbook's command leaves out."""
+    (command,) = re.findall(r"^rsync -a --delete (.*) /var/lib/hogwild/ /backup/$", OPERATIONS, re.MULTILINE)
+    left_out = [one.removeprefix("/") for one in re.findall(r"--exclude='?([^\s']+)'?", command)]
+    model(tmp_path / "model")
+    studio = Studio(tmp_path)
+    studio.drop("a", 2)
+    studio.train()
+    studio.save()
+    studio.learner.wait_for_own_texts()
+    there = {path.name for path in studio.config.state_dir.iterdir()}
+    studio.close()
+    taken = {name for name in there if not any(fnmatch(name, pattern) for pattern in left_out)}
+    assert taken == {"checkpoints", "history", "selfreplay.json", "probes.json", "protected.safetensors"}
+    for name in taken - {"checkpoints", "history"}:
+        assert f"`{name}`" in OPERATIONS
+    assert 'sqlite3 /var/lib/hogwild/ledger.sqlite ".backup' in OPERATIONS, "which a plain copy would tear"

@@ -98,6 +98,8 @@ def test_the_status_before_there_is_a_server_says_what_waits_and_for_what(idle):
         str(idle.daemon.pid),
     ):
         assert part in shown, part
+    said = idle.daemon.command("doctor", "--quick").stdout
+    assert f"warn  daemon: process {idle.daemon.pid} waits for a server on {idle.world.sock}" in said
 
 
 def test_an_arena_that_another_daemon_trained_is_refused_and_not_touched(idle):
@@ -109,6 +111,9 @@ def test_an_arena_that_another_daemon_trained_is_refused_and_not_touched(idle):
     assert not idle.daemon.events("arena.attached")
     assert sums(server) == before
     wait_until(lambda: "another state folder" in idle.daemon.ask("status")["waiting"], "the status says why")
+    doctor = idle.daemon.command("doctor", "--quick")
+    assert doctor.returncode == 1
+    assert f"FAIL  daemon: process {idle.daemon.pid} refused the server's weights: " in doctor.stdout
     server.kill()
 
 
@@ -144,6 +149,7 @@ def test_another_model_than_the_state_folder_has_learned_is_refused(world):
     attached = daemon.wait_for("arena.attached")
     assert attached["model"] == str(world.model)
     assert attached["restored"] is None
+    daemon.wait_for("server.attached")  # a little later: one that is gone by then was never there
     server.kill()
     daemon.wait_for("server.lost")
     assert daemon.terminate() == 0
@@ -155,6 +161,8 @@ def test_another_model_than_the_state_folder_has_learned_is_refused(world):
     assert "not the one that this state folder has learned on" in refused["error"]
     assert str(world.root / "other") in refused["problems"][0]
     assert str(world.model) in refused["problems"][0]
+    refusal = wait_until(lambda: daemon.ask("status").get("refused"), "the status says why")
+    assert refused["problems"][0] in refusal, "the first problem, not only that there is one"
     assert sums(server) == before
     server.kill()
 

@@ -74,7 +74,10 @@ class Attachment:
         try:
             self._take(arena)
         except Exception as error:
-            self.refused = str(error).splitlines()[0] if str(error) else repr(error)
+            lines = str(error).splitlines() or [repr(error)]
+            self.refused = " ".join(
+                line.strip(" -") for line in lines[:2]
+            )  # the first problem, where it lists some
             raise
         self.refused = ""
 

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,6 +20,23 @@ from hogwild.lines import SUFFIXES, DamagedFileError, read_lines
 from hogwild.settings import Config
 
 Record = dict[str, object]
+
+
+def tokenizer_in(folder: Path) -> Any:
+    """The tokenizer of the model in `folder`.
+
+    Raises:
+        UsageError: there is none, or it cannot be read.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"--model {folder}: there is no such folder")
+    from transformers import AutoTokenizer  # only here: it takes seconds
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())  # of several lines
+        raise UsageError(f"--model {folder}: no tokenizer there: {why:.160}") from error
 
 
 @dataclass

@@ -117,7 +117,7 @@ def check(
     """Show every line of FILES as it will be trained, without training it. Exit code 1 if a line is wrong."""
     from rich.console import Console
 
-    from hogwild.check import Checker
+    from hogwild.check import Checker, tokenizer_in
     from hogwild.encoding import context_length
 
     settings = configuration.load(config)
@@ -127,7 +127,7 @@ def check(
     checker = Checker(
         settings,
         Console(quiet=as_json),
-        _tokenizer(folder) if folder else None,
+        tokenizer_in(folder) if folder else None,
         context_length(folder) if folder else None,
         tokens=tokens,
     )
@@ -136,15 +136,6 @@ def check(
             typer.echo(json.dumps(record))
     checker.sum_up()
     raise typer.Exit(1 if checker.bad else 0)
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer  # only here: it takes seconds
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--model {folder}: no tokenizer there: {error}") from error
 
 
 @app.command()

@@ -135,7 +135,11 @@ def rollback(
             err=True,
         )
     back = f", {redone} passes are back" if (redone := done.get("passes_redone")) else ""
-    where = "in the served weights" if done["live"] else "on disk; no server has its weights here now"
+    where = (
+        "in the served weights"
+        if done["live"]
+        else "on disk; a server that runs gets it when the daemon does"
+    )
     typer.echo(
         f"generation {done['generation']}, {where}: {done['passes_undone']} passes undone, "
         f"{done['examples_reopened']} examples are trained again, {done['examples_undone']} stay out"

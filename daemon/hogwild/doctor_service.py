@@ -62,7 +62,7 @@ def arena_socket(subject: Subject) -> Iterator[Finding]:
             probe.setblocking(False)
             code = probe.connect_ex(str(path))
         if code == 0 and pid is not None:
-            yield ok("daemon", f"process {pid} listens on {path}")
+            yield _daemon(pid, path, subject.status)
         elif code == 0:
             yield fail(
                 "daemon",
@@ -153,6 +153,23 @@ def units(subject: Subject) -> Iterator[Finding]:
 
 
 # --- small things ----------------------------------------------------------------------------------------------------
+
+
+def _daemon(pid: int, path: Path, status: dict[str, Any]) -> Finding:
+    """One that listens: has it got what it is for?"""
+    if why := status.get("refused"):
+        return fail(
+            "daemon",
+            f"process {pid} refused the server's weights: {why}",
+            "serve the model that it has learned on, or give another state_dir; arena.refused in its log says all",
+        )
+    if status.get("waiting"):
+        return warn(
+            "daemon",
+            f"process {pid} waits for a server on {path}",
+            "hogwild vllm MODEL, or systemctl start hogwild-vllm",
+        )
+    return ok("daemon", f"process {pid} listens on {path}")
 
 
 def _ask(url: str, key: str) -> Any:

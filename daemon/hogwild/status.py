@@ -55,15 +55,16 @@ class Status:
         self, learner: Learner, server: dict[str, Any], saved_step: int, *, stuck: bool, unasked: str
     ) -> None:
         """For `hogwild status` and for Prometheus, if it is time."""
-        if self._due():
+        if self._due() or not self.newest:  # what was written before said that there is no server
             self.newest = self.of(learner, server, saved_step, stuck=stuck, unasked=unasked)
             self._put(self.newest)
 
-    def write_waiting(self, why: str) -> None:
+    def write_waiting(self, why: str, refused: str) -> None:
         """The same, before a server has brought its weights.
 
         Args:
             why: what is waited for.
+            refused: why the newest server's weights were refused; empty: none were.
         """
         if not self._due():
             return
@@ -76,6 +77,7 @@ class Status:
                 "uptime_s": round(time.time() - self._began),
                 "training": False,
                 "waiting": why,
+                "refused": refused,
                 **counts,
                 "spool": _spool(incoming),
                 "warnings": self._lasting(counts, incoming),

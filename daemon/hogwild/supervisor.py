@@ -146,7 +146,7 @@ class Supervisor:
             self._status.expire()
         learner = self.attachment.learner
         if learner is None:
-            self._status.write_waiting(self._status_line())
+            self._status.write_waiting(self._status_line(), self.attachment.refused)
             return
         if learner.failure is not None:
             raise HogwildError(f"a trainer thread died ({learner.failure!r}): its layer may be half-written")

@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from hogwild.check import Checker
+from hogwild.check import Checker, tokenizer_in
 from hogwild.encoding import context_length
 from hogwild.errors import HogwildError, UsageError
 from hogwild.ledger_records import GoodLine
@@ -111,13 +111,7 @@ def _sum_up(checker: Checker, files: Sequence[Path]) -> None:
 
 def _check(files: Sequence[Path], config: Config, model: Path, console: Console, strict: bool) -> None:
     """As `hogwild check`, but silent about what is well."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--model {model}: no tokenizer there: {error}") from error
-    checker = Checker(config, console, tokenizer, context_length(model), problems_only=True)
+    checker = Checker(config, console, tokenizer_in(model), context_length(model), problems_only=True)
     _sum_up(checker, files)
     if strict and checker.bad:
         raise HogwildError(f"{checker.bad} lines are wrong, and --strict was given: nothing was trained")
