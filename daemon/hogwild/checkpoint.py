@@ -25,14 +25,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from hogwild import generation as generations
+from hogwild import log as logs
 from hogwild.errors import ArenaError, CheckpointError
 from hogwild.files import copy_file, fsync, new_file
 from hogwild.generation import OPTIMIZER, STATE, read_state
 from hogwild.layout import weight_files
+from hogwild.settings import Config
 from hogwild.tensor_file import write_tensors
 from hogwild.weights import Weights
 
-__all__ = ["Checkpoints", "read_optimizer", "read_state"]
+__all__ = ["Checkpoints", "read_moments", "read_optimizer", "read_state"]
+
+log = logs.get(__name__)
 
 CURRENT, LAST = "current", "last-generation"
 _UNFINISHED = ".unfinished-"
@@ -235,6 +239,30 @@ def read_optimizer(folder: Path) -> dict[str, torch.Tensor]:
         return tensors
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def read_moments(folder: Path, config: Config) -> dict[str, torch.Tensor]:
+    """The same, for training with this configuration; nothing, where seed or gap have changed.
+
+    Moments live in a random projection that follows from these two: in another one they mean nothing.
+
+    Raises:
+        CheckpointError: they are missing or damaged.
+    """
+    saved = read_state(folder).get("config", {})
+    changed = {
+        f"{table}.{key}": f"{saved[table][key]} -> {now}"
+        for table, key, now in (
+            ("training", "seed", config.training.seed),
+            ("optimizer", "gap", config.optimizer.gap),
+        )
+        if saved.get(table, {}).get(key, now) != now
+    }
+    tensors = read_optimizer(folder)
+    if changed:
+        log.warning("optimizer.reset", changed=changed, checkpoint=str(folder))
+        return {}
+    return tensors
 
 
 def now() -> str:

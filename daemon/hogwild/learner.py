@@ -191,26 +191,12 @@ class Learner:
         )
 
     def load_moments(self, folder: Path) -> None:
-        """Take the optimizer state of a checkpoint; or start a new one where seed or gap have changed.
-
-        Moments live in a random projection that follows from these two: in another one they mean nothing.
+        """Take the optimizer state of a checkpoint, as far as it means anything to these settings.
 
         Raises:
             CheckpointError: it is damaged, or was saved with another rank.
         """
-        saved = generation.read_state(folder).get("config", {})
-        changed = {
-            f"{table}.{key}": f"{saved[table][key]} -> {now}"
-            for table, key, now in (
-                ("training", "seed", self.config.training.seed),
-                ("optimizer", "gap", self.config.optimizer.gap),
-            )
-            if saved.get(table, {}).get(key, now) != now
-        }
-        tensors = checkpoint.read_optimizer(folder)
-        if changed:
-            log.warning("optimizer.reset", changed=changed, checkpoint=str(folder))
-            tensors = {}
+        tensors = checkpoint.read_moments(folder, self.config)
         shapes = {name: tuple(region.shape) for name, region in self.trainable.items()}
         self.optimizer.load(tensors, shapes)
 
