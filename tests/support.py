@@ -88,14 +88,21 @@ class Process:
         return pids
 
     def kill(self) -> None:
-        """SIGKILL to every process of the session, as the kernel's out-of-memory killer or an operator would."""
-        for pid in self.group():
+        """SIGKILL to every process of the session, as the kernel's out-of-memory killer or an operator would.
+
+        What vLLM shares in /dev/shm would stay there for ever: whoever takes it away is killed, too.
+        """
+        pids = self.group()
+        shared = {path for pid in pids for path in shared_files(pid)}
+        for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
         self.popen.wait()
         wait_until(lambda: not self.group(), "the session is gone")
+        for path in shared:
+            path.unlink(missing_ok=True)
 
     def terminate(self) -> int:
         """SIGTERM to the main process, as systemd sends it; its exit code."""
@@ -261,6 +268,17 @@ class Server(Process):
 def digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shared_files(pid: int) -> set[Path]:
+    """Files in /dev/shm that the process has mapped."""
+    try:
+        lines = (Path("/proc") / str(pid) / "maps").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return set()
+    return {
+        Path(line.split()[-1]) for line in lines if "/dev/shm/" in line and not line.endswith("(deleted)")
+    }
 
 
 def shared_mappings(pid: int, name: str) -> Iterator[tuple[str, int]]:

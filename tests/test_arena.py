@@ -1,6 +1,7 @@
 """The shared memory and how it changes hands: real descriptors, sockets and processes."""
 
 import fcntl
+import gc
 import json
 import mmap
 import os
@@ -99,6 +100,24 @@ def test_two_processes_see_each_others_writes(children):
     assert child.hear("saw") == 55
     assert child.hear("wrote") == segment.inode()
     assert int(segment.bytes[6]) == 66
+
+
+def test_descriptors_go_with_a_segment_that_nobody_has_any_more_and_its_tensors_stay():
+    before = open_descriptors()
+    segment = Segment.allocate(NBYTES)
+    tensor = segment.tensor(0, (4,), (1,), torch.float32)
+    del segment
+    gc.collect()
+    assert open_descriptors() == before + 1, "the mapping's own"
+    tensor.fill_(3)
+    assert tensor.tolist() == [3.0] * 4
+    del tensor
+    assert open_descriptors() == before
+    fd = os.memfd_create("foreign")
+    with pytest.raises(ArenaError):
+        Segment.from_fd(fd, NBYTES)  # it takes the descriptor over, and closes it once
+    gc.collect()
+    assert open_descriptors() == before
 
 
 def test_the_memory_outlives_its_creator_while_a_descriptor_is_held(pair):
@@ -563,7 +582,7 @@ def _faulty_arenas() -> dict[str, Any]:
 def test_faulty_offers_are_refused_with_a_reason_and_leak_nothing(start, sock):
     daemon = start(run_daemon)
     faulty = _faulty_arenas()
-    good = faulty.pop("keep")[0]
+    good, *others = faulty.pop("keep")
     descriptors = told(daemon, "descriptors", "descriptors")
     for name, (change, reason) in faulty.items():
         reply = offer_by_hand(sock, good, **change)
@@ -571,6 +590,8 @@ def test_faulty_offers_are_refused_with_a_reason_and_leak_nothing(start, sock):
         assert reason in reply["error"], name
     wait_until(lambda: told(daemon, "descriptors", "descriptors") == descriptors, "nothing is left open", 30)
     assert offer_by_hand(sock, good) == {"status": "attached"}, "and the daemon still takes a good one"
+    for fd in others.pop():
+        os.close(fd)
 
 
 @pytest.mark.parametrize(
@@ -584,7 +605,8 @@ def test_faulty_offers_are_refused_with_a_reason_and_leak_nothing(start, sock):
 )
 def test_another_version_or_a_word_unheard_of_is_refused(start, sock, message):
     start(run_daemon)
-    reply = exchange(sock, message, make_arena().fds)
+    arena = make_arena()
+    reply = exchange(sock, message, arena.fds)
     assert reply["status"] == "refused"
     assert "install the same hogwild" in reply["error"]
 

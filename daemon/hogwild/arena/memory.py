@@ -23,7 +23,8 @@ class Held(abc.ABC):
         nbytes: size in bytes.
         parts: bytes of the allocations that it consists of, one after the other without a gap; they add up to `nbytes`
             or a little more. On a CPU there is one.
-        fds: a descriptor for each part, which keeps it alive; owned by this object. Empty once it is closed.
+        fds: a descriptor for each part, which keeps it alive; owned by this object, and closed with it. Empty after
+            `close`.
         device: where torch's tensors of it are.
         device_id: "cpu", or the name of the GPU that does not depend on who looks: "GPU-" and its UUID.
         handle: in hex, what opens memory that has no descriptors and lives only as long as the process that made it
@@ -32,7 +33,7 @@ class Held(abc.ABC):
 
     nbytes: int
     parts: tuple[int, ...]
-    fds: tuple[int, ...]
+    fds: tuple[int, ...] = ()
     device: torch.device
     device_id: str
     handle: str = ""
@@ -84,6 +85,10 @@ class Held(abc.ABC):
         for fd in fds:
             os.close(fd)
 
+    def __del__(self) -> None:
+        # Of this class: nothing else of a segment ends with it, for tensors may still use the mapping.
+        Held.close(self)
+
 
 class Segment(Held):
     """One shared allocation of the host, mapped into this process.
@@ -95,10 +100,10 @@ class Segment(Held):
     device, device_id = torch.device("cpu"), "cpu"
 
     def __init__(self, fd: int, nbytes: int) -> None:
-        self.fds, self.parts = (fd,), (nbytes,)
-        self.nbytes = nbytes
+        self.parts, self.nbytes = (nbytes,), nbytes
         self.mapping = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self.bytes = torch.frombuffer(self.mapping, dtype=torch.uint8)
+        self.fds = (fd,)  # last: until then it is the caller's, also where this fails
 
     @classmethod
     def allocate(cls, nbytes: int, name: str = "hogwild-weights") -> "Segment":
