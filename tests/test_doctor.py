@@ -234,6 +234,7 @@ def test_without_a_file_the_running_daemon_says_what_is_configured(
 ) -> None:
     assert without_a_file(tmp_path)["configuration"]["found"].startswith("no file: defaults"), "none runs"
     daemon = serving("one")
+    wait_until(lambda: daemon.ask("status").get("waiting"), "it has said what it waits for")
     for extra in ({}, {"HOGWILD_STATE_DIR": str(daemon.state)}):
         found = without_a_file(tmp_path, daemon, **extra)
         said = found["configuration"]["found"]
@@ -241,7 +242,7 @@ def test_without_a_file_the_running_daemon_says_what_is_configured(
             said == f"no file: that of the running daemon, process {daemon.pid} ({tmp_path}/one/hogwild.toml)"
         )
         assert found["model"]["found"] == "/nowhere/one does not exist"
-        assert found["daemon"]["found"] == f"process {daemon.pid} listens on {tmp_path}/one.sock"
+        assert found["daemon"]["found"] == f"process {daemon.pid} waits for a server on {tmp_path}/one.sock"
     named = without_a_file(tmp_path, daemon, HOGWILD_STATE_DIR=str(tmp_path / "other"))
     assert named["configuration"]["found"] == "no file: defaults and environment"
     other = serving("two")
