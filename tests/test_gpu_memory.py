@@ -143,6 +143,14 @@ def peak(work: Callable[[], object]) -> int:
     return max(accumulate(one.nbytes() for one in events))
 
 
+def of(examples: list[tuple[int, int]]) -> list[Item]:
+    """Each of so many trained tokens after so many of context."""
+    return [
+        Item(Encoded([5 + i] * (context + trained), [False] * context + [True] * trained))
+        for i, (trained, context) in enumerate(examples)
+    ]
+
+
 LONG, WAITING, READ = [(900, 0)], [(400, 0)] * 4, [(60, 840)] * 6
 
 
@@ -165,10 +173,7 @@ def test_no_step_takes_more_than_was_reckoned(tmp_path, dtype, mib, examples, le
     trainer, optimizer = prepared(folder, activation_mib=mib)
     trainer._activations = mib << 20
     optimizer._note = lambda *_: UpdateResult(0.0, skipped=False)
-    items = [
-        Item(Encoded([5 + i] * (context + trained), [False] * context + [True] * trained))
-        for i, (trained, context) in enumerate(examples)
-    ]
+    items = of(examples)
     trainer.step(items)  # measures how large activations are
     taken = peak(lambda: trainer.step(items))
     sizes = examine(folder, load_arena(folder).layout).sizes
@@ -177,9 +182,26 @@ def test_no_step_takes_more_than_was_reckoned(tmp_path, dtype, mib, examples, le
     assert least * reckoned < taken < reckoned
 
 
+@pytest.mark.parametrize("examples", [LONG, READ], ids=["a long text", "contexts"])
+def test_scores_that_are_made_all_at_once_are_reckoned(tmp_path, examples):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
+    folder = build("gemma2", tmp_path / "model", max_position_embeddings=1024, **sizes)
+    trainer, optimizer = prepared(folder, activation_mib=0)
+    trainer._activations, optimizer._note = 0, lambda *_: UpdateResult(0.0, skipped=False)
+    items = of(examples)
+    trainer.step(items)
+    taken = peak(lambda: trainer.step(items))
+    model = examine(folder, load_arena(folder).layout).sizes
+    chosen = config(training={"threads": 1, "max_tokens": 900, "activation_mib": 0})
+    needs, without = (predict(one, chosen) for one in (model, replace(model, scores=0)))
+    assert taken < needs.activations + needs.contexts + needs.logits
+    assert taken > without.activations + without.contexts + without.logits or examples is READ
+
+
 def test_what_attention_keeps_and_whether_logits_are_bounded_is_read_from_the_model(tmp_path):
     plain, gemma = qwen2(tmp_path / "plain"), build("gemma2", tmp_path / "gemma")
     sizes = [examine(folder, load_arena(folder).layout).sizes for folder in (plain, gemma)]
+    assert [one.scores for one in sizes] == [0, 4], "Gemma 2 bounds those of its attention too"
     assert sizes[0].state == 2 * 2 * 2 * 8  # layers, keys and values, heads, width
     assert [one.softcaps for one in sizes] == [False, True]
 

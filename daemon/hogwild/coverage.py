@@ -110,6 +110,7 @@ def examine(folder: Path, layout: Layout, *, embeddings: bool = False, protected
             itemsize=itemsize,
             state=_state(text),
             softcaps=bool(getattr(text, "final_logit_softcapping", None)),
+            scores=text.num_attention_heads if model.config._attn_implementation == "eager" else 0,
         ),
     )
 

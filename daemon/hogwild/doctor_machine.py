@@ -49,10 +49,10 @@ def packages(_subject: Subject) -> Iterator[Finding]:
     if not installed:
         yield fail("vllm", "is not installed", "pip install 'hogwild[cpu]' (no GPU) or 'hogwild[cuda]'")
     for name, text in installed.items():
-        if (0, 31) <= _numbers(text) < (0, 33):
+        if (0, 31) <= _numbers(text) < (0, 34):
             yield ok(name, text)
         else:
-            yield warn(name, text, f"hogwild is tested with vLLM 0.31 and 0.32: pip install '{name}==0.32.0'")
+            yield warn(name, text, f"hogwild is tested with vLLM 0.31 to 0.33: pip install '{name}==0.32.0'")
 
 
 def torchvision(_subject: Subject) -> Iterator[Finding]:

@@ -25,6 +25,8 @@ _LOSS = 3 * 4 << 24
 CONTEXTS = 4
 """Times `training.batch_tokens`: tokens of context that are read at once, and whose keys and values are kept, unless a
 single example has more."""
+_SCORE = 16
+"""Bytes of one of them: as the model makes it, bounded and normalised in fp32, and gradients of both."""
 _DRIFT = 160 << 20
 """Bytes of a thread that takes back drift: ten blocks of drift.py."""
 VLLM_SHARE = 0.92
@@ -42,6 +44,7 @@ class Model:
         itemsize: bytes of a weight.
         state: numbers that its attention keeps of one token, in all layers.
         softcaps: bounds its logits, which keeps them in more than one form.
+        scores: heads of an attention that makes all its scores at once (`as_served.py`); 0: none does.
     """
 
     trained: Mapping[str, Shape]
@@ -52,6 +55,7 @@ class Model:
     itemsize: int = 2
     state: int = 0
     softcaps: bool = False
+    scores: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,10 +103,11 @@ def predict(model: Model, config: Config) -> Needs:
     inner = model.itemsize * sum(m + n for m, n in linears if model.vocabulary not in (m, n))
     budget = training.activation_mib << 20
     inputs = tokens * model.hidden * model.layers * model.itemsize  # of layers that are computed twice
-    again = 2 * tokens * inner // max(model.layers, 1)  # one of them
+    context = max(CONTEXTS * training.batch_tokens, training.max_tokens)
+    scores = _SCORE * model.scores * context**2  # contexts that are read in one row, or one long example
+    again = 2 * tokens * inner // max(model.layers, 1) + scores  # one of them
     elements = tokens * model.vocabulary
     logits = elements * model.itemsize * (5 if model.softcaps else 2) + min(_LOSS, 12 * elements)
-    context = max(CONTEXTS * training.batch_tokens, training.max_tokens)
     rows = tokens + budget // max(row, 1)  # of one update
     return Needs(
         moments=sum(8 * min(rank, m, n) * max(m, n) for m, n in linears) + 8 * small,
