@@ -537,7 +537,7 @@ def test_an_item_may_ask_for_its_own_kind_of_context(tmp_path):
 
 @pytest.mark.parametrize("embeddings", [False, True])
 def test_a_trainer_that_nobody_has_any_more_leaves_nothing_behind(tmp_path, embeddings):
-    """Neither its model nor, with the last view of it, the arena: a daemon that takes another one makes trainers anew."""
+    """Neither its model nor, with the last view of it, the arena: a daemon that takes another makes trainers anew."""
     setting = Setting(qwen2(tmp_path / "model"), embeddings=embeddings)
     setting.trainer.step([Item(EXAMPLE), Item(OTHER)])
     model, mapping = (weakref.ref(one) for one in (setting.trainer.model, setting.weights.arena.weights))
