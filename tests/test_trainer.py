@@ -1,6 +1,8 @@
 """The training step on tiny models: what is updated, by how much, and what is never made."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from hogwild.settings import OptimizerConfig
 from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights, load_arena
 from hogwild_kernels import ApolloConfig, ApolloState, apollo_update
-from tiny import llama, qwen2
+from tiny import llama, open_descriptors, qwen2
 
 EMBEDDINGS = {"model.embed_tokens.weight", "lm_head.weight"}
 
@@ -531,3 +533,17 @@ def test_an_item_may_ask_for_its_own_kind_of_context(tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(asked.weights.view(name), full.weights.view(name))
     assert not torch.equal(asked.weights.view(name), frozen.weights.view(name))
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_a_trainer_that_nobody_has_any_more_leaves_nothing_behind(tmp_path, embeddings):
+    """Neither its model nor, with the last view of it, the arena: a daemon that takes another makes trainers anew."""
+    setting = Setting(qwen2(tmp_path / "model"), embeddings=embeddings)
+    setting.trainer.step([Item(EXAMPLE), Item(OTHER)])
+    model, mapping = (weakref.ref(one) for one in (setting.trainer.model, setting.weights.arena.weights))
+    names, before = set(setting.trainer._gather.small), open_descriptors()
+    assert names, "biases and norms, whose hooks would hold all of it"
+    del setting
+    gc.collect()
+    assert (model(), mapping()) == (None, None)
+    assert open_descriptors() == before - 4, "of weights and control page, and of their mappings"

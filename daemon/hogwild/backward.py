@@ -1,5 +1,6 @@
 """Updates each layer inside its own backward pass, so that no gradient matrix and no full backward graph is kept."""
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -345,9 +346,13 @@ def _train_small(
             on_update(name, optimizer.update_small(name, weight, parameter.grad, seed))
             parameter.grad = None
 
+    # Hooks are the one thing of a tensor that Python's collector does not see into: what they refer to by a way that
+    # leads back to the tensor stays for ever, here the whole model and its arena.
+    alive = weakref.ref(gather)
+
     def accumulated(_p: torch.Tensor) -> None:
-        if not gather.more and not waits:
-            apply()
+        if (there := alive()) is not None and not there.more and not waits:
+            there.small[name]()
 
     def drop() -> None:
         parameter.grad = None

@@ -6,6 +6,7 @@ It is the last gradient of a backward pass. A head that is tied to the embedding
 update takes both: G = D^T X + sum over tokens of one-hot(token) row.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -63,10 +64,13 @@ class TrainedEmbedding:
         module.sparse = True
         module.weight.requires_grad_(True)
 
+        alive, whole = weakref.ref(self), weakref.ref(gather)  # see `backward._train_small`
+
         def accumulated(_parameter: Tensor) -> None:
             pulse.beat()
-            if not gather.more:
-                self.update()
+            here, there = alive(), whole()
+            if here is not None and there is not None and not there.more:
+                here.update()
 
         module.weight.register_post_accumulate_grad_hook(accumulated)  # type: ignore[no-untyped-call]  # untyped in torch
 
