@@ -195,6 +195,22 @@ def test_a_variable_that_names_no_setting_is_refused_and_the_nearest_is_named(mo
     assert f"${name}: names no setting; did you mean ${nearest}" in str(caught.value)
 
 
+def test_variables_that_a_service_called_hogwild_has_in_kubernetes_are_nobodys_mistake(monkeypatch):
+    for name in (
+        "SERVICE_HOST",
+        "SERVICE_PORT",
+        "SERVICE_PORT_HTTP",
+        "PORT",
+        "PORT_8000_TCP",
+        "PORT_8000_TCP_ADDR",
+    ):
+        monkeypatch.setenv(f"HOGWILD_{name}", "tcp://10.0.0.1:8000")
+    assert load().training.threads == 2
+    monkeypatch.setenv("HOGWILD_PORTS", "7")
+    with pytest.raises(ConfigError, match="HOGWILD_PORTS"):
+        load()
+
+
 def test_the_variable_that_holds_the_servers_key_may_have_any_name(tmp_path, monkeypatch):
     monkeypatch.setenv("HOGWILD_VLLM_SECRET", "s")
     with pytest.raises(ConfigError, match="HOGWILD_VLLM_SECRET"):

@@ -5,6 +5,7 @@ Later sources win. Everything that is wrong is listed in one `ConfigError`.
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ NO_SETTINGS = frozenset(
     )
 )  # fmt: skip
 """Variables with the prefix that hogwild itself reads or sets, besides settings."""
+_SERVICE = re.compile(ENV_PREFIX + r"(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_[0-9]+_.*)?)")
+"""What Kubernetes gives every container where a service is called hogwild."""
 SYSTEM_FILE = Path("/etc/hogwild/hogwild.toml")
 """Where `hogwild install` writes it, and the units read it."""
 
@@ -163,6 +166,7 @@ def _strangers(data: Mapping[str, Any]) -> list[str]:
         if name.startswith(ENV_PREFIX)
         and name not in NO_SETTINGS
         and name != key
+        and not _SERVICE.fullmatch(name)
         and not _names_setting(name)
     ]
 

@@ -27,6 +27,7 @@ ROUTES = frozenset(
         "/v1/responses",
         "/v1/messages",
         "/v1/systemone",
+        "/v1/decisions",
         "/generative_scoring",
         "/inference/v1/generate",
         "/invocations",
@@ -40,7 +41,7 @@ ROUTES = frozenset(
         "/v1/embeddings",
     }
 )
-"""Where vLLM 0.32 takes `cache_salt` and asks the engine; a test compares them with the routes of a real server."""
+"""Where vLLM 0.32 and 0.33 take `cache_salt` and ask the engine; a test compares them with the routes of a real server."""
 
 _FORBIDDEN = frozenset("@/\\\0")
 _MAX_CHARACTERS = 128
