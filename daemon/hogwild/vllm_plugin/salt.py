@@ -41,7 +41,7 @@ ROUTES = frozenset(
         "/v1/embeddings",
     }
 )
-"""Where vLLM 0.32 and 0.33 take `cache_salt` and ask the engine; a test compares them with the routes of a real server."""
+"""Where vLLM 0.32 and 0.33 take `cache_salt` and ask the engine; a test compares them with those of a real server."""
 
 _FORBIDDEN = frozenset("@/\\\0")
 _MAX_CHARACTERS = 128
