@@ -1,5 +1,6 @@
 """Frozen context, packing and activation checkpointing: the same losses and gradients as plain autograd gives."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,19 @@ def test_less_memory_is_held_when_activations_are_computed_twice(tmp_path, famil
             trainer._losses(work)
         held.append(sum(saved.values()))
     assert held[0] < held[1] / 2
+
+
+@pytest.mark.parametrize("family", MANY)
+def test_nothing_of_a_step_is_held_after_it(tmp_path, family):
+    """Keys and values that layers hand on belong to autograd, and what is computed twice to it as well."""
+    trainer, recorder = prepared(build(family, tmp_path / "model", **MANY[family]), activation_mib=0)
+    held = []
+    for _ in range(3):
+        trainer.step([Item(text(1, 5, 20), context="full")])
+        recorder.gradients.clear()
+        gc.collect()
+        held.append(sum(type(one) is torch.Tensor for one in gc.get_objects()))
+    assert held[2] == held[1]
 
 
 def test_the_first_pass_keeps_no_more_than_its_budget_either(tmp_path):

@@ -87,7 +87,7 @@ class Recompute:
                 out = plain(*args, **kwargs)
                 self._after_one()
                 return out
-            return _Pass(plain, args, kwargs).recomputed()
+            return _Pass(plain, args, kwargs).recomputed(kwargs)
 
         layer.forward = forward
 
@@ -96,15 +96,16 @@ class _Pass:
     """One pass of a layer as a function of the tensors that it takes with a gradient.
 
     Those are its hidden states, and whatever else lies in its arguments: inputs of each layer, the keys and values of
-    another. A mapping that layers hand on is an argument as it was, and what a layer adds to it is an output.
+    another. A mapping that layers hand on is an argument as it was, and what a layer adds to it is an output. It is not
+    kept: autograd keeps the pass, and outputs in the mapping lead back to it by a way that Python's collector does not
+    see, so that all of them would stay for ever.
     """
 
     def __init__(self, layer: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._layer = layer
-        self._handed: dict[str, Any] = {
-            name: one for name, one in kwargs.items() if isinstance(one, MutableMapping)
-        }
-        before = {name: dict(one) for name, one in self._handed.items()}
+        handed = {name: one for name, one in kwargs.items() if isinstance(one, MutableMapping)}
+        self._kinds: dict[str, Any] = {name: type(one) for name, one in handed.items()}
+        before = {name: dict(one) for name, one in handed.items()}
         plain = {name: one for name, one in kwargs.items() if name not in before}
         self._leaves, self._inside = tree_flatten((args, plain, before))
         self._places = [
@@ -117,7 +118,7 @@ class _Pass:
         for place, one in zip(self._places, inputs, strict=True):
             leaves[place] = one
         args, kwargs, before = tree_unflatten(leaves, self._inside)
-        handed = {name: type(one)(before[name]) for name, one in self._handed.items()}
+        handed = {name: kind(before[name]) for name, kind in self._kinds.items()}
         out = self._layer(*args, **kwargs, **handed)
         added = {
             name: {key: one for key, one in now.items() if one is not before[name].get(key)}
@@ -125,8 +126,8 @@ class _Pass:
         }
         return tree_flatten((out, added))
 
-    def recomputed(self) -> Any:
-        """What the layer returns; mappings get what it adds. Nothing is kept but the inputs."""
+    def recomputed(self, kwargs: dict[str, Any]) -> Any:
+        """What the layer returns; the mappings of `kwargs` get what it adds. Nothing is kept but the inputs."""
         shapes: list[TreeSpec] = []
         inputs = [self._leaves[place] for place in self._places]
         for place in self._places:
@@ -134,7 +135,7 @@ class _Pass:
         outs = _Recomputed.apply(self, shapes, *inputs)  # type: ignore[no-untyped-call]
         out, added = tree_unflatten(outs, shapes[0])
         for name, new in added.items():
-            self._handed[name].update(new)
+            kwargs[name].update(new)
         return out
 
 
