@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from hogwild.ledger import Ledger
+from hogwild.one_shot import OneShot
+from hogwild.settings import Config
+from hogwild.train_command import _interrupting
+from hogwild.trainer import Trainer
 from studio import Studio, model
 from tiny import Child
 
@@ -139,6 +144,41 @@ def refusing(_pipe: Any, root: Path) -> None:
     studio.curriculum.done = killed  # type: ignore[method-assign]
     studio.train()
     studio.close()
+
+
+def test_whoever_gives_up_hogwild_train_speaks_against_nobody(tmp_path):
+    """Twice Ctrl-C while an example is trained, as often as would set it aside."""
+    model(tmp_path / "model")
+    (tmp_path / "a.jsonl").write_bytes(line(1, 2, 3) + b"\n")
+    for _ in range(STRIKES):
+        child = Child(given_up, tmp_path)
+        child.hear("in a step")
+        os.kill(child.pid, signal.SIGINT)
+        child.hear("interrupted")
+        os.kill(child.pid, signal.SIGINT)
+        child.process.join()
+        assert child.process.exitcode == 1
+    with Ledger(tmp_path / "state" / "ledger.sqlite") as ledger:
+        assert [one.crashes for one in ledger.pending(9)] == [0]
+
+
+def given_up(pipe: Any, root: Path) -> None:
+    """`hogwild train` whose first step never ends."""
+    shot = OneShot(
+        Config.model_validate({"replay": {"self_texts": 0}}), root / "model", root / "out", root / "state"
+    )
+
+    def step(*_: Any) -> None:
+        pipe.send(("in a step", None))
+        threading.Event().wait()
+
+    def interrupt() -> None:
+        shot.interrupt()
+        pipe.send(("interrupted", None))
+
+    Trainer.step = step  # type: ignore[method-assign]
+    with _interrupting(interrupt, Console(stderr=True)):
+        shot.run([root / "a.jsonl"])
 
 
 def test_a_step_that_outlasts_the_end_of_the_daemon_is_nobodys_fault(tmp_path):

@@ -207,14 +207,18 @@ class OneShot:
         return found
 
     def _train(self, learner: Learner, ledger: Ledger, on_progress: Callable[[Now], None]) -> None:
-        learner.start()
-        while learner.failure is None and not self._stop.is_set():
-            left, loss = ledger.remaining()
-            on_progress(Now(ledger.counts().passes, left, loss))
-            if not left:
-                break
-            self._stop.wait(_TURN_S)
-        stopped = learner.stop(_STOP_TIMEOUT_S)
+        try:
+            learner.start()
+            while learner.failure is None and not self._stop.is_set():
+                left, loss = ledger.remaining()
+                on_progress(Now(ledger.counts().passes, left, loss))
+                if not left:
+                    break
+                self._stop.wait(_TURN_S)
+            stopped = learner.stop(_STOP_TIMEOUT_S)
+        except KeyboardInterrupt:  # given up, which is not the fault of what is being trained
+            learner.guard.tried(learner.curriculum.under_way())
+            raise
         left, loss = ledger.remaining()
         on_progress(Now(ledger.counts().passes, left, loss))
         if learner.failure is not None:
