@@ -323,6 +323,24 @@ def test_less_memory_is_held_when_activations_are_computed_twice(tmp_path, famil
     assert held[0] < held[1] / 2
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma4_text", "zamba2"])
+def test_rows_that_wait_are_no_more_than_what_a_step_is_cut_by(tmp_path, family):
+    """Layers that share a weight have rows of each."""
+    trainer = prepared(build(family, tmp_path / "model", **MANY[family]), activation_mib=0, batch_tokens=40)[
+        0
+    ]
+    waiting, losses = [], trainer._losses
+
+    def note(group: Any) -> Any:
+        waiting.append(trainer._gather.waiting_nbytes)
+        return losses(group)
+
+    trainer._losses = note
+    trainer.step([Item(text(1, 1, 39), context="full"), Item(text(2, 1, 40), context="full")])
+    assert waiting[0] == 0
+    assert 0 < waiting[1] <= 39 * trainer._gather.row_nbytes
+
+
 @pytest.mark.parametrize("family", MANY)
 def test_nothing_of_a_step_is_held_after_it(tmp_path, family):
     """Keys and values that layers hand on belong to autograd, and what is computed twice to it as well."""

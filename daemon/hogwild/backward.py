@@ -73,11 +73,11 @@ class TrainedLinear(torch.nn.Module):
         seed: int,
         on_update: OnUpdate,
         gather: "Gather",
-        waits: bool = False,
+        uses: int = 1,
     ) -> None:
-        """`waits`: is updated at the end of the step, not in its backward pass."""
+        """`uses`: in one pass. A weight with several is updated at the end of the step, not in its backward pass."""
         super().__init__()
-        self.trains_bias, self.waits = trains_bias, waits
+        self.trains_bias, self.uses, self.waits = trains_bias, uses, uses > 1
         self.name, self.optimizer, self.seed, self.on_update = name, optimizer, seed, on_update
         self.gather = gather
         self.protected: torch.Tensor | None = None
@@ -172,8 +172,11 @@ class Gather:
 
     @property
     def row_nbytes(self) -> int:
-        """Bytes that all linear layers together keep of one token while `more` is set."""
-        return sum((one.in_features + one.out_features) * one.weight.element_size() for one in self.linears)
+        """Bytes that all linear layers together keep of one token, at most, while `more` is set."""
+        return sum(
+            one.uses * (one.in_features + one.out_features) * one.weight.element_size()
+            for one in self.linears
+        )
 
     @property
     def waiting_nbytes(self) -> int:
@@ -276,8 +279,8 @@ def train_in_backward(
             else:
                 trains_bias = module.bias is not None and bias in trainable
                 kind = TiedHead if is_tied else TrainedLinear
-                waits = uses[id(module.weight)] > 1
-                trained = kind(name, module, trains_bias, optimizer, seed, on_update, gather, waits)
+                times = uses[id(module.weight)] - is_tied  # the embedding keeps no rows
+                trained = kind(name, module, trains_bias, optimizer, seed, on_update, gather, times)
                 gather.linears.append(trained)
                 if isinstance(trained, TiedHead):
                     heads.append(trained)
