@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from hogwild.errors import LedgerError
 from hogwild.ledger import Ledger
 from hogwild.one_shot import OneShot
 from hogwild.settings import Config
 from hogwild.train_command import _interrupting
 from hogwild.trainer import Trainer
 from studio import Studio, model
+from support import wait_until
 from tiny import Child
 
 POISON = "w58"
@@ -144,6 +146,23 @@ def refusing(_pipe: Any, root: Path) -> None:
     studio.curriculum.done = killed  # type: ignore[method-assign]
     studio.train()
     studio.close()
+
+
+def test_a_ledger_that_cannot_be_written_speaks_against_no_example(tmp_path):
+    """Its disk is full after each step: the daemon ends as often as would set the example aside."""
+    accept(tmp_path, [line(1, 2, 3)])
+    for _ in range(STRIKES):
+        studio = Studio(tmp_path, probes__own=0, replay__self_texts=0)
+        with studio.ledger._db.write(fsync=False) as db:
+            db.execute(
+                "CREATE TEMP TRIGGER full BEFORE INSERT ON passes BEGIN SELECT RAISE(ABORT, 'disk is full'); END"
+            )
+        studio.learner.start()
+        wait_until(lambda learner=studio.learner: learner.failure is not None, "the trainer ends")
+        assert isinstance(studio.learner.failure, LedgerError)
+        studio.learner.stop(60)
+        assert [one.crashes for one in studio.ledger.pending(9)] == [0]
+        studio.close()
 
 
 def test_whoever_gives_up_hogwild_train_speaks_against_nobody(tmp_path):

@@ -145,7 +145,7 @@ class Trainer:
         return self._gather.embedding is not None
 
     def step(self, items: Sequence[Item]) -> StepResult:
-        """Forward, backward and one update on all of `items`.
+        """Forward, backward and an update on all of `items`; several where `activation_mib` would not suffice.
 
         The loss of the step is the mean over the items of weight * mean negative log-likelihood of the item's trained
         tokens, so an item counts the same however long it is.

@@ -1,5 +1,6 @@
 """One training step of the daemon, from the batch that the curriculum hands out to what the ledger keeps of it."""
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from hogwild.arena.control import ControlPage
 from hogwild.curriculum import Batch, Curriculum
 from hogwild.drift import Drift
 from hogwild.encoder import Encoder
-from hogwild.errors import LossError
+from hogwild.errors import ArenaError, LedgerError, LossError
 from hogwild.groups import Group, flat, regroup
 from hogwild.guard import Guard
 from hogwild.ledger import Ledger, Pass, Pending
@@ -53,6 +54,14 @@ class Turn:
             index: of the thread.
         """
         self._guard.trying(batch.examples)
+        try:
+            self._take(trainer, index, batch)
+        except (ArenaError, LedgerError):  # the server's fault, or the disk's, and no example's
+            with contextlib.suppress(LedgerError):
+                self._guard.tried(batch.examples)
+            raise
+
+    def _take(self, trainer: Trainer, index: int, batch: Batch) -> None:
         new = [(one, group) for one in batch.new if (group := self._encoder.pending(one, sets_aside=True))]
         old = [
             (one, group) for one in batch.replayed if (group := self._encoder.pending(one, sets_aside=False))
