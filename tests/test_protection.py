@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from families import build
-from hogwild import protection, skeleton
+from hogwild import coverage, protection, skeleton
 from hogwild.apollo import Optimizer
 from hogwild.config import load
 from hogwild.curriculum import Curriculum
@@ -18,7 +18,7 @@ from hogwild.settings import OptimizerConfig
 from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights, digest, load_arena
 from hogwild_kernels import ApolloConfig, ApolloState, products, reference
-from tiny import chat_model
+from tiny import chat_model, qwen2
 
 RANK = 8
 SECRET = 63  # a token that no text of the model's own has
@@ -115,6 +115,20 @@ def test_decay_shrinks_what_updates_leave_alone_and_is_refused_beside_it():
         load(overrides=wrong)
     for off in ("replay.protected_rank", "replay.self_texts", "replay.ratio"):  # nothing is protected then
         assert load(overrides={**wrong, off: 0}).optimizer.weight_decay == 0.1
+
+
+def test_a_trainer_says_of_everything_that_it_leaves_why(tmp_path):
+    """Biases too (Qwen 2), and as the doctor says it."""
+    folder = qwen2(tmp_path / "model")
+    weights = Weights(load_arena(folder))
+    trainer = Trainer(
+        skeleton.build(folder, weights), Optimizer(OptimizerConfig(rank=4), 0), Progress(weights.arena.control, 4),
+        set(weights.names), "frozen", seed=0,
+    )  # fmt: skip
+    trainer.protect({})
+    said = coverage.examine(folder, weights.arena.layout, protected=True).frozen
+    assert trainer.frozen == {name: why for name, (_, why) in said.items()}
+    assert trainer.frozen["model.layers.0.self_attn.q_proj.bias"].startswith("protected")
 
 
 def test_it_still_learns_and_the_own_texts_move_less(tmp_path):

@@ -15,6 +15,9 @@ from hogwild_kernels import UpdateResult, products
 
 OnUpdate = Callable[[str, UpdateResult], None]
 
+PROTECTED = "protected: it acts on every text alike"
+"""Why what is no matrix is left as it is where updates leave general text alone."""
+
 
 class _UpdatedLinear(torch.autograd.Function):
     """y = x W^T, whose backward updates W once the gradient of x has been computed from it.

@@ -18,12 +18,9 @@ from transformers import PreTrainedConfig
 
 from hogwild import gpu_memory, naming, skeleton, trial
 from hogwild.apollo import Optimizer
-from hogwild.backward import train_in_backward
+from hogwild.backward import PROTECTED, train_in_backward
 from hogwild.errors import HogwildError
 from hogwild.layout import Layout
-
-PROTECTED = "protected: it acts on every text alike"
-"""Why what is no matrix is left as it is."""
 
 
 @dataclass(frozen=True)

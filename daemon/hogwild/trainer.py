@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hogwild import norms, skeleton
 from hogwild.apollo import Optimizer
-from hogwild.backward import train_in_backward
+from hogwild.backward import PROTECTED, train_in_backward
 from hogwild.batch import Encoded, Item, Work, cut, packs, parts, runs
 from hogwild.context import SHORTEST, Layers, Pack, Segment, State, fixed_cache, read_one
 from hogwild.errors import LossError
@@ -236,12 +236,14 @@ class Trainer:
         """
         for linear in self._gather.linears:
             linear.protected = directions.get(linear.name)
-            linear.trains_bias = False
+            if linear.trains_bias:
+                linear.trains_bias = False
+                self._gather.frozen[f"{linear.name}.bias"] = PROTECTED
         if (embedding := self._gather.embedding) is not None:
             embedding.protected = directions.get(embedding.layer)
         for name in self._gather.small:
             self.model.get_parameter(name).requires_grad_(False)
-            self._gather.frozen[name] = "protected: it acts on every text alike"
+            self._gather.frozen[name] = PROTECTED
 
     @torch.no_grad()
     def loss(self, example: Encoded) -> float:
