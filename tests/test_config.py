@@ -251,3 +251,13 @@ def test_what_is_wrong_can_be_left_out_to_look_at_the_rest(tmp_path, monkeypatch
     monkeypatch.delenv("HOGWILD_STATEDIR")
     with pytest.raises(ConfigError, match="Unix sockets allow"):
         usable(None)
+
+
+def test_two_settings_that_exclude_each_other_are_named_and_the_rest_can_be_looked_at(tmp_path):
+    path = write(tmp_path, 'model = "/m"\n[optimizer]\nweight_decay = 0.1')
+    with pytest.raises(
+        ConfigError, match=rf"{path}: optimizer: weight_decay shrinks .* replay.protected_rank"
+    ):
+        load(path)
+    config = usable(path)
+    assert (config.model, config.optimizer) == ("/m", Config().optimizer)

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import httpx
@@ -151,4 +152,17 @@ def test_what_the_spool_never_takes_does_not_wait_and_is_named(tmp_path):
     )
     (incoming / "good.jsonl").touch()
     assert metrics.REGISTRY.get_sample_value("hogwild_spool_files") == 1
+    studio.close()
+
+
+def test_a_clock_that_is_set_back_shortens_no_uptime(tmp_path, monkeypatch):
+    """Neither with a server nor before one has come."""
+    model(tmp_path / "model")
+    studio = Studio(tmp_path, replay__self_texts=0, probes__own=0)
+    status = Status(studio.config, studio.ledger)
+    now = time.time()
+    monkeypatch.setattr("time.time", lambda: now - 3600)
+    status.write_waiting("a server", "")
+    assert json.loads((studio.config.state_dir / "status.json").read_text())["uptime_s"] >= 0
+    assert status.of(studio.learner, {}, 0, stuck=False, unasked="")["uptime_s"] >= 0
     studio.close()

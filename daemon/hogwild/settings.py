@@ -7,7 +7,15 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 SUN_PATH_BYTES = 107  # sockaddr_un.sun_path is 108 bytes on Linux, the last one a NUL
 
@@ -260,17 +268,18 @@ class Config(Table):
             data["probes"] = {**probes, "file": file}
         return data
 
-    @model_validator(mode="after")
-    def _decays_nothing_protected(self) -> "Config":
+    @field_validator("optimizer", mode="after")
+    @classmethod
+    def _decays_nothing_protected(cls, optimizer: OptimizerConfig, info: ValidationInfo) -> OptimizerConfig:
         """Decay acts on the whole weight. To keep it out of the protected directions would cost products of the weight
         with all of them in every step, many times what the update itself costs."""
-        replay = self.replay
-        if self.optimizer.weight_decay and replay.protected_rank and replay.self_texts and replay.ratio:
+        replay = info.data.get("replay")  # None: it is wrong itself
+        if replay and optimizer.weight_decay and replay.protected_rank and replay.self_texts and replay.ratio:
             raise ValueError(
-                "optimizer.weight_decay shrinks the directions that replay.protected_rank keeps as they came: "
+                "weight_decay shrinks the directions that replay.protected_rank keeps as they came: "
                 "set one of the two to 0"
             )
-        return self
+        return optimizer
 
 
 def default_state_dir() -> Path:

@@ -72,9 +72,7 @@ class Status:
         self._count(counts, self._ledger.remaining()[0])
         self._put(
             {
-                "pid": os.getpid(),
-                "at": time.time(),
-                "uptime_s": round(time.time() - self._began),
+                **self._signature(),
                 "training": False,
                 "waiting": why,
                 "refused": refused,
@@ -94,6 +92,11 @@ class Status:
             return False
         self._wrote_at = now
         return True
+
+    def _signature(self) -> dict[str, Any]:
+        """Who says it, and when."""
+        uptime_s = round(time.monotonic() - self._started)
+        return {"pid": os.getpid(), "at": time.time(), "uptime_s": uptime_s}
 
     def _put(self, status: dict[str, Any]) -> None:
         path = self._config.state_dir / "status.json"
@@ -127,9 +130,7 @@ class Status:
         incoming = self._incoming()
         generation, saved_at = self._newest_checkpoint()
         return {
-            "pid": os.getpid(),
-            "at": time.time(),
-            "uptime_s": round(time.monotonic() - self._started),
+            **self._signature(),
             "model": str(learner.folder),
             "step": learner.progress.steps,
             "epoch": learner.progress.epoch,
