@@ -148,7 +148,8 @@ def main() -> None:
     torch.set_num_threads(1)
     model = demo_model.build(options.model)
     path = options.results or (RESULTS if options.world == "final" else None)
-    overrides = dict(setting.split("=", 1) for setting in options.set)
+    texts = dict(setting.split("=", 1) for setting in options.set)
+    overrides = {key: configuration.parse(text, tuple(key.split("."))) for key, text in texts.items()}
     facts = WORLDS[options.world].facts(options.facts)
     for name in options.only or VARIANTS:
         done = _read(path)

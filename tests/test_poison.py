@@ -20,7 +20,8 @@ from support import wait_until
 from tiny import Child
 
 POISON = "w58"
-STRIKES = 3
+STRIKES, KILLS = 3, 9
+"""Refusals or errors after which an example is set aside; kills, which may come from anywhere."""
 
 
 def daemon(pipe: Any, root: Path, dies: str, settings: dict[str, Any]) -> None:
@@ -72,11 +73,12 @@ def line(*words: int) -> bytes:
 def test_what_kills_the_daemon_is_set_aside_and_only_that(tmp_path, dies, settings):
     """Whoever was trained beside it, in its step or by another thread, is trained."""
     accept(tmp_path, [line(i, i + 1, 58 if i == 3 else 57, i) for i in range(8)], **settings)
-    assert lives(tmp_path, dies, **settings) <= STRIKES + 1
+    assert lives(tmp_path, dies, **settings) <= (KILLS if dies == "kill" else STRIKES) + 1
     with Ledger(tmp_path / "state" / "ledger.sqlite") as ledger:
         (suspect,) = ledger.guards.suspects()
         assert (suspect.guard, suspect.line_no) == ("crash", 4)
-        assert len(suspect.about["strikes"]) == STRIKES
+        assert len(suspect.about["strikes"]) == KILLS, "an error counts as often"
+        assert ("poison" in suspect.reason) == (dies == "exception")
         assert ledger.counts().trained == 7
         (error,) = [line for _, _, line in ledger.errors("a.jsonl")]
         assert "ended" in error.reason

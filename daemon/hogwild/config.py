@@ -143,7 +143,7 @@ def _environment() -> Iterator[tuple[str, tuple[str, ...], Any]]:
     for name, value in sorted(os.environ.items()):
         if name.startswith(ENV_PREFIX) and _names_setting(name):
             keys = _keys(name)
-            yield name, keys, _read(value, keys)
+            yield name, keys, parse(value, keys)
 
 
 def _keys(variable: str) -> tuple[str, ...]:
@@ -181,7 +181,7 @@ def _unknown_variable(name: str) -> str:
     return f"${name}: names no setting{said}"
 
 
-def _read(text: str, keys: tuple[str, ...]) -> Any:
+def parse(text: str, keys: tuple[str, ...]) -> Any:
     """The text of a variable as a value of the key's type, `[0.9, 0.999]` as an array; as it is, where it is none:
     whoever checks the configuration says so."""
     value: Any = text

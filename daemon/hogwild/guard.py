@@ -29,6 +29,10 @@ from hogwild.trainer import StepResult, Trainer
 
 log = logs.get(__name__)
 
+_DEATHS = 3
+"""Deaths of the daemon that count as one strike: a signal may have come from anywhere, and a step is where a trainer
+mostly is."""
+
 
 @dataclass(frozen=True)
 class Strike:
@@ -79,11 +83,20 @@ class Guard:
         the process."""
         self.ledger.guards.survived([one.example_id for one in examples])
 
+    def died(self, examples: Iterable[Pending], error: BaseException) -> None:
+        """A step with these has ended with an error of its own: nobody outside has done that, so it counts as often as
+        a death that may be anybody's doing has to come."""
+        ids = [one.example_id for one in examples]
+        about = {"step": self.judge.progress.steps, "error": f"{error!r:.200}"}
+        for _ in range(_DEATHS - 1):  # `trying` has noted the first
+            self.ledger.guards.strike("crash", about, ids)
+
     def after_crash(self) -> None:
         """Set aside what the daemon has ended with too often. Before anything is trained."""
-        for example_id, who in self.ledger.guards.deadly(self.config.strikes):
+        for example_id, who in self.ledger.guards.deadly(_DEATHS * self.config.strikes):
             strikes = [one for one in self.ledger.guards.strikes(example_id) if one["guard"] == "crash"]
-            reason = f"the daemon ended {len(strikes)} times in a step with it"
+            error = strikes[-1].get("error")
+            reason = "the daemon ended again and again in a step with it" + (f": {error}" if error else "")
             self._quarantine(example_id, who, "crash", reason, [], strikes)
 
     def refused(self, trainer: Trainer, new: Sequence[tuple[Pending, Group]], reason: str) -> None:

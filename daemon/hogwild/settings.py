@@ -172,8 +172,8 @@ class GuardConfig(Table):
     max_loss: Positive = 3.0
     """Largest mean loss of an example that is trained, as a multiple of ln(vocabulary)."""
     strikes: int = Field(default=3, ge=1)
-    """Times that an example is tried whose loss or update is not finite or explodes, or in whose step the daemon ends,
-    before it is set aside."""
+    """Times that an example is tried whose loss or update is not finite or explodes, or in whose step the daemon ends
+    with an error, before it is set aside; by a signal, three times as often."""
     max_rise: Positive = 2.0
     """Nats a token by which an example's own loss may grow over its passes before it is set aside."""
     file_trips: int = Field(default=2, ge=1)

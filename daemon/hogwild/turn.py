@@ -60,6 +60,10 @@ class Turn:
             with contextlib.suppress(LedgerError):
                 self._guard.tried(batch.examples)
             raise
+        except Exception as error:
+            with contextlib.suppress(LedgerError):
+                self._guard.died(batch.examples, error)
+            raise
 
     def _take(self, trainer: Trainer, index: int, batch: Batch) -> None:
         new = [(one, group) for one in batch.new if (group := self._encoder.pending(one, sets_aside=True))]
