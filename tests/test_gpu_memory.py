@@ -204,6 +204,20 @@ def test_what_attention_keeps_and_whether_logits_are_bounded_is_read_from_the_mo
     assert [one.scores for one in sizes] == [0, 4], "Gemma 2 bounds those of its attention too"
     assert sizes[0].state == 2 * 2 * 2 * 8  # layers, keys and values, heads, width
     assert [one.softcaps for one in sizes] == [False, True]
+    assert not any(one.scans or one.waits for one in sizes)
+
+
+def test_scans_that_are_not_reckoned_and_weights_that_layers_share_are_told(tmp_path):
+    folder = build("zamba2", tmp_path / "model")
+    sizes = examine(folder, load_arena(folder).layout).sizes
+    assert sizes.scans
+    assert sizes.waits > 0
+    chosen = config(training={"threads": 1, "max_tokens": 600})
+    more = predict(sizes, chosen).activations - predict(replace(sizes, waits=0), chosen).activations
+    assert more == 600 * sizes.waits
+    about = {"sizes": {**vars(sizes)}, "weights_nbytes": 0, "gpu_nbytes": 0, "device": "GPU-x"}
+    (finding,) = doctor_model._fits(about, chosen)
+    assert "scans of its recurrent layers" in finding.found
 
 
 def test_what_vllm_leaves():

@@ -116,6 +116,11 @@ class TrainedLinear(torch.nn.Module):
         return (x if self.protected is None else products.without(x, self.protected)), d
 
     @property
+    def row_nbytes(self) -> int:
+        """Bytes that it keeps of one token, at most."""
+        return self.uses * (self.in_features + self.out_features) * self.weight.element_size()
+
+    @property
     def kept_nbytes(self) -> int:
         """Bytes of the rows of forward passes since the last update."""
         return sum(x.nbytes + d.nbytes for x, d in self._kept.rows)
@@ -176,10 +181,7 @@ class Gather:
     @property
     def row_nbytes(self) -> int:
         """Bytes that all linear layers together keep of one token, at most, while `more` is set."""
-        return sum(
-            one.uses * (one.in_features + one.out_features) * one.weight.element_size()
-            for one in self.linears
-        )
+        return sum(linear.row_nbytes for linear in self.linears)
 
     @property
     def waiting_nbytes(self) -> int:

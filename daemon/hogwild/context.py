@@ -98,6 +98,11 @@ class Layers:
         ):
             self.windows = [getattr(layer, "sliding_window", None) for layer in fresh]
 
+    @property
+    def recurrent(self) -> bool:
+        """Is there a layer that is no attention to each token before, or no layer of such kinds at all?"""
+        return any("attention" not in kind or kind.startswith("linear") for kind in self.types)
+
     def arguments(self, cache: Cache | None) -> dict[str, Any]:
         """What the model takes besides tokens, to go on from a cache."""
         if cache is None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from hogwild import gpu_memory, naming, skeleton, trial
 from hogwild.apollo import Optimizer
 from hogwild.backward import PROTECTED, train_in_backward
+from hogwild.context import Layers
 from hogwild.errors import HogwildError
 from hogwild.layout import Layout
 
@@ -107,6 +108,8 @@ def examine(folder: Path, layout: Layout, *, embeddings: bool = False, protected
             itemsize=itemsize,
             state=_state(text),
             softcaps=bool(getattr(text, "final_logit_softcapping", None)),
+            waits=sum(linear.row_nbytes for linear in gather.linears if linear.waits),
+            scans=Layers(model).recurrent,
             scores=text.num_attention_heads if model.config._attn_implementation == "eager" else 0,
         ),
     )

@@ -83,6 +83,8 @@ def _fits(about: dict[str, Any], config: Config) -> Iterator[Finding]:
         f"beside {gpu_memory.gib(about['weights_nbytes'])} GiB of weights, training takes at most {needs}, with "
         f"examples of training.max_tokens = {config.training.max_tokens} tokens, all trained"
     )
+    if about["sizes"]["scans"]:
+        found += "; what the scans of its recurrent layers take for a moment is not in it"
     less = "lower training.threads, training.max_tokens or training.activation_mib"
     own = needs.total - needs.context  # what the setting is about
     if 0 < config.training.gpu_memory_gib * 2**30 < own:

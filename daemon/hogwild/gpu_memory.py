@@ -1,6 +1,7 @@
 """How much of a GPU training takes beside the weights, reckoned from shapes and settings before anything runs.
 
-An upper bound: for an example of `training.max_tokens` tokens, all of them trained, in every thread at once.
+An upper bound, but for the scans of recurrent layers: for an example of `training.max_tokens` tokens, all of them
+trained, in every thread at once.
 docs/gpu-results.md compares it with an H200, but for what the CUDA context and libraries take, which is assumed.
 Imports no torch.
 """
@@ -44,6 +45,8 @@ class Model:
         itemsize: bytes of a weight.
         state: numbers that its attention keeps of one token, in all layers.
         softcaps: bounds its logits, which keeps them in more than one form.
+        waits: bytes of one token that layers with a weight in common keep until the end of a step.
+        scans: has recurrent layers, whose scans take something for a moment that is not reckoned.
         scores: heads of an attention that makes all its scores at once (`as_served.py`); 0: none does.
     """
 
@@ -55,6 +58,8 @@ class Model:
     itemsize: int = 2
     state: int = 0
     softcaps: bool = False
+    waits: int = 0
+    scans: bool = False
     scores: int = 0
 
 
@@ -114,7 +119,7 @@ def predict(model: Model, config: Config) -> Needs:
         directions=sum(min(replay.protected_rank, n // 2) * n for _, n in linears)
         * model.itemsize
         * protects,
-        activations=threads * (max(budget, inputs) + again),
+        activations=threads * (max(budget, inputs) + tokens * model.waits + again),
         # as the states of each context, and side by side
         contexts=threads * 2 * context * model.state * model.itemsize,
         logits=threads * max(logits - again, 0),
