@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -243,6 +244,7 @@ def test_without_a_file_the_running_daemon_says_what_is_configured(
         )
         assert found["model"]["found"] == "/nowhere/one does not exist"
         assert found["daemon"]["found"] == f"process {daemon.pid} waits for a server on {tmp_path}/one.sock"
+        assert stat.S_IMODE((daemon.state / "running.json").stat().st_mode) == 0o600, "a key may be in it"
     named = without_a_file(tmp_path, daemon, HOGWILD_STATE_DIR=str(tmp_path / "other"))
     assert named["configuration"]["found"] == "no file: defaults and environment"
     other = serving("two")

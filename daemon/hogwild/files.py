@@ -127,22 +127,22 @@ PRIVATE = 0o640
 """What holds lines that people dropped: for the owner and the group, whatever the umask."""
 
 
-def private(path: Path) -> BinaryIO:
+def private(path: Path, mode: int = PRIVATE) -> BinaryIO:
     """A new file with that mode, open for writing. OSError: it exists, or cannot be made."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     return os.fdopen(fd, "wb")
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes, mode: int = PRIVATE) -> None:
     """Put `data` in the place of a small file: the old one or the new one is there, whatever happens. OSError.
 
-    Nobody but its owner and group may read it.
+    Nobody but its owner and group may read it, unless `mode` says otherwise.
     """
     fresh = path.with_suffix(".tmp")
     fresh.unlink(
         missing_ok=True
     )  # of an interrupted write: an fsync that has failed is not tried again on it
-    with private(fresh) as file:
+    with private(fresh, mode) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

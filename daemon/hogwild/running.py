@@ -38,10 +38,13 @@ class Running:
 
 
 def leave_word(config: Config, file: Path | None) -> None:
-    """Called by the daemon, at start and after a reload. OSError: it could not be written."""
+    """Called by the daemon, at start and after a reload. OSError: it could not be written.
+
+    For its user alone: there may be a key among `server.arguments`, and the file that it is from may be private.
+    """
     said = {"pid": os.getpid(), "file": str(file.absolute()) if file else None}
     text = json.dumps({**said, "config": config.model_dump(mode="json")})
-    replace_file(config.state_dir / NAME, text.encode() + b"\n")
+    replace_file(config.state_dir / NAME, text.encode() + b"\n", mode=0o600)
 
 
 def status(state_dir: Path, pid: int) -> dict[str, Any]:
@@ -71,8 +74,8 @@ def none_in(state_dir: Path) -> HogwildError:
 def in_folder(state_dir: Path) -> Running | None:
     """The daemon that works there; None: none does, or it cannot be seen what it goes by."""
     try:
+        said = json.loads((state_dir / NAME).read_bytes())  # first: a lock may be another program's
         pid = state_lock.holder(state_dir)
-        said = json.loads((state_dir / NAME).read_bytes())
         if pid is None or said["pid"] != pid:  # what an earlier one left
             return None
         return Running(
