@@ -189,6 +189,8 @@ class Trainer:
                 for group in self._with_contexts([one for part in split for one in part]):
                     self._judge(group, self._losses(group), losses)
         for part in split:
+            if judged:
+                self._wide.refresh()  # of what the part before has moved
             for number, group in enumerate(self._with_contexts(part), 1):
                 self._gather.more = number < len(part)
                 found = self._losses(group)
