@@ -184,6 +184,7 @@ def test_whoever_gives_up_hogwild_train_speaks_against_nobody(tmp_path):
 
 def given_up(pipe: Any, root: Path) -> None:
     """`hogwild train` whose first step never ends."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     shot = OneShot(
         Config.model_validate({"replay": {"self_texts": 0}}), root / "model", root / "out", root / "state"
     )
