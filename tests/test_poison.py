@@ -110,7 +110,7 @@ def test_a_kill_that_is_nobodys_fault_leaves_nothing(tmp_path):
         child.process.join()
         assert child.process.exitcode == -signal.SIGKILL
     studio = Studio(tmp_path, probes__own=0, replay__self_texts=0)
-    assert {one.crashes for one in studio.ledger.pending(9)} <= {0, 1, 2}
+    assert max(one.crashes for one in studio.ledger.pending(9)) == 2
     studio.train()
     studio.close()
     with Ledger(tmp_path / "state" / "ledger.sqlite") as ledger:
