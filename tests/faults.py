@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 
+from forks import renew_autograd
 from hogwild import generation, log
 from hogwild.arena.client import Arena
 from hogwild.errors import CheckpointError, HogwildError, LedgerError
@@ -305,7 +306,7 @@ def in_child(work: Callable[[], None]) -> None:
     if child == 0:
         code = 1
         try:
-            quiet()
+            begin_child()
             work()
             code = 0
         except BaseException:
@@ -334,8 +335,9 @@ def preload(work: Callable[[], None]) -> None:
                         importlib.import_module(name)
 
 
-def quiet() -> None:
-    """No log on stdout: its writes would be among those that fail."""
+def begin_child() -> None:
+    """First in a forked child: no log on stdout, for its writes would be among those that fail."""
+    renew_autograd()
     log.configure("error", "json")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
@@ -385,7 +387,7 @@ class Sweep:
             ours.close()
             code = 1
             try:
-                quiet()
+                begin_child()
                 work = self.scenario.act(lambda word: theirs.send(f"{word}\n".encode()))
                 theirs.send(b"ready\n")
                 theirs.recv(1)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from faults import LINE, fingerprint, in_child, preload, quiet
+from faults import LINE, begin_child, fingerprint, in_child, preload
 from hogwild import generation
 from hogwild.settings import SpoolConfig
 from hogwild.spool import Spool
@@ -171,7 +171,7 @@ class Cuts:
         if child == 0:
             with contextlib.suppress(BaseException):
                 ours.close()
-                quiet()
+                begin_child()
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
                 work(self.root, number, lambda word: theirs.sendall(f"{word}\n".encode()))
             os._exit(0)

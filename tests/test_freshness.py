@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -496,13 +497,27 @@ def test_what_the_server_has_to_do_is_on_the_control_page(live: Live) -> None:
     before = control.load
     assert (before.in_flight, before.running, before.waiting) == (0, 0, 0)
     body = {"model": "demo", "prompt": "w1", "max_tokens": 200, "ignore_eos": True, "stream": True}
-    asked, found = 0, [(False, 0, 0)]
-    while max(found) < (True, 1, 1) and asked < 20:  # a whole answer may come before this process runs again
-        asked += 1
-        with httpx.stream("POST", f"{live.server.url}/v1/completions", json=body, timeout=300) as response:
-            for _ in response.iter_lines():
-                found.append((control.busy, control.load.in_flight, control.load.running))
-    assert max(found) == (True, 1, 1)
+    asked, enough = 0, threading.Event()
+
+    def ask() -> None:
+        nonlocal asked
+        while not enough.is_set():
+            asked += 1
+            with httpx.stream(
+                "POST", f"{live.server.url}/v1/completions", json=body, timeout=300
+            ) as response:
+                response.read()
+
+    client = threading.Thread(target=ask)
+    client.start()
+    try:
+        wait_until(
+            lambda: control.busy and (control.load.in_flight, control.load.running) == (1, 1),
+            "one is answered",
+        )
+    finally:
+        enough.set()
+        client.join()
     wait_until(lambda: not control.busy, "the answer is complete")
     after = control.load
     assert after.tokens - before.tokens == 199 * asked, "all but the first came after another one"

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from forks import renew_autograd
+
 WORDS = [f"w{i}" for i in range(60)]
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -95,6 +97,11 @@ def chat_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+def _born(work: Callable[..., None], *arguments: Any) -> None:
+    renew_autograd()
+    work(*arguments)
+
+
 class Child:
     """A forked process that runs `work(pipe, ...)`."""
 
@@ -103,7 +110,7 @@ class Child:
     def __init__(self, work: Callable[..., None], *arguments: Any) -> None:
         context: Any = multiprocessing.get_context(self.method)
         self._pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, *arguments), daemon=True)
+        self.process = context.Process(target=_born, args=(work, theirs, *arguments), daemon=True)
         self.process.start()
         theirs.close()
 

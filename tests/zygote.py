@@ -69,7 +69,10 @@ def be(kind: str, argv: Sequence[str], env: Mapping[str, str], log: str) -> None
         os.environ.update(env)
         sys.argv = list(argv)
         if kind == "daemon":
+            from forks import renew_autograd
             from hogwild.cli import main as run
+
+            renew_autograd()
         else:
             from hogwild.vllm_plugin.launch import run
         code = 0
