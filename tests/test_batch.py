@@ -155,10 +155,10 @@ def test_a_mask_is_the_same_in_pieces(tmp_path, monkeypatch, window):
     states = trainer._states([Segment([5] * 20), Segment([6] * 11)])
     segments = [Segment([7] * 13, states[0]), Segment([8] * 17), Segment([9] * 4, states[1])]
     masks = []
-    for rows in (1024, 5):
-        monkeypatch.setattr("hogwild.context._MASK_ROWS", rows)
+    for elements in (1 << 20, 100, 1):
+        monkeypatch.setattr("hogwild.context._MASK_PIECE", elements)
         pack = Pack(segments, trainer._layers, torch.bfloat16, torch.device("cpu"))
         masks.append(pack.arguments["attention_mask"])
     assert masks[0].dtype == torch.bfloat16
-    assert torch.equal(*masks)
+    assert all(torch.equal(masks[0], one) for one in masks)
     assert masks[0].isinf().any()

@@ -56,6 +56,11 @@ def test_with_a_tokenizer_it_shows_what_is_trained_and_what_is_too_long(file):
     records, text = checked([file], tokenizer=tokenizer, config={"training.max_tokens": 5})
     assert [record["ok"] for record in records] == [False, False, True]  # a text is trained in windows
     assert "training.max_tokens is 5" in text
+    records, text = checked(
+        [file], tokenizer=tokenizer, config={"training.max_trained_tokens": len(answer) - 1}
+    )
+    assert [record["ok"] for record in records] == [False, False, True]
+    assert f"{len(answer)} tokens from the first trained one on, and training.max_trained_tokens is" in text
     records, text = checked([file], tokenizer=tokenizer, context_length=11)
     assert "the model's context is 11" in text
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import assume, example, given, settings
@@ -441,6 +442,33 @@ def test_what_does_not_fit_is_refused_with_both_numbers(tokenizer):
     )  # and the end-of-text token: one more than eight windows hold
     with pytest.raises(ExampleError, match=r"251 tokens, and training\.max_tokens is 40"):
         encode(Example(text=too_many), tokenizer, max_tokens=40)
+
+
+def test_a_limit_on_what_has_gradients_is_none_on_what_is_read_before(tokenizer):
+    example = Example(prompt="one two three four", completion=" five six")
+    encoded = only(example, tokenizer, max_tokens=7, max_trained=3)
+    assert (len(encoded.ids), encoded.trained_tokens) == (7, 3)
+    first_on = r"3 tokens from the first trained one on, and training\.max_trained_tokens is 2"
+    with pytest.raises(ExampleError, match=first_on):
+        only(example, tokenizer, max_tokens=7, max_trained=2)
+    everything = r"7 tokens, all of them with gradients, and training\.max_trained_tokens is 3"
+    for full in ({"context": "full"}, {"freezes": False}):
+        with pytest.raises(ExampleError, match=everything):
+            only(example, tokenizer, max_tokens=7, max_trained=3, **full)
+    with pytest.raises(ExampleError, match=everything):
+        only(replace(example, context="full"), tokenizer, max_tokens=7, max_trained=3)
+    only(replace(example, context="frozen"), tokenizer, max_tokens=7, max_trained=3, context="full")
+    chat_of_two = chat("one", "two", "three", "four", train_on="all")
+    whole = only(chat_of_two, tokenizer, max_tokens=100)
+    later_turns_too = len(whole.ids) - whole.trained.index(True)
+    assert only(chat_of_two, tokenizer, max_tokens=100, max_trained=later_turns_too) == whole
+    with pytest.raises(ExampleError, match=f"{later_turns_too} tokens from the first trained one on"):
+        only(chat_of_two, tokenizer, max_tokens=100, max_trained=later_turns_too - 1)
+
+
+def test_a_text_is_cut_into_windows_that_may_have_gradients(tokenizer):
+    text = Example(text=" ".join(f"w{i}" for i in range(40)))
+    assert encode(text, tokenizer, max_tokens=100, max_trained=40) == encode(text, tokenizer, max_tokens=40)
 
 
 @settings(max_examples=40, deadline=None)

@@ -41,7 +41,7 @@ LLAMA = Model(
         },
         "head": (128256, 4096),
     },
-    copied=0, vocabulary=128256, hidden=4096, layers=32, state=32 * 2 * 8 * 128,
+    copied=0, vocabulary=128256, hidden=4096, layers=32, state=32 * 2 * 8 * 128, repeats=4,
 )  # fmt: skip
 
 
@@ -53,7 +53,13 @@ def shaped(hidden: int, inner: int, layers: int, q: int, kv: int, vocabulary: in
         trained |= {f"{i}.o": (hidden, q), f"{i}.gate": (inner, hidden), f"{i}.up": (inner, hidden)}
         trained |= {f"{i}.down": (hidden, inner), f"{i}.norm1": (hidden,), f"{i}.norm2": (hidden,)}
     return Model(
-        trained, copied=0, vocabulary=vocabulary, hidden=hidden, layers=layers, state=layers * 2 * kv
+        trained,
+        copied=0,
+        vocabulary=vocabulary,
+        hidden=hidden,
+        layers=layers,
+        state=layers * 2 * kv,
+        repeats=q // kv,
     )
 
 
@@ -100,9 +106,11 @@ def test_an_8b_model_with_its_defaults():
     both = 2 * (4096 + 4096) + 2 * (1024 + 4096) + 3 * (14336 + 4096)
     assert needs.moments == 8 * (64 * (32 * wide + 128256) + 64 * 4096)
     assert needs.directions == 2 * 256 * (32 * (6 * 4096 + 14336) + 4096)
-    layer = 2 * 2048 * 2 * both
+    keys = 2048 * 2 * 8 * 128 * (1 + 4)  # of a context, joined, and written out for 32 heads
+    layer = 2 * (2 * 2048 * both + keys)
     assert needs.activations == 2 * ((2 << 30) + layer)
-    assert needs.contexts == 2 * 2 * 2048 * (128 << 10)  # 128 KiB a token, twice, in both threads
+    mask = 2 * 2 * 2048 * 4096 + (20 << 20)
+    assert needs.contexts == 2 * (2 * 2048 * (128 << 10) + mask)  # 128 KiB a token, twice, in both threads
     assert needs.logits == 2 * (2048 * 128256 * 2 * 2 + 12 * loss.PIECE - layer)
     assert needs.copies == 0
     assert needs.total == sum(vars(needs).values())
@@ -113,8 +121,9 @@ def test_an_8b_model_with_its_defaults():
     ("tables", "grows"),
     [
         ({"training": {"threads": 3}}, {"activations", "contexts", "logits", "update"}),
-        ({"training": {"batch_tokens": 1024}}, {"contexts"}),
+        ({"training": {"batch_tokens": 1024}}, {"activations", "contexts"}),
         ({"training": {"max_tokens": 4096}}, {"activations", "contexts", "logits", "update"}),
+        ({"training": {"max_tokens": 8192, "max_trained_tokens": 1984}}, {"activations", "contexts"}),
         ({"training": {"activation_mib": 4096}}, {"activations", "update"}),
         ({"training": {"activation_mib": 64}}, set()),
         (
@@ -177,9 +186,35 @@ def test_no_step_takes_more_than_was_reckoned(tmp_path, dtype, mib, examples, le
     trainer.step(items)  # measures how large activations are
     taken = peak(lambda: trainer.step(items))
     sizes = examine(folder, load_arena(folder).layout).sizes
-    needs = predict(sizes, config(training={"threads": 1, "max_tokens": 900, "activation_mib": mib}))
-    reckoned = needs.activations + needs.contexts + needs.logits
+    chosen = {"max_trained_tokens": 60} if examples is READ else {}
+    needs = predict(
+        sizes, config(training={"threads": 1, "max_tokens": 900, "activation_mib": mib, **chosen})
+    )
+    reckoned = needs.activations + needs.contexts * (examples is READ) + needs.logits
     assert least * reckoned < taken < reckoned
+
+
+@pytest.mark.parametrize("examples", [[(2, 890)] * 6, [(40, 860)] * 6], ids=["2 tokens", "40 tokens"])
+@pytest.mark.parametrize("mib", [0, 2, 24])
+@pytest.mark.parametrize("heads", [(8, 1), (4, 4)])
+def test_few_tokens_after_long_contexts_take_no_more_than_was_reckoned(tmp_path, heads, mib, examples):
+    """What attention keeps of contexts counts as activations, and is dropped after each pass of a step."""
+    folder = llama(
+        tmp_path / "model", torch.bfloat16, vocab_size=512, hidden_size=128, intermediate_size=384,
+        num_hidden_layers=24, num_attention_heads=heads[0], num_key_value_heads=heads[1], max_position_embeddings=1024,
+    )  # fmt: skip
+    trainer, optimizer = prepared(folder, activation_mib=mib)
+    trainer._activations = mib << 20
+    optimizer._note = lambda *_: UpdateResult(0.0, skipped=False)
+    items = of(examples)
+    trainer.step(items)
+    taken = peak(lambda: trainer.step(items))
+    sizes = examine(folder, load_arena(folder).layout).sizes
+    assert sizes.repeats == heads[0] // heads[1]
+    chosen = {"threads": 1, "max_tokens": 900, "max_trained_tokens": 40, "activation_mib": mib}
+    needs = predict(sizes, config(training=chosen))
+    reckoned = needs.activations + needs.contexts + needs.logits
+    assert 0.2 * reckoned < taken < reckoned
 
 
 @pytest.mark.parametrize("examples", [LONG, READ], ids=["a long text", "contexts"])

@@ -45,7 +45,7 @@ class _UpdatedLinear(torch.autograd.Function):
             d = d[ctx.rows]
             dx = d.new_zeros(ctx.shape[:-1].numel(), ctx.shape[-1])
             dx[ctx.rows] = products.input_gradient(d, layer.weight)
-        layer.receive(x, d)
+        layer.receive(x.detach(), d)  # or rows that wait would keep the graph, and with it the contexts
         return dx.view(ctx.shape), None
 
 

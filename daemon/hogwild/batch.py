@@ -5,13 +5,10 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
 from hogwild.context import Segment, State
+from hogwild.gpu_memory import MERGED_CONTEXT
 from hogwild.likeliest import Likeliest
 
 T = TypeVar("T")
-
-MERGED_CONTEXT = 64
-"""Tokens of the longest context that goes through together with the trained tokens, as constants, where that gives the
-same gradients: one pass over few tokens costs less than two."""
 
 
 class Encoded(Protocol):

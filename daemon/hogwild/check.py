@@ -108,6 +108,8 @@ class Checker:
             example,
             self.tokenizer,
             max_tokens=training.max_tokens,
+            max_trained=training.most_trained,
+            context=training.context,
             context_length=self.context_length,
             train_on=training.train_on,
         )

@@ -24,7 +24,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
@@ -42,7 +42,8 @@ DISTANCE_FROM_MASK = {"bloom", "mpt"}
 """Models that bias attention by distance, counted from a mask of whole texts: no row of several."""
 _CACHE_NAMES = ("past_key_values", "cache_params")
 """What models of transformers call the cache. Most swallow any other name, and read without a cache."""
-_MASK_ROWS = 1024
+_MASK_PIECE = 1 << 20
+"""Elements of a mask that are made at once: what one is made of takes ten times what it ends up as."""
 SHORTEST = 2
 """Tokens that may go on from a recurrent state with gradient. A single one takes the way of decoding, which writes into
 the state that others go on from, and which autograd cannot go back through."""
@@ -66,6 +67,19 @@ class Segment:
     @property
     def start(self) -> int:
         return 0 if self.after is None else self.after.length
+
+    @property
+    def context_nbytes(self) -> int:
+        """Bytes of the keys and values of the tokens before it."""
+        layers = [] if self.after is None else self.after.layers
+        held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+        return sum(one.nbytes for one in held if isinstance(one, Tensor))
+
+
+def repeats(text: PreTrainedConfig) -> int:
+    """How often attention writes out a key and a value: once for each of the query heads that share it."""
+    queries = getattr(text, "num_attention_heads", None) or 1
+    return max(queries // (getattr(text, "num_key_value_heads", None) or queries), 1)
 
 
 class Layers:
@@ -189,16 +203,22 @@ class Pack:
             owners.append(torch.full((kept,), number, device=positions.device))
         key_positions, key_owners = torch.cat([*places, positions]), torch.cat([*owners, owner])
         mask = torch.zeros(len(positions), len(key_positions), dtype=dtype, device=positions.device)
-        for start in range(
-            0, len(positions), _MASK_ROWS
-        ):  # what a row is made of takes ten times what it ends up as
-            rows = slice(start, start + _MASK_ROWS)
-            distance = positions[rows, None] - key_positions[None]
-            sees = (owner[rows, None] == key_owners[None]) & (distance >= 0)
-            if window is not None:
-                sees &= distance < window
-            mask[rows].masked_fill_(~sees, -torch.inf)
+        piece = max(_MASK_PIECE // len(key_positions), 1)
+        for start in range(0, len(positions), piece):
+            rows = slice(start, start + piece)
+            mask[rows].masked_fill_(
+                ~self._sees(positions[rows], owner[rows], key_positions, key_owners, window), -torch.inf
+            )
         return mask[None, None]
+
+    @staticmethod
+    def _sees(
+        positions: Tensor, owner: Tensor, key_positions: Tensor, key_owners: Tensor, window: int | None
+    ) -> Tensor:
+        """(rows, K) bool: of the same text, not later and not beyond the window."""
+        distance = positions[:, None] - key_positions[None]
+        sees = (owner[:, None] == key_owners[None]) & (distance >= 0)
+        return sees if window is None else sees & (distance < window)
 
     def states(self) -> list[State]:
         """Of each segment, after a pass over a pack made with `keep`."""

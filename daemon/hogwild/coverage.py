@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from hogwild import gpu_memory, naming, skeleton, trial
 from hogwild.apollo import Optimizer
 from hogwild.backward import PROTECTED, train_in_backward
-from hogwild.context import Layers
+from hogwild.context import Layers, repeats
 from hogwild.errors import HogwildError
 from hogwild.layout import Layout
 
@@ -107,6 +107,7 @@ def examine(folder: Path, layout: Layout, *, embeddings: bool = False, protected
             layers=text.num_hidden_layers,
             itemsize=itemsize,
             state=_state(text),
+            repeats=repeats(text),
             softcaps=bool(getattr(text, "final_logit_softcapping", None)),
             waits=sum(linear.row_nbytes for linear in gather.linears if linear.waits),
             scans=Layers(model).recurrent,

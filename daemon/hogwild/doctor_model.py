@@ -79,13 +79,17 @@ def _covered(about: dict[str, Any]) -> Iterator[Finding]:
 def _fits(about: dict[str, Any], config: Config) -> Iterator[Finding]:
     """What training will take of the GPU, against what it may take and what the server leaves."""
     needs = gpu_memory.predict(gpu_memory.Model(**about["sizes"]), config)
+    most = config.training.most_trained
+    trained = "all trained" if most == config.training.max_tokens else f"{most} of them trained"
     found = (
         f"beside {gpu_memory.gib(about['weights_nbytes'])} GiB of weights, training takes at most {needs}, with "
-        f"examples of training.max_tokens = {config.training.max_tokens} tokens, all trained"
+        f"examples of training.max_tokens = {config.training.max_tokens} tokens, {trained}"
     )
     if about["sizes"]["scans"]:
         found += "; what the scans of its recurrent layers take for a moment is not in it"
-    less = "lower training.threads, training.max_tokens or training.activation_mib"
+    less = (
+        "lower training.threads, training.max_trained_tokens, training.max_tokens or training.activation_mib"
+    )
     own = needs.total - needs.context  # what the setting is about
     if 0 < config.training.gpu_memory_gib * 2**30 < own:
         allowed = f"training.gpu_memory_gib allows {config.training.gpu_memory_gib:g}"

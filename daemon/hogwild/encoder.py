@@ -22,13 +22,14 @@ class Encoder:
     """The tokenizer of the model in `folder`, with the settings of training.
 
     Attributes:
+        freezes: can the model's context be frozen at all?
         tokenizer: to be used only while `lock` is held: a fast one is not safe to share while its settings change.
     """
 
     def __init__(self, folder: Path, settings: TrainingConfig, ledger: Ledger) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.lock = threading.Lock()
-        self._settings, self._ledger = settings, ledger
+        self._settings, self._ledger, self.freezes = settings, ledger, True
         self._context_length = encoding.context_length(folder)
         self._warned = Warned()
 
@@ -48,6 +49,9 @@ class Encoder:
                 example,
                 self.tokenizer,
                 max_tokens=self._settings.max_tokens,
+                max_trained=self._settings.most_trained,
+                context=self._settings.context,
+                freezes=self.freezes,
                 context_length=self._context_length,
                 train_on=self._settings.train_on,
             )

@@ -103,6 +103,9 @@ def encode(
     tokenizer: Tokenizer,
     *,
     max_tokens: int,
+    max_trained: int | None = None,
+    context: Context = "frozen",
+    freezes: bool = True,
     context_length: int | None = None,
     train_on: TrainOn = "last",
 ) -> list[Encoded]:
@@ -111,6 +114,9 @@ def encode(
     Args:
         tokenizer: the model's own, with its chat template.
         max_tokens: longest allowed, context included.
+        max_trained: longest allowed from the first trained token on, or in all where context is not frozen.
+        context: for lines that do not say.
+        freezes: can the model's context be frozen at all?
         context_length: longest that the model takes, if that is known.
         train_on: for chats whose line does not say.
 
@@ -128,7 +134,7 @@ def encode(
         elif example.completion is not None:
             parts = [encode_completion(example.prompt or "", example.completion, tokenizer)]
         else:
-            longest = max_tokens if context_length is None else min(max_tokens, context_length)
+            longest = min(limit for limit in (max_tokens, max_trained, context_length) if limit is not None)
             parts = encode_text(example.text or "", tokenizer, longest)
     except (ExampleError, MemoryError):
         raise
@@ -142,6 +148,11 @@ def encode(
             raise ExampleError(f"{length} tokens, and training.max_tokens is {max_tokens}")
         if not any(part.trained):
             raise ExampleError("no token to train on")
+        full = not freezes or (example.context or context) == "full"
+        trained = length if full else length - part.trained.index(True)
+        if max_trained is not None and trained > max_trained:
+            which = "tokens, all of them with gradients" if full else "tokens from the first trained one on"
+            raise ExampleError(f"{trained} {which}, and training.max_trained_tokens is {max_trained}")
     return parts
 
 

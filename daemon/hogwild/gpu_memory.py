@@ -1,7 +1,7 @@
 """How much of a GPU training takes beside the weights, reckoned from shapes and settings before anything runs.
 
-An upper bound, but for the scans of recurrent layers: for an example of `training.max_tokens` tokens, all of them
-trained, in every thread at once.
+An upper bound, but for the scans of recurrent layers: for an example of `training.max_tokens` tokens in every thread at
+once, as many of them trained as may be (`TrainingConfig.most_trained`).
 docs/gpu-results.md compares it with an H200, but for what the CUDA context and libraries take, which is assumed.
 Imports no torch.
 """
@@ -23,9 +23,14 @@ _TUNING = 384 << 20
 rows of a weight (cuda.py)."""
 _LOSS = 3 * 4 << 24
 """Bytes of the fp32 copies of a piece of the logits (loss.py)."""
+_MASK = 20 << 20
+"""Bytes of what a piece of a mask is made of (context.py)."""
 CONTEXTS = 4
 """Times `training.batch_tokens`: tokens of context that are read at once, and whose keys and values are kept, unless a
 single example has more."""
+MERGED_CONTEXT = 64
+"""Tokens of the longest context that goes through together with the trained tokens, as constants, where that gives the
+same gradients: one pass over few tokens costs less than two."""
 _SCORE = 16
 """Bytes of one of them: as the model makes it, bounded and normalised in fp32, and gradients of both."""
 _DRIFT = 160 << 20
@@ -44,6 +49,7 @@ class Model:
         vocabulary, hidden, layers: sizes of its language model.
         itemsize: bytes of a weight.
         state: numbers that its attention keeps of one token, in all layers.
+        repeats: how often attention writes each of them out, for query heads that share it.
         softcaps: bounds its logits, which keeps them in more than one form.
         waits: bytes of one token that layers with a weight in common keep until the end of a step.
         scans: has recurrent layers, whose scans take something for a moment that is not reckoned.
@@ -57,6 +63,7 @@ class Model:
     layers: int
     itemsize: int = 2
     state: int = 0
+    repeats: int = 1
     softcaps: bool = False
     waits: int = 0
     scans: bool = False
@@ -71,7 +78,7 @@ class Needs:
         moments: of the optimizer.
         directions: that updates leave alone.
         activations: of all threads' passes, and what earlier passes of a step keep for its update.
-        contexts: keys and values of what is read and not trained.
+        contexts: keys and values of what is read and not trained, and masks that say which text sees which.
         logits: of all threads' passes and what their loss makes of them, beyond a layer that is computed twice: they
             are gone by then.
         update: of all threads, for one layer at a time.
@@ -100,7 +107,9 @@ class Needs:
 def predict(model: Model, config: Config) -> Needs:
     """What training of this model takes with these settings."""
     training, replay, rank = config.training, config.replay, config.optimizer.rank
-    threads, tokens = training.threads, max(training.batch_tokens, training.max_tokens)
+    threads = training.threads
+    longest = min(training.most_trained + MERGED_CONTEXT, training.max_tokens)
+    tokens = max(training.batch_tokens, longest)
     linears = [shape for shape in model.trained.values() if len(shape) == 2]
     small = sum(math.prod(shape) for shape in model.trained.values() if len(shape) != 2)
     protects = bool(replay.protected_rank and replay.self_texts and replay.ratio)
@@ -110,7 +119,14 @@ def predict(model: Model, config: Config) -> Needs:
     inputs = tokens * model.hidden * model.layers * model.itemsize  # of layers that are computed twice
     context = max(CONTEXTS * training.batch_tokens, training.max_tokens)
     scores = _SCORE * model.scores * context**2  # contexts that are read in one row, or one long example
-    again = 2 * tokens * inner // max(model.layers, 1) + scores  # one of them
+    # Of a layer, the keys and values of a context, joined to those of a pass and written out for all query heads.
+    keys = context * model.state * (1 + model.repeats) * model.itemsize
+    again = (2 * tokens * inner + keys) // max(model.layers, 1) + scores  # one of them
+    read = min(CONTEXTS * training.batch_tokens, context)  # in one row
+    seen = max(tokens * (context + tokens), read * context)  # elements of a mask
+    masks = 2 * seen * model.itemsize + min(
+        _MASK, 20 * seen
+    )  # as it is made, as the kernel wants it, and a piece
     elements = tokens * model.vocabulary
     logits = elements * model.itemsize * (5 if model.softcaps else 2) + min(_LOSS, 12 * elements)
     rows = tokens + budget // max(row, 1)  # of one update
@@ -121,7 +137,7 @@ def predict(model: Model, config: Config) -> Needs:
         * protects,
         activations=threads * (max(budget, inputs) + tokens * model.waits + again),
         # as the states of each context, and side by side
-        contexts=threads * 2 * context * model.state * model.itemsize,
+        contexts=threads * (2 * context * model.state * model.itemsize + masks),
         logits=threads * max(logits - again, 0),
         update=threads
         * (

@@ -102,7 +102,8 @@ class Learner:
                 "no linear layer of the server is plain memory, so there is nothing to train",
                 [f"{name}: {reason}" for name, reason in self.frozen.items()],
             )
-        if config.training.context == "frozen" and not self.trainers[0].can_freeze:
+        self.encoder.freezes = self.trainers[0].can_freeze
+        if config.training.context == "frozen" and not self.encoder.freezes:
             log.warning("context.not_frozen", model_type=self.reader.config.model_type)
         if device.type == "cpu":
             warm_up(self.reader.dtype)  # compiles the update now, not in the middle of the first example

@@ -123,6 +123,13 @@ class Files:
                 (file_id,),
             )
 
+    def taken(self, file_id: int) -> Growing | None:
+        """What a file was when it was accepted; None: a version that did not note it accepted it."""
+        with self._db.read() as db:
+            query = f"SELECT {_COLUMNS} FROM files WHERE file_id = ? AND content_bytes IS NOT NULL"
+            row = db.execute(query, (file_id,)).fetchone()
+        return Growing(*row) if row else None
+
     def set_growing(self, *files: Growing) -> None:
         """Somebody may still be writing to them, wherever in done/ or failed/ they are."""
         with self._db.write(fsync=False) as db:

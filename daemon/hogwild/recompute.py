@@ -42,13 +42,13 @@ class Recompute:
             self._layers += 1
 
     @contextmanager
-    def within_budget(self, tokens: int, taken: int = 0) -> Iterator[None]:
-        """Around a forward pass over `tokens` tokens; `taken` bytes of the budget are held by earlier ones."""
+    def within_budget(self, tokens: int, taken: int = 0, beside: int = 0) -> Iterator[None]:
+        """Around a forward pass over `tokens` tokens; `taken` bytes of the budget are held by earlier ones, and
+        `beside` bytes more are what attention keeps of their contexts."""
         known = self._bytes_per_token
         self._room = max(self._budget - taken, 0)
-        self._on = self._room == 0 or (
-            tokens > _FIRST_TOKENS if known is None else known * tokens > self._room
-        )
+        kept = beside + (known or 0.0) * tokens
+        self._on = self._room == 0 or kept > self._room or (known is None and tokens > _FIRST_TOKENS)
         try:
             if self._on or known is not None or not torch.is_grad_enabled():
                 yield
@@ -56,7 +56,8 @@ class Recompute:
                 self._saved, self._seen = {}, 0
                 with torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor):
                     yield
-                self._bytes_per_token = self._whole() / tokens
+                if (own := self._whole() - beside) > beside:  # or hardly any of it is the tokens'
+                    self._bytes_per_token = own / tokens
         finally:
             self._on, self._saved = False, None
 

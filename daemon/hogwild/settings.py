@@ -63,6 +63,9 @@ class TrainingConfig(Table):
     """Times an example is trained on, unless its line says otherwise. Fixed when the example is accepted."""
     max_tokens: int = Field(default=2048, ge=2)
     """Tokens of the longest example, context included; a longer one is set aside as failed."""
+    max_trained_tokens: int = Field(default=0, ge=0)
+    """Of these, tokens from the first trained one on (with "full" context, all), which take much more memory than what
+    is read before them. 0: as many as `max_tokens`."""
     step_tokens: int = Field(default=0, ge=0)
     """New examples are put into one step up to about so many tokens. 0: one a step, which learns soonest."""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -89,6 +92,11 @@ class TrainingConfig(Table):
     """GiB of a GPU that training may take beside the weights; 0: whatever the server has left free."""
     unlearn_until_loss: Positive = 5.0
     """Nats at which a token of a line with a negative weight counts as unlearned and is left alone."""
+
+    @property
+    def most_trained(self) -> int:
+        """Tokens of an example that may go through the model with gradients."""
+        return min(self.max_trained_tokens or self.max_tokens, self.max_tokens)
 
 
 class ReplayConfig(Table):

@@ -136,6 +136,15 @@ class Growth:
         return now
 
 
+def has_grown(path: Path, file: Growing) -> bool:
+    """Does it begin with what was taken of it, and go on?"""
+    try:
+        _, length, start = _compare(path, file)
+    except (DamagedFileError, OSError):
+        return False
+    return start is not None and length > file.content_bytes > 0
+
+
 def _compare(path: Path, file: Growing) -> tuple[str, int, int | None]:
     """(hash of the content now, its length, where what is new begins); None: what was taken is no longer there."""
     whole, old = hashlib.sha256(), hashlib.sha256()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hogwild import pulse
-from hogwild.ledger_records import BadLine, GoodLine
+from hogwild.ledger_records import BadLine, GoodLine, Growing
 from hogwild.lines import DamagedFileError, content_hash, parse_lines, raw_hash, read_lines, unpack
 from hogwild.settings import SpoolConfig
 from hogwild.spool_files import Lease, Signature, is_wanted, open_plain, read_whole, take_lease
@@ -44,6 +44,8 @@ class Candidate:
     lines: Sequence[GoodLine | BadLine] | None = None
     """None: too large to be held."""
     stored_as: str = ""
+    taken: Growing | None = None
+    """What the ledger has of it, if it has grown since it was accepted."""
 
     def may_grow(self) -> bool:
         """Whether somebody may have it open for writing, has it under another name too, or is just opening it."""

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from hogwild import log, pulse, spool_names, spool_read
 from hogwild.errors import AlreadyAccepted, LedgerError
@@ -16,7 +17,7 @@ from hogwild.ledger import Ledger
 from hogwild.ledger_records import BadLine, FileRecord, Growing, NewFile
 from hogwild.settings import SpoolConfig
 from hogwild.spool_files import Signature, fsync_folder, move, printable, user, write_errors_file
-from hogwild.spool_grown import Growth
+from hogwild.spool_grown import Growth, has_grown
 from hogwild.spool_names import ERRORS, FORCE
 from hogwild.spool_read import Candidate, ChangedError
 
@@ -53,7 +54,9 @@ class Intake:
         self.incoming, self.done, self.failed = (config.dir / x for x in ("incoming", "done", "failed"))
         self._config, self._ledger, self._growth, self._passes = config, ledger, growth, passes
         self._on_accepted, self._say_once = on_accepted, say_once
-        self._unmoved: dict[tuple[str, str], FileRecord] = {}
+        self._unmoved: dict[
+            str, dict[str, FileRecord]
+        ] = {}  # name -> hash of the content -> what the ledger has
 
     def recover(self) -> None:
         """Finds what a crash kept from being moved."""
@@ -61,7 +64,7 @@ class Intake:
             like = spool_names.printed_like(self.incoming, record.name)
             moved = any(os.path.lexists(f"{x}/{record.stored_as}") for x in (self.done, self.failed))
             if not moved and any(printable(name) == record.name for name in like):
-                self._unmoved[record.name, record.content_hash] = record
+                self._unmoved.setdefault(record.name, {})[record.content_hash] = record
             else:
                 self._ledger.set_lost(record.file_id)
 
@@ -129,7 +132,8 @@ class Intake:
             return
         try:
             spool_names.choose(batch, self._ledger, (self.done, self.failed))
-            new = [one for one in batch if (one.name, one.digest) not in self._unmoved]
+            known = {id(one): self._left_over(one) for one in batch}
+            new = [one for one in batch if known[id(one)] is None]
             results = self._ledger.accept_files(
                 [
                     NewFile(
@@ -140,15 +144,13 @@ class Intake:
                 ],
                 passes=self._passes,
             )  # fmt: skip
-            outcome = {id(one): result for one, result in zip(new, results, strict=True)}
-            for one in batch:
-                if id(one) not in outcome:
-                    outcome[id(one)] = self._unmoved[one.name, one.digest]
+            accepted = iter(results)
+            outcome = [(one, known[id(one)] or next(accepted)) for one in batch]
+            for one, result in outcome:
                 one.lines = None  # they are in the ledger
-            for result in outcome.values():
                 if isinstance(result, FileRecord) and result.examples:
                     self._on_accepted(result)
-            self._put_away([(one, outcome[id(one)]) for one in batch], scan)
+            self._put_away(outcome, scan)
         finally:
             for one in batch:
                 one.close()
@@ -160,7 +162,7 @@ class Intake:
         def take() -> None:
             lines = spool_read.read_large(one, self._config.max_line_bytes)
             spool_names.choose([one], self._ledger, (self.done, self.failed))
-            record: FileRecord | AlreadyAccepted | None = self._unmoved.get((one.name, one.digest))
+            record: FileRecord | AlreadyAccepted | None = self._left_over(one)
             if record is None:
                 try:
                     record = self._ledger.accept_file(
@@ -194,7 +196,7 @@ class Intake:
             self._ledger.set_growing(*copies)
         for one, result in files:
             if isinstance(result, FileRecord):
-                self._unmoved[result.name, result.content_hash] = result
+                self._unmoved.setdefault(result.name, {})[result.content_hash] = result
 
             def put(one: Candidate = one, result: FileRecord | AlreadyAccepted = result) -> None:
                 first, stored_as = None, one.stored_as
@@ -210,8 +212,8 @@ class Intake:
                 if not same and not isinstance(result, FileRecord):
                     raise ChangedError
                 moved.append((one, result, target, first))
-                if same and one.may_grow():
-                    growing.append(_growing(one, result))
+                if same and (one.taken or one.may_grow()):
+                    growing.append(one.taken or _growing(one, result))
 
             self._guarded(put, one, scan)
         over = {file.stored_as for file in copies} - {file.stored_as for file in growing}
@@ -228,6 +230,18 @@ class Intake:
             self._growth.add(file)
         for one, result, target, first in moved:
             self._report(one, result, target, first, scan)
+
+    def _left_over(self, one: Candidate) -> FileRecord | None:
+        """What the ledger has of a file that could not be moved when it was accepted, grown or not since."""
+        records = self._unmoved.get(one.name, {})
+        if one.digest in records:
+            return records[one.digest]
+        for record in records.values():
+            taken = self._ledger.taken(record.file_id)
+            if taken is not None and has_grown(Path(one.path), taken):
+                one.taken = taken
+                return record
+        return None
 
     def _became(self, known: AlreadyAccepted) -> str:
         record = self._ledger.file(known.file_id)
@@ -256,7 +270,10 @@ class Intake:
                 hint=f"{self._became(result)}; to learn it again, put `{FORCE[:-1]}` before .jsonl in its name",
             )
             return
-        self._unmoved.pop((result.name, result.content_hash), None)
+        if records := self._unmoved.pop(result.name, None):
+            records.pop(result.content_hash, None)
+            if records:
+                self._unmoved[result.name] = records
         if first is not None:
             logger.warning(
                 "spool.rejected",

@@ -15,7 +15,7 @@ from hogwild import norms, skeleton
 from hogwild.apollo import Optimizer
 from hogwild.backward import PROTECTED, train_in_backward
 from hogwild.batch import Encoded, Item, Work, cut, packs, parts, runs
-from hogwild.context import SHORTEST, Layers, Pack, Segment, State, fixed_cache, read_one
+from hogwild.context import SHORTEST, Layers, Pack, Segment, State, fixed_cache, read_one, repeats
 from hogwild.errors import LossError
 from hogwild.gpu_memory import CONTEXTS
 from hogwild.loss import bounded_loss, negative_log_likelihoods, unlearning_limit
@@ -130,6 +130,7 @@ class Trainer:
         text = model.config.get_text_config(decoder=True)
         self._activations = activation_mib << 20
         self._input_nbytes = int(text.hidden_size * text.num_hidden_layers * self._wide.dtype.itemsize)
+        self._repeats = repeats(text)
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):  # what transformers calls a layer
                 module.register_forward_pre_hook(lambda *_: between_layers())
@@ -193,16 +194,19 @@ class Trainer:
                 self._wide.refresh()  # of what the part before has moved
             for number, group in enumerate(self._with_contexts(part), 1):
                 self._gather.more = number < len(part)
-                found = self._losses(group)
-                if not judged:
-                    self._judge(group, found, losses)
-                pairs = zip(group, found, strict=True)
-                summands = [
-                    bounded_loss(nll, one.weight / len(work), self._unlearning_limit) for one, nll in pairs
-                ]
-                torch.stack(summands).sum().backward()  # type: ignore[no-untyped-call]
+                self._pass(group, len(work), None if judged else losses)
             self._gather.finish()
         return losses
+
+    def _pass(self, group: Sequence[Work], items: int, losses: list[float] | None) -> None:
+        """Forward and backward through what goes together, of a step with so many items; judged, if there is a list for
+        their losses. Its graph, which keeps the contexts, is gone when it returns."""
+        found = self._losses(group)
+        if losses is not None:
+            self._judge(group, found, losses)
+        pairs = zip(group, found, strict=True)
+        summands = [bounded_loss(nll, one.weight / items, self._unlearning_limit) for one, nll in pairs]
+        torch.stack(summands).sum().backward()  # type: ignore[no-untyped-call]
 
     def _may_wait(self, tokens: int) -> int:
         """Tokens whose rows may wait for an update beside a pass of so many that keeps no more than it must."""
@@ -318,7 +322,8 @@ class Trainer:
             places += [begun + place for place in one.places]
             begun += len(one.ids)
         targets = put([target for one in group for target in one.targets], device)
-        with self._recompute.within_budget(ids.numel(), self._gather.waiting_nbytes):
+        beside = self._repeats * sum(segment.context_nbytes for segment in segments)
+        with self._recompute.within_budget(ids.numel(), self._gather.waiting_nbytes, beside):
             logits = self.model(ids, logits_to_keep=put(places, device), **arguments).logits
         losses = negative_log_likelihoods(logits[0], targets)
         found, begun = [], 0
