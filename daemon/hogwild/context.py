@@ -206,9 +206,9 @@ class Pack:
         piece = max(_MASK_PIECE // len(key_positions), 1)
         for start in range(0, len(positions), piece):
             rows = slice(start, start + piece)
-            mask[rows].masked_fill_(
-                ~self._sees(positions[rows], owner[rows], key_positions, key_owners, window), -torch.inf
-            )
+            sees = self._sees(positions[rows], owner[rows], key_positions, key_owners, window)
+            mask[rows].masked_fill_(~sees, -torch.inf)
+            del sees  # before the next piece is made
         return mask[None, None]
 
     @staticmethod

@@ -124,9 +124,8 @@ def predict(model: Model, config: Config) -> Needs:
     again = (2 * tokens * inner + keys) // max(model.layers, 1) + scores  # one of them
     read = min(CONTEXTS * training.batch_tokens, context)  # in one row
     seen = max(tokens * (context + tokens), read * context)  # elements of a mask
-    masks = 2 * seen * model.itemsize + min(
-        _MASK, 20 * seen
-    )  # as it is made, as the kernel wants it, and a piece
+    # As it is made, as the kernel wants it, and what a piece is made of.
+    masks = 2 * seen * model.itemsize + min(_MASK, 20 * seen)
     elements = tokens * model.vocabulary
     logits = elements * model.itemsize * (5 if model.softcaps else 2) + min(_LOSS, 12 * elements)
     rows = tokens + budget // max(row, 1)  # of one update

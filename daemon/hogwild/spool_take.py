@@ -54,9 +54,8 @@ class Intake:
         self.incoming, self.done, self.failed = (config.dir / x for x in ("incoming", "done", "failed"))
         self._config, self._ledger, self._growth, self._passes = config, ledger, growth, passes
         self._on_accepted, self._say_once = on_accepted, say_once
-        self._unmoved: dict[
-            str, dict[str, FileRecord]
-        ] = {}  # name -> hash of the content -> what the ledger has
+        self._unmoved: dict[str, dict[str, FileRecord]] = {}
+        """Name -> hash of the content -> what the ledger has of a file that has not left incoming/."""
 
     def recover(self) -> None:
         """Finds what a crash kept from being moved."""
