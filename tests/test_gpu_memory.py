@@ -1,8 +1,11 @@
 """What training of a model takes of a GPU, reckoned beforehand, against what it takes where that can be seen."""
 
+import gc
 import math
 import tomllib
+import weakref
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -194,15 +197,20 @@ def test_no_step_takes_more_than_was_reckoned(tmp_path, dtype, mib, examples, le
     assert least * reckoned < taken < reckoned
 
 
+def sharing(folder: Path, heads: tuple[int, int]) -> Path:
+    """So many query heads, and heads of keys and values, in many layers."""
+    return llama(
+        folder, torch.bfloat16, vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=24,
+        num_attention_heads=heads[0], num_key_value_heads=heads[1], max_position_embeddings=1024,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("examples", [[(2, 890)] * 6, [(40, 860)] * 6], ids=["2 tokens", "40 tokens"])
 @pytest.mark.parametrize("mib", [0, 2, 24])
-@pytest.mark.parametrize("heads", [(8, 1), (4, 4)])
+@pytest.mark.parametrize("heads", [(8, 2), (4, 4)])
 def test_few_tokens_after_long_contexts_take_no_more_than_was_reckoned(tmp_path, heads, mib, examples):
-    """What attention keeps of contexts counts as activations, and is dropped after each pass of a step."""
-    folder = llama(
-        tmp_path / "model", torch.bfloat16, vocab_size=512, hidden_size=128, intermediate_size=384,
-        num_hidden_layers=24, num_attention_heads=heads[0], num_key_value_heads=heads[1], max_position_embeddings=1024,
-    )  # fmt: skip
+    folder = sharing(tmp_path / "model", heads)
     trainer, optimizer = prepared(folder, activation_mib=mib)
     trainer._activations = mib << 20
     optimizer._note = lambda *_: UpdateResult(0.0, skipped=False)
@@ -215,6 +223,51 @@ def test_few_tokens_after_long_contexts_take_no_more_than_was_reckoned(tmp_path,
     needs = predict(sizes, config(training=chosen))
     reckoned = needs.activations + needs.contexts + needs.logits
     assert 0.2 * reckoned < taken < reckoned
+
+
+@pytest.mark.parametrize("heads", [(8, 2), (4, 4)])
+def test_what_attention_keeps_of_contexts_counts_as_activations(tmp_path, heads):
+    """Its keys and values, written out for every query head."""
+    trainer, optimizer = prepared(sharing(tmp_path / "model", heads), activation_mib=64)
+    optimizer._note = lambda *_: UpdateResult(0.0, skipped=False)
+    kept = 890 * 2 * 128 * 2 * 24  # of a context
+    recompute, twice, wholes = trainer._recompute, list[bool](), list[float]()
+    real = recompute._whole, recompute.within_budget
+    recompute._whole = lambda: wholes.append(real[0]()) or wholes[-1]  # type: ignore[func-returns-value, method-assign]
+
+    @contextmanager
+    def noted(*given: int) -> Any:
+        with real[1](*given):
+            twice.append(recompute._on)
+            yield
+
+    recompute.within_budget = noted  # type: ignore[method-assign]
+    trainer.step(of([(2, 890)]))
+    assert kept < wholes[-1] < 1.1 * kept
+    trainer.step(of([(100, 0)]))
+    assert recompute._bytes_per_token
+    for budget in (1.2, 0.9):
+        recompute._budget = int(budget * kept)
+        trainer.step(of([(2, 890)]))
+    assert twice == [False, False, False, True]
+
+
+@pytest.mark.parametrize("mib", [16, 64])
+def test_the_contexts_of_a_pass_go_with_it(tmp_path, mib):
+    """In a step of several passes, whose rows wait for its end; layers computed twice, and once."""
+    trainer, _ = prepared(sharing(tmp_path / "model", (4, 4)), activation_mib=mib)
+    trainer._activations = mib << 20
+    real, states, alive = trainer._read, list[Any](), list[int]()
+
+    def read(work: Any) -> None:
+        gc.collect()
+        alive.append(sum(state() is not None for state in states))
+        real(work)
+        states.extend(weakref.ref(keys) for one in work for keys in one.after.layers)
+
+    trainer._read = read  # type: ignore[method-assign]
+    trainer.step(of([(2, 890)] * 6))
+    assert alive == [0, 0, 0], "three passes, and one part"
 
 
 @pytest.mark.parametrize("examples", [LONG, READ], ids=["a long text", "contexts"])
