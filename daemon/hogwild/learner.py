@@ -282,7 +282,10 @@ class Learner:
         self.governor.hurry()
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
-            thread.join(max(deadline - time.monotonic(), 0.1))
+            # In turns: of a signal that another thread was given, Python tells this one when it wakes.
+            thread.join(0.1)
+            while thread.is_alive() and time.monotonic() < deadline:
+                thread.join(0.1)
         self._preparation.close()
         self.progress.settle()
         if not any(thread.is_alive() for thread in self._threads):
