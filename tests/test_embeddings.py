@@ -1,6 +1,7 @@
 """Embeddings that are trained: which rows move and by how much, alone or tied to a head."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,7 +23,7 @@ from hogwild.trainer import Item
 from hogwild.weights import Weights, digest, load_arena
 from hogwild_kernels import ApolloConfig, ApolloState, reference
 from studio import Studio
-from test_trainer import EXAMPLE, OTHER, Setting, resumed, run
+from test_trainer import EXAMPLE, OTHER, Setting, overflow, resumed, run
 from tiny import llama, qwen2
 
 TABLE = "model.embed_tokens.weight"
@@ -111,21 +112,22 @@ def test_a_step_of_several_passes_updates_it_once_with_the_gradient_of_their_mea
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("then", [EXAMPLE, OTHER], ids=["example", "other"])
-def test_a_step_that_is_given_up_leaves_nothing_behind(tmp_path, tied, then):
-    """The second of two passes is refused: what the first one found for the embedding must not move it later, which
-    shows where the next example is not the one of the first pass."""
+@pytest.mark.parametrize("bad", [EXAMPLE, OTHER], ids=["example", "other"])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_step_that_is_given_up_leaves_nothing_behind(tmp_path, tied, bad, late):
+    """One of two passes is refused: what the other, if it was the first, has found for the embedding must not move it
+    later, which shows where the next example is another one."""
     folder = llama(tmp_path / "model", tie_word_embeddings=tied)
     setting, fresh = setting_on(folder), setting_on(folder)
-    setting.trainer._batch_tokens = 1
-    answers = iter([True, False, True])
-    setting.trainer.trainable = lambda _loss, _weight: next(answers)
+    setting.trainer._batch_tokens, setting.trainer.stream.waits = 1, late
+    setting.trainer._max_loss = 0.0  # which is not asked of what is unlearned
     before = setting.snapshot()
     with pytest.raises(LossError):
-        setting.trainer.step([Item(EXAMPLE), Item(OTHER)])
+        setting.trainer.step([Item(one, 1.0 if one is bad else -1.0) for one in (EXAMPLE, OTHER)])
+    setting.trainer._max_loss = math.inf
     assert all(torch.equal(before[n], setting.weights.view(n)) for n in before)
     for one in (setting, fresh):
-        one.trainer.step([Item(then)])
+        one.trainer.step([Item(bad)])
     assert torch.equal(setting.weights.view(TABLE), fresh.weights.view(TABLE))
     assert not torch.equal(setting.weights.view(TABLE), before[TABLE])
 
@@ -142,8 +144,7 @@ def test_a_gradient_that_is_dense_after_all_gives_the_same_update(tmp_path):
 
 def test_a_gradient_that_is_not_finite_touches_no_row(tmp_path):
     setting = setting_on(llama(tmp_path / "model", tie_word_embeddings=False))
-    setting.trainer.trainable = lambda _loss, _weight: True
-    setting.weights.view("model.norm.weight")[3] = float("nan")
+    overflow(setting.trainer)
     before = setting.weights.view(TABLE).clone()
     result = setting.trainer.step([Item(EXAMPLE)])
     assert result.skipped == result.updates > 0

@@ -4,6 +4,8 @@ The truth is plain transformers and plain autograd on the same checkpoint (famil
 the kernels as the factors D = G^T and X = 1, says where each weight has to be after the step.
 """
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,16 +17,18 @@ from torch.nn.functional import cosine_similarity
 
 from architectures import ARCHITECTURES, Architecture
 from families import Truth
-from hogwild import coverage, skeleton
+from hogwild import apollo, coverage, skeleton
 from hogwild.apollo import Optimizer
 from hogwild.arena.client import Arena
 from hogwild.encoding import Encoded
+from hogwild.errors import LossError
 from hogwild.layout import Layout
 from hogwild.settings import OptimizerConfig
 from hogwild.trainer import Item, Progress, Trainer
 from hogwild.trial import Verdict
 from hogwild.weights import Weights, load_arena
-from hogwild_kernels import products
+from hogwild_kernels import UpdateResult, products
+from test_streams import Waits
 
 ROWS = [architecture for architecture in ARCHITECTURES if not architecture.refused]
 OPTIMIZER = OptimizerConfig(rank=4, lr=0.05, eps=0.01)
@@ -84,9 +88,9 @@ class Case:
         constants = "none" if not done.trainer.can_freeze else "read" if recurrent else "everywhere"
         return self.truth(constants, done.dtype)
 
-    def step(self, context: Any, dtype: torch.dtype = torch.float32, **settings: Any) -> "Done":
-        """One step of a new trainer. In the arena lies the whole checkpoint, as `hogwild train` has it; in bf16, what
-        vLLM serves as the checkpoint has it."""
+    def setting(self, context: Any, dtype: torch.dtype = torch.float32, **settings: Any) -> "Setting":
+        """A new trainer. In the arena lies the whole checkpoint, as `hogwild train` has it; in bf16, what vLLM serves
+        as the checkpoint has it."""
         arena, folder = load_arena(self.folder(dtype)), self.folder(dtype)
         # A head that is stored a second time is another weight, unless the server has found it to be the same.
         parts = self.architecture.frozen if dtype == torch.bfloat16 or self.architecture.head else ()
@@ -96,13 +100,21 @@ class Case:
         weights = Weights(Arena(arena.weights, arena.control, layout))
         model = skeleton.build(folder, weights)
         after = {name: weights.at(region) for name, region in skeleton.bound(model).items()}
+        optimizer = Optimizer(OPTIMIZER, seed=3)
         trainer = Trainer(
-            model, Optimizer(OPTIMIZER, seed=3), Progress(arena.control, 4), set(after), context, seed=0,
+            model, optimizer, Progress(arena.control, 4), set(after), context, seed=0,
             batch_tokens=37, verdict=self._verdict if dtype == torch.float32 else None, **settings,
         )  # fmt: skip
         trainer._activations = 1 << 30  # one update, with activations computed twice too
         if dtype == torch.float32:
             self._verdict = trainer.verdict
+        return Setting(trainer, optimizer, weights, layout, after)
+
+    def step(self, context: Any, dtype: torch.dtype = torch.float32, **settings: Any) -> "Done":
+        """One step of a new trainer."""
+        setting = self.setting(context, dtype, **settings)
+        trainer, weights, layout, after = setting.trainer, setting.weights, setting.layout, setting.bound
+        model = trainer.model
         before = {name: place.clone() for name, place in after.items()}
         served_before = {name: weights.view(name).clone() for name in weights.names}
         result = trainer.step(ITEMS)
@@ -114,6 +126,23 @@ class Case:
             view = weights.view(name)
             assert view.data_ptr() in trained or torch.equal(view, old), f"{name} moved, and is not trained"
         return Done(trainer, layout, dtype, result.losses, before, after)
+
+
+@dataclass
+class Setting:
+    """A trainer, the weights that it moves, and where those of its parameters are that lie in the arena."""
+
+    trainer: Trainer
+    optimizer: Optimizer
+    weights: Weights
+    layout: Layout
+    bound: Mapping[str, torch.Tensor]
+
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        """What is served, and the moments."""
+        served = {name: self.weights.view(name).clone() for name in self.weights.names}
+        moments = self.optimizer.tensors().items()
+        return served | {n: one.clone() for n, one in moments if not n.endswith("/counts")}
 
 
 @dataclass
@@ -188,3 +217,67 @@ def test_a_model_is_trained_in_the_type_that_it_is_served_in(case, multiplies, m
         assert moved.any() or rounds_off, f"{name} has not moved, and is not said to be frozen"
         likeness.append(cosine_similarity(moved.flatten(), wanted.flatten(), dim=0))
     assert torch.stack(likeness).mean() > 0.75
+
+
+def split(trainer: Trainer, passes: str) -> None:
+    if passes != "one pass":
+        trainer._batch_tokens = 1
+    if passes == "two updates":
+        trainer._activations = 0
+
+
+@pytest.mark.parametrize("passes", ["one pass", "two passes", "two updates"])
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_step_that_is_refused_late_writes_nothing(case, passes, bad):
+    """As on a GPU, where the updates are queued before the host has seen the losses. The other item has a gradient that
+    is good, in a pass before that of the bad one or after it, and experts of its own."""
+    settings = [case.setting("frozen", embeddings=True) for _ in range(2)]
+    for setting in settings:
+        setting.trainer.stream.waits = True
+        setting.trainer.step(
+            ITEMS
+        )  # or there would be no momentum that could move a weight without a gradient
+        split(setting.trainer, passes)
+    refused, never = settings
+    trainer, before = refused.trainer, refused.snapshot()
+    items = [replace(item, weight=1.0 if index == bad else -1.0) for index, item in enumerate(ITEMS)]
+    trainer._max_loss = 0.0  # which is not asked of what is unlearned
+    with pytest.raises(LossError):
+        trainer.step(items)
+    assert trainer.progress.steps == 1
+    after = refused.snapshot()
+    assert {name for name, tensor in before.items() if not torch.equal(after[name], tensor)} == set()
+    trainer._max_loss = math.inf
+    assert trainer.step(items).losses == never.trainer.step(items).losses
+    after = refused.snapshot()
+    assert all(torch.equal(after[name], tensor) for name, tensor in never.snapshot().items())
+    assert any(not torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+LOOKS = {"Jamba", "GPT-2"}
+"""Where transformers itself looks at numbers of the device in each pass that is given no mask: whether a row holds
+several texts, or padding."""
+
+
+@pytest.mark.parametrize("passes", ["one pass", "two passes", "two updates"])
+def test_a_step_makes_the_host_wait_once(case, passes, monkeypatch):
+    """On a GPU; seen on a CPU by the operators that would."""
+
+    def update(*_given: Any, **_options: Any) -> UpdateResult:
+        return UpdateResult(torch.tensor(0.5), torch.tensor(False))
+
+    monkeypatch.setattr(apollo, "apollo_update", update)
+    monkeypatch.setattr(apollo, "adam_update", update)
+    trainer = case.setting("frozen").trainer
+    trainer.stream.waits = True
+    split(trainer, passes)
+    bare = []
+
+    def look(_module: Any, _arguments: Any, options: Mapping[str, Any]) -> None:
+        bare.append("attention_mask" not in options)
+
+    trainer.model.register_forward_pre_hook(look, with_kwargs=True)
+    with Waits(monkeypatch) as waits:
+        trainer.step(ITEMS)
+    looks = sum(bare) if case.architecture.name in LOOKS else 0
+    assert waits.found == Counter(tolist=1, _local_scalar_dense=looks)

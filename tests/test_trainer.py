@@ -1,6 +1,7 @@
 """The training step on tiny models: what is updated, by how much, and what is never made."""
 
 import gc
+import math
 import threading
 import weakref
 from collections.abc import Callable
@@ -320,12 +321,43 @@ def test_a_loss_far_above_ignorance_ends_the_step_after_passes_that_were_kept(tm
     assert again.trainer.step([mild, wild]).update_norm == pytest.approx(together.update_norm)
 
 
-def test_an_infinite_gradient_leaves_every_weight_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize("bad", [EXAMPLE, OTHER], ids=["example", "other"])
+def test_a_refusal_reaches_what_its_pass_has_not(tmp_path, bad):
+    """Losses are read late, as on a GPU. The refused pass does not get to a part of the model, as to an expert that no
+    token of it chooses; the other pass does, before or after it."""
+    setting = Setting(llama(tmp_path / "model"), context="full")
+    trainer = setting.trainer
+    trainer.stream.waits, trainer._batch_tokens = True, 1
+    trainer.step([Item(EXAMPLE), Item(OTHER)])
+    mlp = trainer.model.model.layers[0].mlp
+    reached, forward = [], mlp.forward
+
+    def some(x: torch.Tensor) -> torch.Tensor:
+        reached.append(x.shape[1] != len(bad.ids) - 1)
+        return forward(x) if reached[-1] else torch.zeros_like(x)
+
+    mlp.forward = some
+    before, trainer._max_loss = setting.snapshot(), 0.0
+    with pytest.raises(LossError):
+        trainer.step([Item(one, 1.0 if one is bad else -1.0) for one in (EXAMPLE, OTHER)])
+    assert sorted(reached) == [False, True]
+    assert all(torch.equal(before[name], tensor) for name, tensor in setting.snapshot().items())
+
+
+def overflow(trainer: Trainer) -> None:
+    """From now on losses are finite, and their gradients are not."""
+
+    def infinite(_module: nn.Module, _arguments: object, logits: torch.Tensor) -> None:
+        logits.register_hook(lambda gradient: gradient * math.inf)
+
+    trainer.model.lm_head.register_forward_hook(infinite)
+
+
+def test_an_infinite_gradient_leaves_every_weight_alone(tmp_path):
     """The kernels' own guard, behind that of the loss."""
     folder = llama(tmp_path / "model")
     setting = Setting(folder)
-    monkeypatch.setattr(setting.trainer, "trainable", lambda _loss, _weight: True)
-    setting.weights.view("model.norm.weight")[3] = float("nan")
+    overflow(setting.trainer)
     before = setting.snapshot()
     result = setting.trainer.step([Item(EXAMPLE)])
     assert result.skipped == result.updates > 0

@@ -106,13 +106,15 @@ class TrainedLinear(torch.nn.Module):
         if kept.pending == 0 and not self.gather.more and not self.waits:
             self.update()
 
-    def take(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """X (T, n) without its protected part and D (T, m) of every forward pass since the last one, once."""
+    def take(self, factor: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """X (T, n) without its protected part and D (T, m), times `factor`, of every forward pass since the last,
+        once."""
         kept = self._kept
         if not (rows := kept.rows):
             return None
         kept.rows = []
         x, d = rows[0] if len(rows) == 1 else (torch.cat(part) for part in zip(*rows, strict=True))
+        d = d if factor is None else d * factor
         return (x if self.protected is None else products.without(x, self.protected)), d
 
     @property
@@ -125,9 +127,9 @@ class TrainedLinear(torch.nn.Module):
         """Bytes of the rows of forward passes since the last update."""
         return sum(x.nbytes + d.nbytes for x, d in self._kept.rows)
 
-    def update(self) -> None:
-        """One update from the rows of every forward pass since the last one."""
-        if (taken := self.take()) is None:
+    def update(self, factor: torch.Tensor | None = None) -> None:
+        """One update from the rows of every forward pass since the last one; see `Gather.finish`."""
+        if (taken := self.take(factor)) is None:
             return
         (x, d), protects = taken, self.protected is not None
         name, w = f"{self.name}.weight", self.weight.data
@@ -148,7 +150,7 @@ class TrainedLinear(torch.nn.Module):
 class TiedHead(TrainedLinear):
     """A head whose weight is the input embedding's, which takes its rows and updates from both uses (embedding.py)."""
 
-    def update(self) -> None:
+    def update(self, factor: torch.Tensor | None = None) -> None:
         """Nothing yet: the gradient of the embedding is still to come."""
 
 
@@ -174,7 +176,7 @@ class Gather:
         self.context = 0
         self.linears: list[TrainedLinear] = []
         self.embedding: TrainedEmbedding | None = None
-        self.small: dict[str, Callable[[], None]] = {}
+        self.small: dict[str, Callable[[torch.Tensor | None], None]] = {}
         self.drops: list[Callable[[], None]] = []
         self.frozen: dict[str, str] = {}
 
@@ -215,14 +217,17 @@ class Gather:
         if self.embedding is not None:
             self.embedding.forget()
 
-    def finish(self) -> None:
-        """After the last backward pass of a step: update what it has not reached (an expert that got no token)."""
+    def finish(self, factor: torch.Tensor | None = None) -> None:
+        """After the last backward pass of a step: update what it has not reached (an expert that got no token).
+
+        `factor`: () of the gradients of earlier passes, which did not know it yet (step_losses.py).
+        """
         for linear in self.linears:
-            linear.update()
+            linear.update(factor)
         for apply in self.small.values():
-            apply()
+            apply(factor)
         if self.embedding is not None:
-            self.embedding.update()
+            self.embedding.update(factor)
 
 
 def train_in_backward(
@@ -349,9 +354,10 @@ def _train_small(
     """Adam on `weight` as soon as autograd has this parameter's whole gradient, which is dropped at once; or, if it
     `waits`, at the end of the step."""
 
-    def apply() -> None:
-        if parameter.grad is not None:
-            on_update(name, optimizer.update_small(name, weight, parameter.grad, seed))
+    def apply(factor: torch.Tensor | None) -> None:
+        if (grad := parameter.grad) is not None:
+            grad = grad if factor is None else grad * factor
+            on_update(name, optimizer.update_small(name, weight, grad, seed))
             parameter.grad = None
 
     # Hooks are the one thing of a tensor that Python's collector does not see into: what they refer to by a way that
@@ -360,7 +366,7 @@ def _train_small(
 
     def accumulated(_p: torch.Tensor) -> None:
         if (there := alive()) is not None and not there.more and not waits:
-            there.small[name]()
+            there.small[name](None)
 
     def drop() -> None:
         parameter.grad = None

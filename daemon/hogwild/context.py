@@ -176,9 +176,12 @@ class Pack:
         self.starts = [0]
         for segment in segments:
             self.starts.append(self.starts[-1] + len(segment.ids))
-        self.arguments: dict[str, Any] = {"use_cache": False}
+        self.cache = _PackCache(segments, layers.windows, constant, keep)
+        self.arguments: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
         if len(segments) == 1 and segments[0].after is None and constant is None and not keep:
-            return  # the plainest case: the model's own causal mask does
+            # The plainest case: the model's own causal mask does. Without a cache transformers would look whether there
+            # are several texts in the row, and the host wait for a GPU.
+            return
         spans = [range(s.start, s.start + len(s.ids)) for s in segments]
         positions = put([place for span in spans for place in span], device)
         owner = put([number for number, span in enumerate(spans) for _ in span], device)
@@ -186,12 +189,9 @@ class Pack:
         for kind, window in zip(layers.types, layers.windows, strict=True):
             if kind not in masks:
                 masks[kind] = self._mask(positions, owner, window, dtype)
-        self.cache = _PackCache(segments, layers.windows, constant, keep)
-        self.arguments = {
+        self.arguments |= {
             "position_ids": positions[None],
             "attention_mask": masks if len(masks) > 1 else next(iter(masks.values())),
-            "past_key_values": self.cache,
-            "use_cache": True,
         }
 
     def _mask(self, positions: Tensor, owner: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:

@@ -23,8 +23,8 @@ class Head(Protocol):
 
     protected: Tensor | None
 
-    def take(self) -> tuple[Tensor, Tensor] | None:
-        """X (T, n) without its protected part and D (T, V) of every forward pass since the last one."""
+    def take(self, factor: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """X (T, n) without its protected part and D (T, V), times `factor`, of every forward pass since the last."""
 
     def update_bias(self, d: Tensor) -> None:
         """As every linear layer does with D."""
@@ -74,11 +74,15 @@ class TrainedEmbedding:
 
         module.weight.register_post_accumulate_grad_hook(accumulated)  # type: ignore[no-untyped-call]  # untyped in torch
 
-    def update(self) -> None:
-        """One update from every backward pass since the last one; none if nothing reached the weight."""
+    def update(self, factor: Tensor | None = None) -> None:
+        """One update from every backward pass since the last one; none if nothing reached the weight.
+
+        `factor`: see `Gather.finish`.
+        """
         grad, self._weight.grad = self._weight.grad, None
         tokens, rows = self._touched(grad)
-        taken = [one for head in self.heads if (one := head.take()) is not None]
+        rows = rows if factor is None else rows * factor
+        taken = [one for head in self.heads if (one := head.take(factor)) is not None]
         weight = self._weight.data
         if not taken:
             if len(tokens):

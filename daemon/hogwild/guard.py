@@ -3,7 +3,7 @@
 Three things stand between a bad line and the weights, in this order:
 
     loss      a step whose loss is not finite, or far above what a model has that knows nothing (`guard.max_loss`),
-              ends before its backward pass: nothing is written
+              ends before its backward pass, or comes to nothing (step_losses.py): nothing is written
     update    the kernels leave a weight alone when anything about its update is not finite. A finite one is bounded
               however large the gradient is: it is normalised by its own moments, and may grow by
               `optimizer.gamma` from one step to the next

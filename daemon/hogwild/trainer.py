@@ -22,6 +22,7 @@ from hogwild.loss import bounded_loss, negative_log_likelihoods, unlearning_limi
 from hogwild.precision import Wide
 from hogwild.prefixes import plan
 from hogwild.recompute import Recompute
+from hogwild.step_losses import StepLosses, trainable
 from hogwild.streams import Stream, put
 from hogwild.training_progress import Progress
 from hogwild.trial import Verdict, judge, uncalled
@@ -162,8 +163,13 @@ class Trainer:
         self._results = []
         self._wide.refresh()
         work = [self._cut(index, item, item.context or self.context) for index, item in enumerate(items)]
-        losses = self._train(work)
-        norms, skipped = self._settle()
+        noted = StepLosses(len(work), self._max_loss, self.stream.waits)
+        try:
+            self._train(work, noted)
+            losses, norms, skipped = self._settle(noted)
+        except LossError:
+            self._gather.forget()
+            raise
         step = self.progress.advance()
         return StepResult(
             losses=losses,
@@ -176,35 +182,33 @@ class Trainer:
             seconds=time.perf_counter() - began,
         )
 
-    def _train(self, work: list[Work]) -> list[float]:
-        """Forward, backward and update: the loss of each."""
+    def _train(self, work: list[Work], losses: StepLosses) -> None:
+        """Forward, backward and update; notes the loss of each."""
         passes = [[one] for one in work]
         if self._packs:
             limits = self._batch_tokens, self._context_tokens
             passes = packs(work, lambda one: (len(one.ids), len(one.context)), limits)
         split = parts(passes, self._may_wait)
-        losses = [0.0] * len(work)
         self._gather.begin()
         if judged := len(split) > 1:  # all of it, before any of it is written
             with torch.no_grad():
                 for group in self._with_contexts([one for part in split for one in part]):
-                    self._judge(group, self._losses(group), losses)
+                    losses.note(group, self._losses(group))
         for part in split:
             if judged:
                 self._wide.refresh()  # of what the part before has moved
             for number, group in enumerate(self._with_contexts(part), 1):
                 self._gather.more = number < len(part)
-                self._pass(group, len(work), None if judged else losses)
-            self._gather.finish()
-        return losses
+                self._pass(group, len(work), losses, noted=judged)
+            self._gather.finish(losses.factor)
 
-    def _pass(self, group: Sequence[Work], items: int, losses: list[float] | None) -> None:
-        """Forward and backward through what goes together, of a step with so many items; judged, if there is a list for
-        their losses. Its graph, which keeps the contexts, is gone when it returns."""
+    def _pass(self, group: Sequence[Work], items: int, losses: StepLosses, *, noted: bool) -> None:
+        """Forward and backward through what goes together, of a step with so many items, whose losses may have been
+        noted before. Its graph, which keeps the contexts, is gone when it returns."""
         found = self._losses(group)
-        if losses is not None:
-            self._judge(group, found, losses)
-        pairs = zip(group, found, strict=True)
+        if not noted:
+            losses.note(group, found)
+        pairs = zip(group, losses.gated(found), strict=True)
         summands = [bounded_loss(nll, one.weight / items, self._unlearning_limit) for one, nll in pairs]
         torch.stack(summands).sum().backward()  # type: ignore[no-untyped-call]
 
@@ -212,22 +216,9 @@ class Trainer:
         """Tokens whose rows may wait for an update beside a pass of so many that keeps no more than it must."""
         return (self._activations - tokens * self._input_nbytes) // max(self._gather.row_nbytes, 1)
 
-    def _judge(self, group: Sequence[Work], found: Sequence[Tensor], losses: list[float]) -> None:
-        """Put their mean losses where they belong.
-
-        Raises:
-            LossError: one of them must not be trained.
-        """
-        means = torch.stack([nll.detach().mean() for nll in found]).tolist()
-        for one, loss in zip(group, means, strict=True):
-            losses[one.index] = loss
-            if not self.trainable(loss, one.weight):
-                self._gather.forget()
-                raise LossError(f"the loss of a training step is {loss:.4g} nats a token")
-
     def trainable(self, loss: float, weight: float) -> bool:
-        """Is the loss of an item one that may move weights? What is to be unlearned may be as unlikely as it likes."""
-        return math.isfinite(loss) and (weight < 0 or loss <= self._max_loss)
+        """Is the loss of an item with this weight one that may move weights?"""
+        return trainable(loss, weight, self._max_loss)
 
     def take_moved(self) -> dict[str, float]:
         """weight -> sum of the norms of its updates since this was last asked."""
@@ -341,17 +332,26 @@ class Trainer:
         self._results.append((name, result))
         self._between_layers()
 
-    def _settle(self) -> tuple[list[float], int]:
-        """The norm of each update, in order, and how many were skipped: of all at once, for on a GPU this waits."""
-        results = [result for _, result in self._results]
-        if self.stream.waits and results:
-            numbers = torch.stack([one.to(self.stream.device) for one in results]).t().tolist()
-            found, skipped = numbers[0], int(sum(numbers[1]))
+    def _settle(self, losses: StepLosses) -> tuple[list[float], list[float], int]:
+        """The losses; the norm of each update, in order; how many were skipped. Of all at once, for on a GPU this
+        waits.
+
+        Raises:
+            LossError: see `StepLosses.read`.
+        """
+        results, self._results = self._results, []
+        numbers, waits = losses.numbers(), self.stream.waits
+        count = len(numbers)
+        if waits:
+            numbers = torch.cat([numbers, *(one.to(self.stream.device) for _, one in results)])
+        told = numbers.tolist()
+        if waits:
             self.progress.moved()  # again: an epoch that began since the update was queued may have missed it
+            found, skipped = told[count::2], int(sum(told[count + 1 :: 2]))
         else:
-            found = [float(one.norm) for one in results]
-            skipped = sum(int(one.skipped) for one in results)
-        for (name, _), norm in zip(self._results, found, strict=True):
+            found = [float(one.norm) for _, one in results]
+            skipped = sum(int(one.skipped) for _, one in results)
+        read = losses.read(told[:count])
+        for (name, _), norm in zip(results, found, strict=True):
             self._moved[name] = self._moved.get(name, 0.0) + norm
-        self._results = []
-        return found, skipped
+        return read, found, skipped
