@@ -1,7 +1,7 @@
 """Where the work of a trainer thread is queued: on a GPU a stream of its own, on a CPU nothing is.
 
-A thread queues kernels and goes on; what it reads of their results makes it wait for them. A step waits once, at its end,
-so that what is counted is also written (docs/cuda.md).
+A thread queues kernels and goes on; what it reads of their results makes it wait for them. A step waits once, at its
+end, so that what is counted is also written (docs/cuda.md).
 """
 
 from collections.abc import Iterator, Sequence
