@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from hogwild.context import Layers
+
 BATCH = 25
 ANSWER_TOKENS = 24
 CHUNK = 96
@@ -57,10 +59,9 @@ class Exam:
         prompts = [self._prompt(question) for question in questions]
         shared = _common(prompts)
         cache = DynamicCache(config=self.model.config)
+        cached = Layers(self.model).arguments(cache)
         if shared:
-            self.model(
-                torch.tensor([prompts[0][:shared]]), past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
+            self.model(torch.tensor([prompts[0][:shared]]), logits_to_keep=1, **cached)
             cache.batch_repeat_interleave(len(prompts))
         rest = [prompt[shared:] for prompt in prompts]
         width, count = max(map(len, rest)), len(rest)
@@ -74,9 +75,8 @@ class Exam:
                 ids,
                 attention_mask=mask,
                 position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
                 logits_to_keep=1,
+                **cached,
             ).logits[:, -1]
             ids = logits.argmax(-1, keepdim=True)
             for row, token in enumerate(ids[:, 0].tolist()):

@@ -21,6 +21,7 @@ import gpu_models
 from gpu_timing import Clock
 from hogwild import skeleton
 from hogwild.arena.client import Arena, Offer
+from hogwild.context import Layers
 from hogwild.weights import Weights
 
 _BEAT_S = 1.0
@@ -88,7 +89,7 @@ class _Server:
         self._position = torch.zeros(1, dtype=torch.int64, device=model.device)
         self._mask = torch.full((1, 1, 1, length), -torch.inf, dtype=model.dtype, device=model.device)
         layers = [_Slots(self._position, length) for _ in range(model.config.num_hidden_layers)]
-        self._cache = Cache(layers=cast(Any, layers))
+        self._cached = Layers(model).arguments(Cache(layers=cast(Any, layers)))
         self.why_not = "" if self._clock.cuda else "there are none on a CPU"
         self._step()  # makes the cache
         try:
@@ -101,8 +102,7 @@ class _Server:
     def _step(self) -> None:
         self._mask.index_fill_(3, self._position, 0.0)
         logits = self._model(
-            self._ids, position_ids=self._position[None], attention_mask=self._mask, past_key_values=self._cache,
-            use_cache=True,
+            self._ids, position_ids=self._position[None], attention_mask=self._mask, **self._cached
         ).logits  # fmt: skip
         self._ids.copy_(logits[:, -1].argmax(-1, keepdim=True))
         self._position.add_(1)

@@ -154,7 +154,7 @@ def _kind(folder: Path) -> tuple[Any, Any]:
 def _read(model: Any, ids: list[int]) -> dict[str, Any]:
     """What a model takes to go on from these tokens."""
     accepted = inspect.signature(model.base_model.forward).parameters
-    name = next(one for one in ("past_key_values", "cache_params") if one in accepted)
+    name = next(one for one in ("cache", "past_key_values", "cache_params") if one in accepted)
     return {name: model(torch.tensor([ids]), use_cache=True)[name], "use_cache": True}
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hogwild import selfreplay
+from architectures import ARCHITECTURES
+from hogwild import selfreplay, skeleton
 from hogwild.config import load
 from hogwild.curriculum import Curriculum
 from hogwild.errors import HogwildError
@@ -15,10 +16,11 @@ from hogwild.examples import parse_line
 from hogwild.learner import Learner
 from hogwild.ledger import GoodLine, Ledger
 from hogwild.likeliest import Likeliest
-from hogwild.weights import digest, load_arena
+from hogwild.weights import Weights, digest, load_arena
 from support import wait_until
 from tiny import llama, tokenizer
 
+ROWS = [architecture for architecture in ARCHITECTURES if not architecture.refused]
 TEMPLATE = "{% for m in messages %}w1 {{ m['content'] }} </s> {% endfor %}{% if add_generation_prompt %}w2{% endif %}"
 
 
@@ -59,6 +61,18 @@ def test_a_text_is_what_the_model_would_write_one_token_at_a_time(folder):
             with torch.no_grad():
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
         assert tuple(ids) == sample.ids
+
+
+@pytest.mark.parametrize("architecture", ROWS, ids=lambda one: one.name)
+def test_texts_of_every_architecture_go_on_from_what_they_begin_with(tmp_path, architecture):
+    """Each model calls its cache as it likes, and most swallow what they do not know and read every token alone."""
+    folder = architecture.build(tmp_path / "model", torch.float32)
+    model = skeleton.build(folder, Weights(load_arena(folder)))
+    for sample in selfreplay.make(model, [[5, 9, 11, 17, 21], [7, 8]], (), tokens=6, seed=0, greedy=True):
+        ids = list(sample.ids)
+        with torch.no_grad():
+            likeliest = model(torch.tensor([ids]), use_cache=False).logits[0].argmax(-1).tolist()
+        assert likeliest[sample.start - 1 : -1] == ids[sample.start :]
 
 
 def test_what_it_thought_is_what_it_thinks_of_the_whole_text(folder):

@@ -40,8 +40,9 @@ from hogwild.streams import put
 ATTENTION = {"full_attention", "sliding_attention"}
 DISTANCE_FROM_MASK = {"bloom", "mpt"}
 """Models that bias attention by distance, counted from a mask of whole texts: no row of several."""
-_CACHE_NAMES = ("past_key_values", "cache_params")
-"""What models of transformers call the cache. Most swallow any other name, and read without a cache."""
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What models of transformers call the cache: from 5.24 on, before, and Mamba. Most swallow any other name, and read
+without a cache."""
 _MASK_PIECE = 1 << 20
 """Elements of a mask that are made at once: what one is made of takes ten times what it ends up as."""
 SHORTEST = 2
@@ -107,7 +108,7 @@ class Layers:
         if (
             not shared
             and not by_mask
-            and self.cache_name == "past_key_values"
+            and self.cache_name in _CACHE_NAMES[:2]
             and set(self.types) <= ATTENTION
         ):
             self.windows = [getattr(layer, "sliding_window", None) for layer in fresh]
@@ -117,11 +118,16 @@ class Layers:
         """Is there a layer that is no attention to each token before, or no layer of such kinds at all?"""
         return any("attention" not in kind or kind.startswith("linear") for kind in self.types)
 
+    @property
+    def attends(self) -> bool:
+        """Is there a layer that looks at each token before, and so takes a mask of all of them?"""
+        return any(kind != "linear_attention" for kind in self.types)
+
     def arguments(self, cache: Cache | None) -> dict[str, Any]:
         """What the model takes besides tokens, to go on from a cache."""
         if cache is None:
             return {"use_cache": False}
-        assert self.cache_name is not None
+        assert self.cache_name is not None, "the model takes no cache that is known here"
         return {self.cache_name: cache, "use_cache": True}
 
     def fresh(self, after: State | None) -> DynamicCache:
@@ -177,7 +183,7 @@ class Pack:
         for segment in segments:
             self.starts.append(self.starts[-1] + len(segment.ids))
         self.cache = _PackCache(segments, layers.windows, constant, keep)
-        self.arguments: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
+        self.arguments = layers.arguments(self.cache)
         if len(segments) == 1 and segments[0].after is None and constant is None and not keep:
             # The plainest case: the model's own causal mask does. Without a cache transformers would look whether there
             # are several texts in the row, and the host wait for a GPU.

@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from hogwild import model_file
+from hogwild.context import Layers
 from hogwild.likeliest import Likeliest
 
 VERSION = 1
@@ -164,7 +165,8 @@ def _sample(
     for row, prompt in enumerate(given):
         ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
         mask[row, width - len(prompt) :] = 1
-    cache = DynamicCache(config=model.config)
+    layers = Layers(model)
+    cached = layers.arguments(DynamicCache(config=model.config))
     texts: list[list[int]] = [[] for _ in given]
     thought = []  # at each step, of all rows
     position = (mask.cumsum(-1) - 1).clamp_min(0)
@@ -175,11 +177,10 @@ def _sample(
             break
         logits = model(
             ids,
-            attention_mask=mask,
+            attention_mask=mask if layers.attends else mask[:, -ids.shape[1] :],
             position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
             logits_to_keep=1,
+            **cached,
         ).logits[:, -1]
         thought.append(Likeliest.of(logits))
         if generator is None:
