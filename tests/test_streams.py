@@ -4,6 +4,8 @@ The updates of these tests answer as those of a GPU do, with numbers that are st
 and whatever would make the host wait for the device is noted.
 """
 
+import math
+import warnings
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hogwild import apollo, streams
 from hogwild.apollo import Optimizer
 from hogwild.arena.control import ControlPage
-from hogwild.errors import ConfigError
+from hogwild.errors import ConfigError, LossError
 from hogwild.governor import Governor, prepare_gpu
 from hogwild.settings import GovernorConfig, OptimizerConfig, TrainingConfig
 from hogwild.streams import Stream, settle
@@ -249,10 +251,37 @@ def test_a_step_on_a_device_makes_the_host_wait_once(tmp_path: Path, monkeypatch
 
     folder = llama(tmp_path / "model")
     setting = Setting(folder, arena=load_arena(folder, "cuda"))
-    setting.trainer.step([Item(EXAMPLE)])  # tunes, and makes the state
+    items = [Item(EXAMPLE), Item(OTHER)]
+    setting.trainer.step(items)  # tunes, and makes the state
     with Waits(monkeypatch) as waits:
-        setting.trainer.step([Item(EXAMPLE), Item(OTHER)])
+        setting.trainer.step(items)
     assert waits.found == {"tolist": 1}
+    torch.cuda.set_sync_debug_mode("warn")  # what torch itself knows of
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            setting.trainer.step(items)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert ["synchronizing" in str(one.message) for one in told].count(True) == 1
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_device_writes_nothing_if_a_loss_is_refused(tmp_path: Path):
+    from hogwild.weights import load_arena
+
+    folder = llama(tmp_path / "model", torch.bfloat16)
+    setting = Setting(folder, arena=load_arena(folder, "cuda"))
+    trainer = setting.trainer
+    items = [Item(EXAMPLE), Item(OTHER, weight=-1.0)]
+    trainer.step(items)
+    before, trainer._max_loss = setting.snapshot(), 0.0  # which is not asked of what is unlearned
+    with pytest.raises(LossError):
+        trainer.step(items)
+    assert all(torch.equal(before[name], weight) for name, weight in setting.snapshot().items())
+    trainer._max_loss = math.inf
+    trainer.step(items)
+    assert any(not torch.equal(before[name], weight) for name, weight in setting.snapshot().items())
 
 
 @pytest.mark.gpu
