@@ -77,8 +77,10 @@ def examine(folder: Path, layout: Layout, *, embeddings: bool = False, protected
         for recipe in private
     }
     unused = cast(Optimizer, None)  # nothing is updated: no backward pass runs
-    skeleton.set_apart(model, trial.uncalled(model))
-    gather = train_in_backward(model, unused, set(regions), 0, lambda *_: None, {}, embeddings)
+    called = trial.calls(model)
+    skeleton.set_apart(model, called.uncalled)
+    gather = train_in_backward(model, unused, set(regions), 0, lambda *_: None, {}, embeddings, called.rows)
+    gather.itemsize = itemsize
     asked = dict(gather.frozen)
     if protected:
         biases = [f"{linear.name}.bias" for linear in gather.linears if linear.trains_bias]

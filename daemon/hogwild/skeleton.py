@@ -228,7 +228,7 @@ def linearise(model: PreTrainedModel, regions: dict[str, Region]) -> None:
 
 
 def set_apart(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Take these for no linear layers (trial.uncalled)."""
+    """Take these for no linear layers (trial.calls)."""
     for name in names:
         model.get_submodule(name).__class__ = Uncalled
 
