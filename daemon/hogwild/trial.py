@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from hogwild.context import Layers, Pack, Segment, fixed_cache, read_one
+from hogwild.context import CACHE_NAMES, Layers, Pack, Segment, fixed_cache, read_one
 from hogwild.skeleton import FrozenLinear
 from hogwild.streams import put
 
@@ -92,16 +92,34 @@ def calls(model: PreTrainedModel) -> Calls:
     )
 
 
-def _read_a_few(model: PreTrainedModel) -> None:
+@torch.no_grad()
+def kept(model: PreTrainedModel) -> list[dict[str, tuple[int, ...]]] | None:
+    """What each layer of a skeleton on the meta device keeps of a text: name -> shape, as "keys" or "recurrent_states".
+    None: its code looks at numbers, or keeps it otherwise."""
+    try:
+        out = _read_a_few(model, use_cache=True)
+        cache = next(one for name in CACHE_NAMES if (one := getattr(out, name, None)) is not None)
+        found = []
+        for layer in cache.layers:
+            # Of recurrent ones there is a mapping, for layers that have several.
+            parts = {
+                k: next(iter(v.values()), None) if isinstance(v, dict) else v for k, v in vars(layer).items()
+            }
+            found.append({name: tuple(one.shape) for name, one in parts.items() if isinstance(one, Tensor)})
+    except Exception:
+        return None
+    return found
+
+
+def _read_a_few(model: PreTrainedModel, *, use_cache: bool = False) -> Any:
     """One pass; of a model on the meta device with tensors that have shapes and no numbers."""
     if model.device.type != "meta":
-        model(put(_ids(model), model.device)[None], use_cache=False)
-        return
+        return model(put(_ids(model), model.device)[None], use_cache=use_cache)
     with FakeTensorMode():
         parts = [*model.named_parameters(), *model.named_buffers()]
         shapes = {name: torch.empty(part.shape, dtype=part.dtype) for name, part in parts}
         ids = torch.zeros(1, _TOKENS, dtype=torch.int64)
-        torch.func.functional_call(model, shapes, (ids,), {"use_cache": False})
+        return torch.func.functional_call(model, shapes, (ids,), {"use_cache": use_cache})
 
 
 def packs_exactly(model: PreTrainedModel, layers: Layers, dtype: torch.dtype) -> bool:
