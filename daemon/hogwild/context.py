@@ -40,7 +40,7 @@ from hogwild.streams import put
 ATTENTION = {"full_attention", "sliding_attention"}
 DISTANCE_FROM_MASK = {"bloom", "mpt"}
 """Models that bias attention by distance, counted from a mask of whole texts: no row of several."""
-CACHE_NAMES = ("past_key_values", "cache_params")
+_CACHE_NAMES = ("past_key_values", "cache_params")
 """What models of transformers call the cache. Most swallow any other name, and read without a cache."""
 _MASK_PIECE = 1 << 20
 """Elements of a mask that are made at once: what one is made of takes ten times what it ends up as."""
@@ -98,7 +98,7 @@ class Layers:
         fresh = DynamicCache(config=self.config).layers
         shared = bool(getattr(self.config, "num_kv_shared_layers", None))
         accepted = inspect.signature(model.base_model.forward).parameters
-        self.cache_name = next((name for name in CACHE_NAMES if name in accepted), None)
+        self.cache_name = next((name for name in _CACHE_NAMES if name in accepted), None)
         self.known = (
             not shared and self.cache_name is not None and all(type(layer) in _CONSTANT for layer in fresh)
         )

@@ -82,7 +82,8 @@ def examine(folder: Path, layout: Layout, *, embeddings: bool = False, protected
         for recipe in private
     }
     unused = cast(Optimizer, None)  # nothing is updated: no backward pass runs
-    called, kept = trial.calls(model), trial.kept(model)
+    layers = Layers(model)
+    called, kept = trial.calls(model), trial.kept(model, layers)
     attends = kept is None or any("keys" in parts for parts in kept)
     skeleton.set_apart(model, called.uncalled)
     gather = train_in_backward(model, unused, set(regions), 0, lambda *_: None, {}, embeddings, called.rows)
@@ -118,7 +119,7 @@ def examine(folder: Path, layout: Layout, *, embeddings: bool = False, protected
             repeats=repeats(text),
             softcaps=bool(getattr(text, "final_logit_softcapping", None)),
             waits=sum(linear.row_nbytes for linear in gather.linears if linear.waits),
-            scans=Layers(model).recurrent,
+            scans=layers.recurrent,
             scan=max(
                 (
                     _scan(text, parts["recurrent_states"])

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from hogwild.context import CACHE_NAMES, Layers, Pack, Segment, fixed_cache, read_one
+from hogwild.context import Layers, Pack, Segment, fixed_cache, read_one
 from hogwild.skeleton import FrozenLinear
 from hogwild.streams import put
 
@@ -93,12 +93,12 @@ def calls(model: PreTrainedModel) -> Calls:
 
 
 @torch.no_grad()
-def kept(model: PreTrainedModel) -> list[dict[str, tuple[int, ...]]] | None:
+def kept(model: PreTrainedModel, layers: Layers) -> list[dict[str, tuple[int, ...]]] | None:
     """What each layer of a skeleton on the meta device keeps of a text: name -> shape, as "keys" or "recurrent_states".
     None: its code looks at numbers, or keeps it otherwise."""
     try:
         out = _read_a_few(model, use_cache=True)
-        cache = next(one for name in CACHE_NAMES if (one := getattr(out, name, None)) is not None)
+        cache = getattr(out, layers.cache_name or "")
         found = []
         for layer in cache.layers:
             # Of recurrent ones there is a mapping, for layers that have several.
