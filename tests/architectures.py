@@ -110,11 +110,27 @@ def _dense(name: str, model_type: str, *, short: bool = False, **settings: Any) 
     return Architecture(name, model_type, "dense", settings, short=short)
 
 
+_LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16,
+    "short_factor": [1.0 + i / 8 for i in range(16)], "long_factor": [4.0 + i for i in range(16)],
+}  # fmt: skip
+"""Of heads of 32. Of the matrix's texts one is shorter than that, and one longer."""
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 
 ARCHITECTURES = [
     _dense("Llama", "llama", tie_word_embeddings=False, short=True),
     _dense("Llama, tied", "llama", tie_word_embeddings=True),
+    _dense("Llama, longrope, long factors", "llama", short=True,
+           rope_parameters={**_LONGROPE, "factor": 2.0, "attention_factor": 1.5}),
+    Architecture("Llama, longrope, short factors", "llama", "dense", {
+        "rope_parameters": {**_LONGROPE, "original_max_position_embeddings": 64, "short_mscale": 1.1},
+    }, vllm={"max_model_len": 48}),
+    _dense("Llama, dynamic", "llama", rope_parameters={**_DYNAMIC, "max_trained_positions": 64}),
+    Architecture("Llama, dynamic, longer texts", "llama", "refused", {
+        "rope_parameters": _DYNAMIC, "max_position_embeddings": 64,
+    }, refused="serve with --max-model-len 64", short=True),
+    _dense("HunYuan, dynamic by alpha", "hunyuan_v1_dense", rope_parameters={**_DYNAMIC, "alpha": 20.0}),
     Architecture("Llama, tied, head stored twice", "llama", "dense", {"tie_word_embeddings": True}, head="same",
                  frozen=("lm_head",), short=True),
     Architecture("Llama, tied, another head stored", "llama", "dense", {"tie_word_embeddings": True}, head="other",
@@ -131,6 +147,7 @@ ARCHITECTURES = [
     ),
     _dense("Phi", "phi"),
     _dense("Phi-3", "phi3", short=True),
+    _dense("Phi-3, longrope", "phi3", original_max_position_embeddings=16, rope_parameters=_LONGROPE),
     _dense("OLMo 2", "olmo2"),
     _dense("GPT-2", "gpt2", n_embd=64, n_layer=3, n_head=2, n_positions=256, short=True),
     _dense("GPT-NeoX", "gpt_neox", short=True, tie_word_embeddings=False, num_key_value_heads=OMIT, head_dim=OMIT),
@@ -175,6 +192,10 @@ ARCHITECTURES = [
         "mamba_head_dim": 32, "ssm_state_size": 32, "n_groups": 1, "chunk_size": 16,
     }, frozen=("A_log",)),
     Architecture("Phi-MoE", "phimoe", "experts", {"num_local_experts": 4}, published="PhiMoEForCausalLM"),
+    Architecture("Phi-MoE, longrope", "phimoe", "experts", {
+        "num_local_experts": 4,
+        "rope_parameters": {**_LONGROPE, "short_mscale": 1.1, "long_mscale": 1.25},
+    }, published="PhiMoEForCausalLM"),
     Architecture("Llama 4 text", "llama4_text", "copied", {
         "num_hidden_layers": 4, "num_local_experts": 4, "interleave_moe_layer_step": 2, "attention_chunk_size": 32,
         "intermediate_size_mlp": 96, "no_rope_layers": [1, 1, 1, 0],

@@ -15,7 +15,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_next import modeling_qwen3_next
 from transformers.pytorch_utils import Conv1D
 
-from hogwild import as_served, skeleton
+from hogwild import as_served, rope, skeleton
 from hogwild.encoding import Encoded
 from hogwild.loss import bounded_loss, unlearning_limit
 from tiny import SIZES, save
@@ -118,6 +118,7 @@ class Truth:
         kind, config = _kind(folder)
         model = kind.from_pretrained(folder, config=copy.deepcopy(config), dtype=dtype)
         as_served.adjust(model)
+        rope.fix(model)
         ids, wanted = example.ids, torch.tensor(example.trained[1:])
         start = example.trained.index(True) - 1 if constants == "read" else 0
         constant = ~wanted if constants in ("linear", "everywhere") else torch.zeros_like(wanted)

@@ -142,6 +142,11 @@ REMOVALS = [
         17, "BLOOM's activation is approximated", "daemon/hogwild/as_served.py",
         "            module.gelu_impl = torch.nn.GELU()", "            pass", "matrix: BLOOM",
     ),
+    Removal(
+        18, "rotary frequencies are those of a server with vLLM's defaults", "daemon/hogwild/skeleton.py",
+        "    rope.fix(model, weights.arena.max_model_len)\n", "    rope.fix(model)\n",
+        f"{ARCHITECTURES}::test_rotary_frequencies_are_the_servers_in_short_texts_and_in_long_ones",
+    ),
 ]  # fmt: skip
 
 

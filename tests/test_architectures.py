@@ -14,7 +14,7 @@ import torch
 import matrix
 import special_cases
 from architectures import ARCHITECTURES, Architecture
-from hogwild import skeleton
+from hogwild import rope, skeleton
 from hogwild.weights import Weights, verify_bits
 
 SHORT = [architecture for architecture in ARCHITECTURES if architecture.short]
@@ -90,6 +90,31 @@ def test_a_cast_to_fp32_is_trained_as_fp32(server, tmp_path):
     assert {region.dtype for name, region in weights.arena.layout.tensors.items() if "A_log" not in name} == {
         "bfloat16"
     }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Llama, longrope, long factors",
+        "Llama, longrope, short factors",
+        "Llama, dynamic",
+        "Phi-MoE, longrope",
+    ],
+)
+def test_rotary_frequencies_are_the_servers_in_short_texts_and_in_long_ones(server, tmp_path, name):
+    """(18) In fp32, where nothing hides another frequency."""
+    architecture = named(name)
+    assert matrix.in_fp32(server, architecture, tmp_path / "model") <= matrix.EXACT
+    longest = architecture.vllm.get("max_model_len", 128)
+    arena = server.load(tmp_path / "model", dtype="float32", **architecture.vllm)
+    assert arena.max_model_len == longest
+    model = skeleton.build(tmp_path / "model", Weights(arena))
+    original = model.config.rope_parameters.get("original_max_position_embeddings")
+    if original is not None:
+        assert min(map(len, matrix.PROMPTS)) < original
+        rope.fix(model, original if longest > original else original + 1)
+        with torch.no_grad():
+            assert max(matrix.compare(model, server.ask()).means) > 10 * matrix.EXACT, "nothing is proved"
 
 
 def test_compiled_serving_sees_what_is_written_in_place(server, tmp_path):

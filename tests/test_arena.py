@@ -633,6 +633,39 @@ def test_what_a_server_says_about_itself_cannot_upset_the_daemon(start, sock):
     assert daemon.hear("took") == server.hear("arena")
 
 
+def test_a_server_says_how_long_texts_may_be(sock):
+    """In an offer, before the trainers are built, and with every session: the memory may be that of an earlier one."""
+    offered: list[Arena] = []
+    sessions: list[dict[str, Any]] = []
+    hub = Hub(sock, offered.append, lambda server, _begins: sessions.append(server))
+    hub.start()
+    Offer(sock, make_arena(), {"url": "", "max_model_len": 4096}).start()
+    wait_until(lambda: sessions, "it is taken")
+    assert offered[0].max_model_len == sessions[0]["max_model_len"] == 4096
+    held = client.ask(sock, SOURCE, {"url": "", "max_model_len": 512})
+    assert held is not None
+    wait_until(lambda: len(sessions) > 1, "another server has mapped it")
+    assert sessions[1]["max_model_len"] == 512
+    held[1].close()
+    hub.stop()
+
+
+@pytest.mark.parametrize(
+    "said", [{}, None, {"max_model_len": None}, *({"max_model_len": n} for n in ("7", 0, -1, 7.5, True))]
+)
+def test_a_server_that_does_not_say_how_long_texts_may_be_is_taken_too(sock, said):
+    """One of an older hogwild has no word for it."""
+    offered: list[Arena] = []
+    sessions: list[dict[str, Any]] = []
+    hub = Hub(sock, offered.append, lambda server, _begins: sessions.append(server))
+    hub.start()
+    assert offer_by_hand(sock, make_arena(), server=said) == {"status": "attached"}
+    wait_until(lambda: sessions, "it is taken")
+    assert offered[0].max_model_len is None
+    assert "max_model_len" not in sessions[0]
+    hub.stop()
+
+
 def test_asking_with_other_files_finds_nothing(start, sock):
     daemon = start(run_daemon)
     start(run_server).hear("arena")

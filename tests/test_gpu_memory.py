@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from families import build
+from families import OMIT, build
 from hogwild import doctor_model, gpu_memory, loss, skeleton
 from hogwild.apollo import Optimizer
 from hogwild.coverage import examine
@@ -197,6 +197,58 @@ def test_no_step_takes_more_than_was_reckoned(tmp_path, dtype, mib, examples, le
     assert least * reckoned < taken < reckoned
 
 
+_FEW = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+    "max_position_embeddings": 1024,
+}  # fmt: skip
+
+
+def mamba(width: int, state: int, chunk: int) -> tuple[str, dict[str, Any]]:
+    sizes = {
+        "mamba_d_ssm": 8 * width,
+        "mamba_d_head": width,
+        "mamba_d_state": state,
+        "mamba_chunk_size": chunk,
+    }
+    return "falcon_h1", {**_FEW, "mamba_n_heads": 8, **sizes}
+
+
+def delta_net(heads: int, keys: int, values: int) -> tuple[str, dict[str, Any]]:
+    sizes = {"linear_key_head_dim": keys, "linear_value_head_dim": values, "head_dim": 32}
+    number = {"linear_num_key_heads": heads, "linear_num_value_heads": heads}
+    return "qwen3_5_text", {**_FEW, **sizes, **number, "layer_types": ["linear_attention", "full_attention"]}
+
+
+MAMBA2 = {"num_heads": 8, "head_dim": 16, "state_size": 32, "chunk_size": 64, "intermediate_size": OMIT}
+
+
+@pytest.mark.parametrize("mib", [0, 8])
+@pytest.mark.parametrize(
+    ("family", "settings", "tokens"),
+    [
+        (*mamba(32, 32, 64), 900), (*mamba(32, 32, 256), 900), (*mamba(32, 128, 64), 900), (*mamba(64, 16, 16), 900),
+        (*mamba(64, 128, 32), 900), (*delta_net(4, 32, 32), 900), (*delta_net(4, 128, 128), 900),
+        (*delta_net(8, 16, 64), 900), ("mamba2", {**_FEW, **MAMBA2}, 900),
+        ("mamba", {**_FEW, "state_size": 64, "intermediate_size": OMIT}, 100),  # token by token
+        ("jamba", {**_FEW, "mamba_d_state": 16, "mamba_dt_rank": 8}, 100),
+    ],
+)  # fmt: skip
+def test_the_scans_of_recurrent_layers_are_reckoned(tmp_path, family, settings, tokens, mib):
+    """With few weights, nearly all of it."""
+    folder = build(family, tmp_path / "model", torch.bfloat16, **settings)
+    trainer, optimizer = prepared(folder, activation_mib=mib)
+    trainer._activations, optimizer._note = mib << 20, lambda *_: UpdateResult(0.0, skipped=False)
+    items = of([(tokens, 0)])
+    trainer.step(items)
+    taken = peak(lambda: trainer.step(items))
+    sizes = examine(folder, load_arena(folder).layout).sizes
+    chosen = {"threads": 1, "max_tokens": tokens, "batch_tokens": min(tokens, 512), "activation_mib": mib}
+    needs = predict(sizes, config(training=chosen))
+    reckoned = needs.activations + needs.logits
+    assert 0.2 * reckoned < taken < reckoned
+    assert mib or 0.4 * reckoned < taken
+
+
 def sharing(folder: Path, heads: tuple[int, int]) -> Path:
     """So many query heads, and heads of keys and values, in many layers."""
     return llama(
@@ -305,7 +357,10 @@ def test_scans_that_are_not_reckoned_and_weights_that_layers_share_are_told(tmp_
     assert more == 600 * sizes.waits
     about = {"sizes": {**vars(sizes)}, "weights_nbytes": 0, "gpu_nbytes": 0, "device": "GPU-x"}
     (finding,) = doctor_model._fits(about, chosen)
-    assert "scans of its recurrent layers" in finding.found
+    assert "of the activations are for the scans of its recurrent layers" in finding.found
+    about["sizes"]["scan"] = 0  # its code hides how large their states are
+    (finding,) = doctor_model._fits(about, chosen)
+    assert "what the scans of its recurrent layers take for a moment is not in it" in finding.found
 
 
 def test_what_vllm_leaves():

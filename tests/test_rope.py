@@ -1,18 +1,25 @@
-"""Rotary frequencies that transformers makes of the length of a row: a text comes out the same beside any other."""
+"""Rotary frequencies that follow from a length: a text comes out the same beside any other, and as the server has it.
 
+The real vLLM has its say in tests/test_architectures.py, and in the rows of the matrix.
+"""
+
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hogwild import rope, skeleton
+from hogwild import rope, served, skeleton
 from hogwild.apollo import Optimizer
+from hogwild.attachment import Attachment
+from hogwild.checkpoint_schedule import CheckpointSchedule
 from hogwild.settings import OptimizerConfig
 from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights, load_arena
+from studio import Studio
 from test_trainer import Example
-from tiny import SIZES, llama
+from tiny import SIZES, llama, tokenizer
 
 ORIGINAL, LONGEST = 32, 48
 """Beyond the texts with which a trainer tries whether a model's texts can be packed (24 tokens), as in a real model."""
@@ -42,9 +49,11 @@ def folder(request, tmp_path: Path) -> Path:
 
 
 def trainer(folder: Path, longest: int | None = LONGEST, context: str = "frozen") -> Trainer:
+    """As on the arena of a server that takes texts of `longest` tokens."""
     weights = Weights(load_arena(folder))
+    weights.arena.max_model_len = longest
     optimizer = Optimizer(OptimizerConfig(lr=1e-12, rank=4), 0)
-    model = skeleton.build(folder, weights, longest)
+    model = skeleton.build(folder, weights)
     return Trainer(model, optimizer, Progress(weights.arena.control, 4), set(weights.names), context, seed=0)
 
 
@@ -60,23 +69,80 @@ def test_a_loss_is_the_same_alone_beside_a_long_text_and_after_one(folder, longe
     assert made.loss(LONG) == pytest.approx(long, abs=1e-5), "nor does it matter what was read beforehand"
 
 
-def test_they_are_those_of_a_text_of_that_length(folder):
-    """Against transformers itself, on one text that is as long as it says."""
-    whole = text(3, 1, LONGEST)
-    whole = Example(whole.ids[:LONGEST], whole.trained[:LONGEST])
+def plainly(folder: Path, length: int) -> tuple[Example, float]:
+    """A text of so many tokens, and its loss in transformers itself."""
+    whole = text(3, 1, length)
+    whole = Example(whole.ids[:length], whole.trained[:length])
     ids = torch.tensor([whole.ids])
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits[0]
-    expected = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:])
-    assert trainer(folder).loss(whole) == pytest.approx(float(expected), abs=1e-5)
-    other = trainer(folder, ORIGINAL - 1)  # and those of another length are others
-    assert other.loss(whole) != pytest.approx(float(expected), abs=1e-4)
+    return whole, float(torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:]))
+
+
+@pytest.mark.parametrize("folder", ["longrope"], indirect=True)
+@pytest.mark.parametrize(("length", "other"), [(ORIGINAL, LONGEST), (LONGEST, ORIGINAL)])
+def test_the_side_is_that_of_the_longest_text_that_the_server_takes(folder, length, other):
+    """Against transformers itself, on one text that is as long as that."""
+    whole, expected = plainly(folder, length)
+    assert trainer(folder, length).loss(whole) == pytest.approx(expected, abs=1e-5)
+    assert trainer(folder, other).loss(whole) != pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("folder", ["dynamic"], indirect=True)
+def test_dynamic_ones_are_those_that_the_model_has_positions_for(folder):
+    """Whatever texts the server takes: vLLM makes them once, where transformers stretches them for a longer text."""
+    whole, expected = plainly(folder, ORIGINAL)
+    for longest in (ORIGINAL - 1, LONGEST, None):
+        assert trainer(folder, longest).loss(whole) == pytest.approx(expected, abs=1e-5)
+    longer, stretched = plainly(folder, LONGEST)
+    assert trainer(folder, LONGEST).loss(longer) != pytest.approx(stretched, abs=1e-4)
+
+
+@pytest.mark.parametrize("folder", ["longrope"], indirect=True)
+@pytest.mark.parametrize(("stated", "side"), [(False, LONGEST), (True, ORIGINAL)])
+def test_without_a_server_it_is_the_side_that_vllm_takes_unless_told(folder, stated, side):
+    """Also with a server of an older hogwild, which does not say. vLLM keeps to `original_max_position_embeddings`
+    where a configuration has it beside its rotary parameters, as that of Phi-3 has."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    if stated:
+        config["original_max_position_embeddings"] = ORIGINAL
+    path.write_text(json.dumps(config))
+    told, untold = trainer(folder, side), trainer(folder, None)
+    assert untold.loss(LONG) == told.loss(LONG)
+    assert not rope.differs(untold.model, side)
+    assert rope.differs(untold.model, {LONGEST: ORIGINAL, ORIGINAL: LONGEST}[side])
+
+
+@pytest.mark.parametrize("folder", ["longrope"], indirect=True)
+def test_a_new_server_on_the_same_weights_brings_its_own(folder, tmp_path, monkeypatch):
+    """Restarted with another --max-model-len, it maps the memory that the daemon holds. Not under a trainer's hands."""
+    tokenizer(folder)
+    studio = Studio(tmp_path)
+    learner = studio.learner
+    schedule = CheckpointSchedule(studio.config, studio.ledger, studio.keeper)
+    attachment = Attachment(studio.config, studio.ledger, studio.keeper, studio.curriculum, schedule)
+    attachment.learner = learner
+    models, seen = [learner.reader, *(one.model for one in learner.trainers)], []
+    agreed = served.Agreement(0.0, 0.0, 1.0, 1)
+    monkeypatch.setattr(served.Server, "ready", lambda _self: True)
+    monkeypatch.setattr(learner, "check_served", lambda _server: seen.append(learner.training) or agreed)
+    for number, longest in enumerate([LONGEST, LONGEST, ORIGINAL, LONGEST]):
+        attachment.on_session({"url": "", "max_model_len": longest}, begins=True)
+        changes = rope.differs(learner.reader, longest)
+        assert changes == (number > 1)
+        attachment.check(after="attach")
+        assert not any(rope.differs(model, longest) for model in models)
+        assert learner.training
+    assert seen == [False, True, False, False], "at rest while they change"
+    studio.close()
 
 
 def test_a_model_whose_frequencies_never_change_is_left_as_it_is(tmp_path):
     folder = llama(tmp_path / "model")
     model = skeleton.build(folder, Weights(load_arena(folder)))
     assert not list(rope._changing(model))
+    assert not rope.differs(model, 10_000)
     before = model.model.rotary_emb.inv_freq.clone()
     rope.fix(model, 10_000)
     assert torch.equal(model.model.rotary_emb.inv_freq, before)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from hogwild import log as logs
-from hogwild import pulse, recovery, served
+from hogwild import pulse, recovery, rope, served
 from hogwild.arena.client import Arena
 from hogwild.checkpoint_schedule import CheckpointSchedule
 from hogwild.curriculum import Curriculum
@@ -24,6 +24,7 @@ log = logs.get(__name__)
 
 
 _WAIT_S = 60.0
+_QUIET_TIMEOUT_S = 60.0
 
 
 class Attachment:
@@ -131,6 +132,22 @@ class Attachment:
         self._wait_s = min(max(2 * self._wait_s, 1.0), _WAIT_S) if error else 0.0
         self._wait_until = time.monotonic() + self._wait_s
 
+    def _take_frequencies(self, learner: Learner) -> bool:
+        """Rotary frequencies are those of the server that is there: a new one may take longer texts than the last, in
+        the same memory. False: an example is still being trained, and they have to wait."""
+        longest = self.server.get("max_model_len")
+        models = [learner.reader, *(trainer.model for trainer in learner.trainers)]
+        if not any(rope.differs(model, longest) for model in models):
+            return True
+        with self.changing:
+            learner.pause()  # it begins again once the server is seen to serve what these compute
+            if not learner.quiet(_QUIET_TIMEOUT_S):
+                return False
+            for model in models:
+                rope.fix(model, longest)
+        log.info("rope.changed", max_model_len=longest)
+        return True
+
     def _compare_with_server(self, after: str) -> None:
         learner = self.learner
         assert learner is not None
@@ -140,6 +157,8 @@ class Attachment:
         server = self._api
         if not server.ready():
             return  # still starting, or gone: asked again in the next turn, or when it comes back
+        if not self._take_frequencies(learner):
+            return
         self.must_check = False
         try:
             agreement = learner.check_served(server)

@@ -78,9 +78,12 @@ class TrainedLinear(torch.nn.Module):
         gather: "Gather",
         uses: int = 1,
     ) -> None:
-        """`uses`: in one pass. A weight with several is updated at the end of the step, not in its backward pass."""
+        """`uses`: layers of the model that have the weight. If several, it is updated at the end of the step, not in
+        its backward pass."""
         super().__init__()
         self.trains_bias, self.uses, self.waits = trains_bias, uses, uses > 1
+        self.rows = 0
+        """Inputs for each token of a pass, as far as the model's code has been seen to call it."""
         self.name, self.optimizer, self.seed, self.on_update = name, optimizer, seed, on_update
         self.gather = gather
         self.protected: torch.Tensor | None = None
@@ -120,7 +123,8 @@ class TrainedLinear(torch.nn.Module):
     @property
     def row_nbytes(self) -> int:
         """Bytes that it keeps of one token, at most."""
-        return self.uses * (self.in_features + self.out_features) * self.weight.element_size()
+        each = (self.in_features + self.out_features) * (self.gather.itemsize or self.weight.element_size())
+        return max(self.uses, self.rows) * each
 
     @property
     def kept_nbytes(self) -> int:
@@ -167,6 +171,7 @@ class Gather:
         context: tokens that were read beforehand. A layer that gets those of the pass behind them (MLA expands its
             cache anew each time) is one whose first rows are constants.
         embedding: the input embedding, if it is trained.
+        itemsize: bytes of a number in the rows; 0: as of the weight, which activations may be wider than.
         frozen: what is not trained: name -> why.
     """
 
@@ -176,6 +181,7 @@ class Gather:
         self.context = 0
         self.linears: list[TrainedLinear] = []
         self.embedding: TrainedEmbedding | None = None
+        self.itemsize = 0
         self.small: dict[str, Callable[[torch.Tensor | None], None]] = {}
         self.drops: list[Callable[[], None]] = []
         self.frozen: dict[str, str] = {}
@@ -238,6 +244,7 @@ def train_in_backward(
     on_update: OnUpdate,
     sources: Mapping[str, torch.Tensor],
     embeddings: bool = False,
+    rows: Mapping[str, int] | None = None,
 ) -> Gather:
     """Make a backward pass through `model` update its weights. One that several layers share is updated at the end of
     the step, when all of them have been computed for the last time (recompute.py).
@@ -249,6 +256,7 @@ def train_in_backward(
         on_update: called after each weight's update, with its name and result.
         sources: name -> the weight to update, of parameters of the model that are private copies.
         embeddings: train the input embedding, and a head that is tied to it.
+        rows: of each linear layer, inputs for each token of a pass (`trial.Calls`); None: one.
 
     Returns:
         How several backward passes are made to end in one update, and what stays frozen.
@@ -280,6 +288,7 @@ def train_in_backward(
             is_tied = id(module.weight) in tied
             first = shared.get(id(module.weight))
             if first is not None and first.bias is module.bias:
+                first.rows += (rows or {}).get(name, 0)
                 _put(model, name, first)
                 continue
             if is_tied and why_not:
@@ -291,6 +300,7 @@ def train_in_backward(
                 kind = TiedHead if is_tied else TrainedLinear
                 times = uses[id(module.weight)] - is_tied  # the embedding keeps no rows
                 trained = kind(name, module, trains_bias, optimizer, seed, on_update, gather, times)
+                trained.rows = (rows or {}).get(name, 0)
                 gather.linears.append(trained)
                 if isinstance(trained, TiedHead):
                     heads.append(trained)

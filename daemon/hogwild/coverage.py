@@ -23,6 +23,11 @@ from hogwild.context import Layers, repeats
 from hogwild.errors import HogwildError
 from hogwild.layout import Layout
 
+_CHUNKS = ("chunk_size", "mamba_chunk_size")
+"""What configurations call the tokens of a chunk of a scan."""
+_CHUNK = 64
+"""Of those that do not say: the default of transformers' gated delta rule."""
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -77,8 +82,12 @@ def examine(folder: Path, layout: Layout, *, embeddings: bool = False, protected
         for recipe in private
     }
     unused = cast(Optimizer, None)  # nothing is updated: no backward pass runs
-    skeleton.set_apart(model, trial.uncalled(model))
-    gather = train_in_backward(model, unused, set(regions), 0, lambda *_: None, {}, embeddings)
+    layers = Layers(model)
+    called, kept = trial.calls(model), trial.kept(model, layers)
+    attends = kept is None or any("keys" in parts for parts in kept)
+    skeleton.set_apart(model, called.uncalled)
+    gather = train_in_backward(model, unused, set(regions), 0, lambda *_: None, {}, embeddings, called.rows)
+    gather.itemsize = itemsize
     asked = dict(gather.frozen)
     if protected:
         biases = [f"{linear.name}.bias" for linear in gather.linears if linear.trains_bias]
@@ -106,12 +115,22 @@ def examine(folder: Path, layout: Layout, *, embeddings: bool = False, protected
             hidden=text.hidden_size,
             layers=text.num_hidden_layers,
             itemsize=itemsize,
-            state=_state(text),
+            state=_state(text) if attends else 0,
             repeats=repeats(text),
             softcaps=bool(getattr(text, "final_logit_softcapping", None)),
             waits=sum(linear.row_nbytes for linear in gather.linears if linear.waits),
-            scans=Layers(model).recurrent,
-            scores=text.num_attention_heads if model.config._attn_implementation == "eager" else 0,
+            scans=layers.recurrent,
+            scan=max(
+                (
+                    _scan(text, parts["recurrent_states"])
+                    for parts in kept or []
+                    if "recurrent_states" in parts
+                ),
+                default=0,
+            ),
+            scores=text.num_attention_heads
+            if attends and model.config._attn_implementation == "eager"
+            else 0,
         ),
     )
 
@@ -123,6 +142,23 @@ def _state(text: PreTrainedConfig) -> int:
     given = [getattr(text, name, None) or 0 for name in ("head_dim", "qk_head_dim", "v_head_dim")]
     width = max(given) or text.hidden_size // max(queries, 1)
     return int(2 * heads * width * text.num_hidden_layers)
+
+
+def _scan(text: PreTrainedConfig, state: tuple[int, ...]) -> int:
+    """Numbers of one token that the scan of a recurrent layer makes at once, and the gradients of them, at most.
+
+    The code of transformers works in chunks: for each head and token it makes some rows as long as a chunk, some as
+    wide as the state is either way, and for each chunk some states. How many was measured, over sizes and families
+    (tests/test_gpu_memory.py).
+
+    Args:
+        state: (1, heads, width, width) that it hands on, scanned in chunks; (1, channels, width): token by token.
+    """
+    chunk = next((size for name in _CHUNKS if (size := getattr(text, name, None))), _CHUNK)
+    heads, *widths = state[1:]
+    rows, columns = widths if len(widths) > 1 else (*widths, 1)
+    length = chunk if len(widths) > 1 else 1
+    return int(heads * (5 * length + 10 * (rows + columns) + 5 * rows * columns / length))
 
 
 def by_reason(frozen: Mapping[str, tuple[int, str]]) -> Iterable[tuple[str, list[str]]]:

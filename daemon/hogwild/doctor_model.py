@@ -78,14 +78,17 @@ def _covered(about: dict[str, Any]) -> Iterator[Finding]:
 
 def _fits(about: dict[str, Any], config: Config) -> Iterator[Finding]:
     """What training will take of the GPU, against what it may take and what the server leaves."""
-    needs = gpu_memory.predict(gpu_memory.Model(**about["sizes"]), config)
+    sizes = gpu_memory.Model(**about["sizes"])
+    needs = gpu_memory.predict(sizes, config)
     most = config.training.most_trained
     trained = "all trained" if most == config.training.max_tokens else f"{most} of them trained"
     found = (
         f"beside {gpu_memory.gib(about['weights_nbytes'])} GiB of weights, training takes at most {needs}, with "
         f"examples of training.max_tokens = {config.training.max_tokens} tokens, {trained}"
     )
-    if about["sizes"]["scans"]:
+    if scan := config.training.threads * gpu_memory.scan(sizes, config):
+        found += f"; {gpu_memory.gib(scan)} of the activations are for the scans of its recurrent layers"
+    elif sizes.scans:
         found += "; what the scans of its recurrent layers take for a moment is not in it"
     less = (
         "lower training.threads, training.max_trained_tokens, training.max_tokens or training.activation_mib"

@@ -1,6 +1,6 @@
 """How much of a GPU training takes beside the weights, reckoned from shapes and settings before anything runs.
 
-An upper bound, but for the scans of recurrent layers: for an example of `training.max_tokens` tokens in every thread at
+An upper bound: for an example of `training.max_tokens` tokens in every thread at
 once, as many of them trained as may be (`TrainingConfig.most_trained`).
 docs/gpu-results.md compares it with an H200, but for what the CUDA context and libraries take, which is assumed.
 Imports no torch.
@@ -52,7 +52,9 @@ class Model:
         repeats: how often attention writes each of them out, for query heads that share it.
         softcaps: bounds its logits, which keeps them in more than one form.
         waits: bytes of one token that layers with a weight in common keep until the end of a step.
-        scans: has recurrent layers, whose scans take something for a moment that is not reckoned.
+        scans: has recurrent layers.
+        scan: numbers in fp32 that the scan of one of them makes of one token, at most; 0: it has none, or none whose
+            sizes could be seen.
         scores: heads of an attention that makes all its scores at once (`as_served.py`); 0: none does.
     """
 
@@ -67,6 +69,7 @@ class Model:
     softcaps: bool = False
     waits: int = 0
     scans: bool = False
+    scan: int = 0
     scores: int = 0
 
 
@@ -107,9 +110,7 @@ class Needs:
 def predict(model: Model, config: Config) -> Needs:
     """What training of this model takes with these settings."""
     training, replay, rank = config.training, config.replay, config.optimizer.rank
-    threads = training.threads
-    longest = min(training.most_trained + MERGED_CONTEXT, training.max_tokens)
-    tokens = max(training.batch_tokens, longest)
+    threads, tokens = training.threads, _tokens(config)
     linears = [shape for shape in model.trained.values() if len(shape) == 2]
     small = sum(math.prod(shape) for shape in model.trained.values() if len(shape) != 2)
     protects = bool(replay.protected_rank and replay.self_texts and replay.ratio)
@@ -121,7 +122,7 @@ def predict(model: Model, config: Config) -> Needs:
     scores = _SCORE * model.scores * context**2  # contexts that are read in one row, or one long example
     # Of a layer, the keys and values of a context, joined to those of a pass and written out for all query heads.
     keys = context * model.state * (1 + model.repeats) * model.itemsize
-    again = (2 * tokens * inner + keys) // max(model.layers, 1) + scores  # one of them
+    again = (2 * tokens * inner + keys) // max(model.layers, 1) + scores + scan(model, config)  # one of them
     read = min(CONTEXTS * training.batch_tokens, context)  # in one row
     seen = max(tokens * (context + tokens), read * context)  # elements of a mask
     # As it is made, as the kernel wants it, and what a piece is made of.
@@ -147,6 +148,18 @@ def predict(model: Model, config: Config) -> Needs:
         copies=(threads + 1) * model.copied,
         context=_CONTEXT,
     )
+
+
+def scan(model: Model, config: Config) -> int:
+    """Bytes of the scan of a recurrent layer, in one thread."""
+    return 4 * model.scan * _tokens(config)
+
+
+def _tokens(config: Config) -> int:
+    """Of the longest pass with gradient."""
+    training = config.training
+    longest = min(training.most_trained + MERGED_CONTEXT, training.max_tokens)
+    return max(training.batch_tokens, longest)
 
 
 def _update(m: int, n: int, tokens: int, rank: int, itemsize: int) -> int:

@@ -18,15 +18,12 @@ from hogwild.weights import Weights, read_tensors
 from hogwild_kernels import products
 
 
-def build(folder: Path, weights: Weights, longest: int | None = None) -> PreTrainedModel:
+def build(folder: Path, weights: Weights) -> PreTrainedModel:
     """Build the model of `folder` around the live weights; nothing requires a gradient.
 
     Parameters whose tensors the server keeps no plain copy of (`layout.frozen`) are read from the checkpoint: they
     never change. So are buffers that a checkpoint holds, if they are not served live. What serves pictures and
-    sound is left out.
-
-    Args:
-        longest: tokens of the longest text, where a model computes otherwise for longer ones (`rope.py`).
+    sound is left out. Rotary frequencies are those of the server that brought the weights (`rope.py`).
 
     Raises:
         VerificationError: naming every parameter that has no view, or one of another shape.
@@ -71,8 +68,7 @@ def build(folder: Path, weights: Weights, longest: int | None = None) -> PreTrai
     model.arena_regions = {name: region for name, region in regions.items() if name in names}
     model.arena_recipes = {name: recipe for name, recipe in found.items() if name not in buffers}
     model.arena_twins = twins(model, found, regions)
-    if longest is not None:
-        rope.fix(model, longest)
+    rope.fix(model, weights.arena.max_model_len)
     return model
 
 
@@ -232,7 +228,7 @@ def linearise(model: PreTrainedModel, regions: dict[str, Region]) -> None:
 
 
 def set_apart(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Take these for no linear layers (trial.uncalled)."""
+    """Take these for no linear layers (trial.calls)."""
     for name in names:
         model.get_submodule(name).__class__ = Uncalled
 

@@ -25,7 +25,7 @@ from hogwild.recompute import Recompute
 from hogwild.step_losses import StepLosses, trainable
 from hogwild.streams import Stream, put
 from hogwild.training_progress import Progress
-from hogwild.trial import Verdict, judge, uncalled
+from hogwild.trial import Verdict, calls, judge
 from hogwild_kernels import UpdateResult
 
 __all__ = ["Encoded", "Item", "Progress", "StepResult", "Trainer"]
@@ -114,15 +114,16 @@ class Trainer:
         if self.stream.waits:
             norms.fuse(model)
         # Not in this trainer's stream: the model has just been built in the one that is current.
-        apart = uncalled(model) if verdict is None else verdict.uncalled
-        skeleton.set_apart(model, apart)
+        called = calls(model) if verdict is None else verdict.calls
+        skeleton.set_apart(model, called.uncalled)
         self._wide = Wide(model)
         self._layers = Layers(model)
-        self.verdict = verdict or judge(model, self._layers, self._wide.dtype, apart)
+        self.verdict = verdict or judge(model, self._layers, self._wide.dtype, called)
         self._packs = self.verdict.packs
         self._gather = train_in_backward(
-            model, optimizer, trainable, seed, self._count, self._wide.sources, embeddings
+            model, optimizer, trainable, seed, self._count, self._wide.sources, embeddings, called.rows
         )
+        self._gather.itemsize = self._wide.dtype.itemsize
         self.frozen = self._gather.frozen
         # In a row that mixes trained tokens and constants, only linear layers and keys and values tell them apart.
         vectors = all(model.get_parameter(name).ndim == 1 for name in self._gather.small)

@@ -4,7 +4,8 @@ Can it go on from a state? It may take a cache and make nothing of it. Does it c
 weights and multiply by itself.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,30 +31,42 @@ class Verdict:
     Attributes:
         packs: several texts may share a row of tokens, each after its own context.
         continues: a text may go on from a context that was read beforehand.
-        uncalled: linear layers that the model's code does not call.
+        calls: of the model's linear layers.
     """
 
     packs: bool
     continues: bool
+    calls: "Calls"
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What a model's code does with its linear layers.
+
+    Attributes:
+        uncalled: names of those that it does not call.
+        rows: name -> inputs for each token of a pass, of those that it does; rounded up, for an expert sees a few.
+    """
+
     uncalled: frozenset[str]
+    rows: Mapping[str, int]
 
 
-def judge(model: PreTrainedModel, layers: Layers, dtype: torch.dtype, apart: frozenset[str]) -> Verdict:
+def judge(model: PreTrainedModel, layers: Layers, dtype: torch.dtype, found: Calls) -> Verdict:
     """`model`: a skeleton, as it will be trained but for its updates; `dtype`: of its activations."""
     packs = packs_exactly(model, layers, dtype)
-    return Verdict(packs, packs or continues_exactly(model, layers), apart)
+    return Verdict(packs, packs or continues_exactly(model, layers), found)
 
 
 @torch.no_grad()
-def uncalled(model: PreTrainedModel) -> frozenset[str]:
-    """Names of a skeleton's linear layers whose weight the model's code reads without ever calling the layer, as
-    Mamba's for its time steps: no such layer can update itself. One that no token reaches, as an expert, is not even
-    read."""
-    called, read = set[int](), set[int]()
+def calls(model: PreTrainedModel) -> Calls:
+    """Of a skeleton. A layer whose weight the model's code reads without ever calling it, as Mamba's for its time
+    steps, cannot update itself. One that no token reaches, as an expert, is not even read."""
+    called, read = Counter[int](), set[int]()
 
     class Watched(FrozenLinear):
         def forward(self, x: Tensor) -> Tensor:
-            called.add(id(self))
+            called[id(self)] += x.shape[:-1].numel()
             return super().forward(x)
 
         def __getattr__(self, name: str) -> Any:
@@ -73,19 +86,40 @@ def uncalled(model: PreTrainedModel) -> frozenset[str]:
     finally:
         for linear in linears.values():
             linear.__class__ = FrozenLinear
-    return frozenset(name for name, one in linears.items() if id(one) in read - called)
+    return Calls(
+        frozenset(name for name, one in linears.items() if id(one) in read - called.keys()),
+        {name: -(-called[id(one)] // _TOKENS) for name, one in linears.items() if id(one) in called},
+    )
 
 
-def _read_a_few(model: PreTrainedModel) -> None:
+@torch.no_grad()
+def kept(model: PreTrainedModel, layers: Layers) -> list[dict[str, tuple[int, ...]]] | None:
+    """What each layer of a skeleton on the meta device keeps of a text: name -> shape, as "keys" or "recurrent_states".
+    None: its code looks at numbers, or keeps it otherwise."""
+    try:
+        out = _read_a_few(model, use_cache=True)
+        cache = getattr(out, layers.cache_name or "")
+        found = []
+        for layer in cache.layers:
+            # Of recurrent ones there is a mapping, for layers that have several.
+            parts = {
+                k: next(iter(v.values()), None) if isinstance(v, dict) else v for k, v in vars(layer).items()
+            }
+            found.append({name: tuple(one.shape) for name, one in parts.items() if isinstance(one, Tensor)})
+    except Exception:
+        return None
+    return found
+
+
+def _read_a_few(model: PreTrainedModel, *, use_cache: bool = False) -> Any:
     """One pass; of a model on the meta device with tensors that have shapes and no numbers."""
     if model.device.type != "meta":
-        model(put(_ids(model), model.device)[None], use_cache=False)
-        return
+        return model(put(_ids(model), model.device)[None], use_cache=use_cache)
     with FakeTensorMode():
         parts = [*model.named_parameters(), *model.named_buffers()]
         shapes = {name: torch.empty(part.shape, dtype=part.dtype) for name, part in parts}
         ids = torch.zeros(1, _TOKENS, dtype=torch.int64)
-        torch.func.functional_call(model, shapes, (ids,), {"use_cache": False})
+        return torch.func.functional_call(model, shapes, (ids,), {"use_cache": use_cache})
 
 
 def packs_exactly(model: PreTrainedModel, layers: Layers, dtype: torch.dtype) -> bool:

@@ -25,11 +25,17 @@ _RETRY_REFUSED_S = 5.0
 
 @dataclass
 class Arena:
-    """Weights, control page and layout: everything that two processes share."""
+    """Weights, control page and layout: everything that two processes share.
+
+    Attributes:
+        max_model_len: tokens of the longest text that the server takes which this came from. Not of the layout: another
+            server may map the same memory, and take others. None: no server has said.
+    """
 
     weights: Held
     control: ControlPage
     layout: Layout
+    max_model_len: int | None = None
 
     @property
     def fds(self) -> tuple[int, ...]:
@@ -78,7 +84,7 @@ class Arena:
             for segment in segments:
                 segment.close()
             raise
-        return cls(segments[1], control, layout)
+        return cls(segments[1], control, layout, protocol.max_model_len(message.get("server")))
 
     def to_json(self) -> dict[str, Any]:
         """What goes into a message beside `fds`."""
@@ -94,7 +100,7 @@ class Arena:
 def ask(path: Path, source: Source, server: dict[str, Any]) -> tuple[Arena, socket.socket] | None:
     """Ask the daemon whether it holds an arena that was filled from these very files.
 
-    `server` says how to reach this server, as in `Offer`.
+    `server` is what the daemon is told of this server, as in `Offer`.
 
     Returns the arena and the open session, or None when no daemon listens or it holds none.
 
@@ -132,7 +138,7 @@ class Offer:
     """
 
     def __init__(self, path: Path, arena: Arena, server: dict[str, Any]) -> None:
-        """`server`: how to reach this server ({"url": ..., "pid": ...}), passed on to the daemon."""
+        """`server`: what the daemon is told of this server, see protocol.py."""
         self._path, self._arena, self._server = path, arena, server
         self.attached = threading.Event()
         self._last_words = ""

@@ -28,7 +28,8 @@ class Hub:
         on_offer: called with each arena that a server offers, in that session's thread. It verifies; returning
             takes the arena, a HogwildError refuses it and is told to the server.
         on_session: called with (server, True) when a server's session begins and (server, False) when it ends;
-            server is {"url": as announced, or empty, "pid": of the process at the other end}.
+            server is {"url": as announced, or empty, "pid": of the process at the other end, "max_model_len": tokens of
+            the longest text that it takes; not there if it has not said}.
         on_command: called with the name and arguments of what a person asks for, in that session's thread; returns
             the answer. None: commands are refused.
     """
@@ -92,6 +93,8 @@ class Hub:
                 return
             message, fds = received
             server = {"url": _url(message.get("server")), "pid": pid}
+            if (longest := protocol.max_model_len(message.get("server"))) is not None:
+                server["max_model_len"] = longest
             reply, reply_fds = self._answer(sock, message, fds)
             protocol.send(sock, reply, reply_fds)
             if reply["status"] in ("held", "attached"):

@@ -8,6 +8,9 @@ descriptors travel with the length. Never pickle.
     server  offer  {op, version, layout, server} + descriptors -> attached | refused {problems}
     person  command  {op, version, name, arguments}                -> done {...} | refused {error}
 
+`server` is {"url": where it answers, "max_model_len": tokens of the longest text that it takes}; of a server that is
+older than the second of them, or nobody's, either may be missing.
+
 The descriptors are those of the weights, one for each part that the layout names (on a CPU there is one), and the
 control page's as the last. Weights that only legacy CUDA IPC shares have none: their handle goes beside the layout, as
 `handle`, in an offer; they are never held for another server.
@@ -27,6 +30,12 @@ MAX_MESSAGE_BYTES = 64 << 20  # a layout takes about 200 bytes a tensor
 _LENGTH = struct.Struct("<I")
 
 Message = dict[str, Any]
+
+
+def max_model_len(server: Any) -> int | None:
+    """What a server says of the longest text that it takes, in tokens; None: nothing that is a length."""
+    length = server.get("max_model_len") if isinstance(server, dict) else None
+    return length if type(length) is int and length > 0 else None
 
 
 def send(sock: socket.socket, message: Message, fds: tuple[int, ...] = ()) -> None:

@@ -66,7 +66,7 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
         if self._socket is None:
             return 0  # `load_model` says what is missing
         source = self._source(vllm_config.model_config)
-        held = _answers[source] = client.ask(self._socket, source, _server())
+        held = _answers[source] = client.ask(self._socket, source, _server(vllm_config.model_config))
         return 0 if held is None else held[0].layout.nbytes
 
     @contextlib.contextmanager
@@ -110,7 +110,7 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
             self._loading.enter_context(patches.installed())
             self._loading.enter_context(self._without_memory())
             model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
-        self._share(model)
+        self._share(model, model_config)
         return model
 
     def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
@@ -126,7 +126,11 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
         source = self._source(model_config)
         _make_head_bias(model, source)  # also where an arena is mapped, which has a place for it
         device, size = place.device(model), self._vacancies.nbytes
-        held = _answers.pop(source) if source in _answers else client.ask(self._socket, source, _server())
+        held = (
+            _answers.pop(source)
+            if source in _answers
+            else client.ask(self._socket, source, _server(model_config))
+        )
         if held is not None:
             self._arena, self._session = held
             weights = self._arena.weights
@@ -179,7 +183,7 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
         weights = super().get_all_weights(model_config, model)
         yield from self._trace.watch(weights) if self._trace is not None else weights
 
-    def _share(self, model: torch.nn.Module) -> None:
+    def _share(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
         """After post-processing: settle what is trainable, and offer the arena."""
         assert self._socket is not None
         if self._arena is None:
@@ -230,7 +234,7 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
             self._arena.control.steps,
         )
         page.hand_out(self._arena)
-        client.Offer(self._socket, self._arena, _server()).start(self._session)
+        client.Offer(self._socket, self._arena, _server(model_config)).start(self._session)
 
 
 def _start(source: Source) -> resume.Start | None:
@@ -301,9 +305,10 @@ def _only_live(
     return live, dead
 
 
-def _server() -> dict[str, str]:
-    """What the daemon is told about this server: where it answers requests."""
-    return {"url": os.environ.get(URL_VARIABLE, "")}
+def _server(model_config: ModelConfig) -> dict[str, Any]:
+    """What the daemon is told about this server (arena/protocol.py): where it answers requests, and how long texts may
+    be, from which vLLM takes rotary frequencies when it builds the model."""
+    return {"url": os.environ.get(URL_VARIABLE, ""), "max_model_len": model_config.max_model_len}
 
 
 def _versions() -> dict[str, str]:

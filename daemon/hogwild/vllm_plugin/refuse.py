@@ -7,6 +7,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
+from hogwild import rope
 from hogwild.errors import VerificationError
 from hogwild.vllm_plugin.names import SOCKET_VARIABLE
 
@@ -46,6 +47,14 @@ def _reasons(vllm_config: VllmConfig, daemon: Path | None) -> Iterator[str]:
         )
     if model.use_mla:
         yield from _mla(vllm_config)
+    positions = getattr(model.hf_text_config, "max_position_embeddings", None)
+    if "dynamic" in rope.types(model.hf_text_config) and positions and model.max_model_len > positions:
+        # Not a number beyond them. Can go when dynamic_ntk_scaling_rope.py makes a row for each position that
+        # _get_and_verify_max_len of vllm/config/model.py allows, and rope.py makes the same frequencies (vLLM 0.32).
+        yield (
+            f'vLLM makes "dynamic" rotary frequencies for {positions} positions alone, whatever their factor, and '
+            f"reads beyond them in longer texts: serve with --max-model-len {positions}"
+        )
     if model.is_moe and not current_platform.is_cpu() and vllm_config.kernel_config.moe_backend != "triton":
         yield "most MoE backends rearrange the experts' weights: serve with --moe-backend triton"
 
