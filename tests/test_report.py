@@ -202,7 +202,7 @@ def test_quarantine_lists_what_is_set_aside_and_lets_it_out(config, hogwild):
         "examples": 0
     }
     assert "nothing of that" in hogwild("quarantine", "--retrain", "--file", "facts.jsonl", code=1)
-    assert "none of the 1 examples" in hogwild("quarantine", "--file", "facts.jsonl")
+    assert "the one example in quarantine is another one" in hogwild("quarantine", "--file", "facts.jsonl")
     assert json.loads(hogwild("quarantine", "3", "--retrain", "--json")) == {"examples": 1}
     assert "nothing" in hogwild("quarantine")
     with Ledger(config.state_dir / "ledger.sqlite", readonly=True) as ledger:

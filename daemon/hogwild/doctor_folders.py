@@ -11,6 +11,7 @@ from pathlib import Path
 from hogwild import heap, installation, spool_lock, state_lock
 from hogwild.doctor import UNIT, Finding, Subject, by_owner, fail, ok, warn
 from hogwild.errors import HogwildError
+from hogwild.plural import counted
 
 _LOCAL = {"ext2/ext3", "xfs", "btrfs", "zfs", "f2fs", "overlayfs"}
 _MEMORY = {"tmpfs", "ramfs"}
@@ -77,9 +78,10 @@ def _disk(subject: Subject, folder: Path) -> Iterator[Finding]:
         )
     elif free < need:
         yield warn(
-            "disk space", f"{shown}; {subject.config.checkpoint.keep} checkpoints and one more take {need / 2**30:.1f}",
+            "disk space",
+            f"{shown}; {counted(subject.config.checkpoint.keep, 'checkpoint')} and one more take {need / 2**30:.1f}",
             "lower checkpoint.keep, or make room",
-        )  # fmt: skip
+        )
     else:
         yield ok("disk space", f"{shown}, checkpoints take up to {need / 2**30:.1f}, history up to "
                  f"{subject.config.history.max_gib:g}")  # fmt: skip

@@ -24,6 +24,7 @@ from hogwild.encoding import context_length
 from hogwild.errors import HogwildError, UsageError
 from hogwild.ledger_records import GoodLine
 from hogwild.lines import DamagedFileError, read_lines
+from hogwild.plural import counted
 from hogwild.settings import Config
 
 if TYPE_CHECKING:
@@ -114,7 +115,9 @@ def _check(files: Sequence[Path], config: Config, model: Path, console: Console,
     checker = Checker(config, console, tokenizer_in(model), context_length(model), problems_only=True)
     _sum_up(checker, files)
     if strict and checker.bad:
-        raise HogwildError(f"{checker.bad} lines are wrong, and --strict was given: nothing was trained")
+        raise HogwildError(
+            f"{counted(checker.bad, 'line is', 'lines are')} wrong, and --strict was given: nothing was trained"
+        )
 
 
 class _interrupting:  # noqa: N801 - used as a function
@@ -181,8 +184,9 @@ def _report(result: "Result", console: Console) -> None:
         table.add_row(name, str(one.examples), str(one.rejected + one.failed), *losses, str(one.measured))
     console.print(table, highlight=False)
     what = "stopped early after" if result.interrupted else "finished after"
+    done = f"{counted(result.passes, 'pass', 'passes')} in {counted(result.steps, 'step')}"
     console.print(
-        f"{what} {result.passes} passes in {result.steps} steps, {result.seconds:.0f} s: {result.out}",
+        f"{what} {done}, {result.seconds:.0f} s: {result.out}",
         highlight=False,
         soft_wrap=True,
     )
