@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +30,11 @@ from hogwild.settings import Config
 
 if TYPE_CHECKING:
     from hogwild.one_shot import Now, Result
+
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+_ECHO_S = 1.0
+"""TERM that comes so soon after the first signal is the same one: timeout(1) sends it to its child, and to the group
+that the child is in."""
 
 
 def run(
@@ -121,22 +127,29 @@ def _check(files: Sequence[Path], config: Config, model: Path, console: Console,
 
 
 class _interrupting:  # noqa: N801 - used as a function
-    """Ctrl-C and TERM call `interrupt` once; the next one ends the process, and nothing is written."""
+    """Ctrl-C or TERM calls `interrupt`; the next one, of either, raises KeyboardInterrupt, and nothing is written. One
+    more ends the process as it would any."""
 
     def __init__(self, interrupt: Callable[[], None], console: Console) -> None:
         self._interrupt, self._console = interrupt, console
+        self._told_at: float | None = None
 
     def __enter__(self) -> None:
-        self._before = {
-            number: signal.signal(number, self._first) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self._before = {number: signal.signal(number, self._told) for number in _STOPS}
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _first(self, number: int, _frame: object) -> None:
-        signal.signal(number, self._before[signal.Signals(number)] or signal.SIG_DFL)
+    def _told(self, number: int, _frame: object) -> None:
+        now = time.monotonic()
+        if self._told_at is not None:
+            if number == signal.SIGTERM and now - self._told_at < _ECHO_S:
+                return
+            for one in _STOPS:
+                signal.signal(one, signal.SIG_DFL)
+            raise KeyboardInterrupt  # not the end at once, which would count as a crash of what is being trained
+        self._told_at = now
         self._console.print("[yellow]finishing the passes under way and saving; once more to give up[/]")
         self._interrupt()
 
