@@ -1,6 +1,7 @@
 """What guards let through, what they stop, and what they say about it. Real trainers on a tiny model."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -193,6 +194,17 @@ def test_measurements_are_kept_by_name_and_a_nan_is_a_gap(studio):
     found = studio.ledger.guards.series("probes.")
     assert [(step, value) for _, step, value in found["probes.own"]] == [(3, 1.5), (4, None)]
     assert list(found) == ["probes.own"]
+
+
+def test_measurements_go_after_90_days(studio, monkeypatch):
+    """By the clock that a jump of the system clock does not move."""
+    studio.ledger.guards.note(3, {"probes.own": 1.5})
+    monkeypatch.setattr("hogwild.clock.now", lambda: time.time() + 89 * 86400)
+    studio.ledger.guards.note(4, {"probes.own": 1.4})
+    assert [step for _, step, _ in studio.ledger.guards.series("probes.")["probes.own"]] == [3, 4]
+    monkeypatch.setattr("hogwild.clock.now", lambda: time.time() + 91 * 86400)
+    studio.ledger.guards.note(5, {"probes.own": 1.3})
+    assert studio.ledger.guards.series("probes.") == {}, "all three bear the system clock's time"
 
 
 def test_an_innocent_file_loses_nothing_by_the_trips_of_another(studio):

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from sqlite3 import Connection
 from typing import Any
 
+from hogwild import clock
 from hogwild.ledger_db import NOW, Database
 from hogwild.ledger_records import Suspect, Trip, selection
 from hogwild.ledger_schema import OWN
@@ -177,8 +178,8 @@ class Guards:
                     f"INSERT INTO series VALUES ({NOW}, ?, ?, ?)", (name, step, value)
                 )  # NaN is stored as NULL
                 db.execute(
-                    "DELETE FROM series WHERE name = ? AND at < strftime('%Y-%m-%dT%H:%M:%fZ', 'now', ?)",
-                    (name, f"-{KEPT_DAYS} days"),
+                    "DELETE FROM series WHERE name = ? AND at < strftime('%Y-%m-%dT%H:%M:%fZ', ?, 'unixepoch', ?)",
+                    (name, clock.now(), f"-{KEPT_DAYS} days"),
                 )
 
     def series(self, prefix: str) -> dict[str, list[tuple[str, int, float | None]]]:
