@@ -40,9 +40,9 @@ def learned(config: Config) -> None:
             ledger.accept_file(name, name, lines, passes=2)
         for step in range(1, 9):
             example = (step - 1) % 4 + 1
-            ledger.record_pass(Pass(example, 4.0 / step, 3.0 / step, 5, step, 0, "arena"))
-            ledger.record_pass(
-                Pass(example, 5.0 / step, None, 5, step, 0, "arena", replay=True)
+            ledger.record_passes([Pass(example, 4.0 / step, 3.0 / step, 5, step, 0, "arena")])
+            ledger.record_passes(
+                [Pass(example, 5.0 / step, None, 5, step, 0, "arena", replay=True)]
             ) if step > 4 else None
             ledger.guards.note(
                 step,

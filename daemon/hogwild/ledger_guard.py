@@ -21,12 +21,18 @@ class Guards:
     def __init__(self, db: Database) -> None:
         self._db = db
 
-    def strike(self, guard: str, about: Mapping[str, object], example_ids: Sequence[int]) -> None:
-        """Something speaks against each of these examples. Not fsynced: what a power cut forgets is noted again."""
+    def strike(
+        self, guard: str, about: Mapping[str, object], example_ids: Sequence[int], *, times: int = 1
+    ) -> None:
+        """Something speaks against each of these examples. Not fsynced: what a power cut forgets is noted again.
+
+        Args:
+            times: it weighs as much as this many strikes.
+        """
         with self._db.write(fsync=False) as db:
-            db.execute(
+            db.executemany(
                 "INSERT INTO strikes (example_id, guard, about) SELECT value, ?, ? FROM json_each(?)",
-                (guard, json.dumps(about), json.dumps(example_ids)),
+                [(guard, json.dumps(about), json.dumps(example_ids))] * times,
             )
 
     def survived(self, example_ids: Sequence[int]) -> None:
