@@ -52,6 +52,17 @@ def test_a_second_daemon_with_a_state_folder_of_its_own_is_refused_and_takes_ove
     heir.wait_for("spool.accepted", file="more.jsonl")
 
 
+def test_a_daemon_whose_spool_cannot_be_used_yet_starts_and_takes_it_later(world: World):
+    disk = world.root / "disk"
+    disk.touch()
+    daemon = world.daemon(spool__dir=disk / "spool")
+    daemon.wait_for("spool.failed")
+    assert daemon.alive
+    disk.unlink()
+    daemon.wait_for("spool.healed")
+    assert state_lock.holder(disk / "spool", NAME) == daemon.pid
+
+
 def test_the_lock_is_no_file_of_the_spool_and_only_its_owner_can_open_it(tmp_path: Path):
     lock = SpoolLock(tmp_path / "spool")
     with Ledger(tmp_path / "ledger.sqlite") as ledger:

@@ -31,9 +31,9 @@ log = logs.get(__name__)
 
 _DEATHS = 3
 """Deaths of the daemon that count as one strike: a signal may have come from anywhere, and a step is where a trainer
-mostly is. Which one it was would not tell: whoever ends it for the memory that an example takes (the kernel, systemd-oomd, a
-container's limit) sends SIGKILL, as an operator does. To excuse that would have such an example come first for ever; to
-count it can cost an example that `hogwild quarantine --retrain` brings back."""
+mostly is. Which one it was would not tell: whoever ends it for the memory that an example takes (the kernel,
+systemd-oomd, a container's limit) sends SIGKILL, as an operator does. To excuse that would have such an example come
+first for ever; to count it can cost an example that `hogwild quarantine --retrain` brings back."""
 
 
 @dataclass(frozen=True)
