@@ -253,6 +253,15 @@ def test_age_and_space_let_old_ones_go_but_never_the_current_one(tmp_path, weigh
     assert_complete(saved, base)
 
 
+def test_a_clock_that_is_set_ahead_makes_no_folder_old(tmp_path, weights, base, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "c", keep=9, max_age_s=3600)
+    for step in range(1, 4):
+        save(checkpoints, weights, base, step)
+    ahead = time.time() + 10 * 365 * 86400
+    monkeypatch.setattr("time.time", lambda: ahead)
+    assert checkpoints.prune() == []
+
+
 def test_no_checkpoint_yet(tmp_path):
     assert Checkpoints(tmp_path / "c", keep=2).current() is None
 

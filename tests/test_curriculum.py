@@ -39,8 +39,8 @@ def train(ledger: Ledger, curriculum: Curriculum, batch: Batch, step: int = 1, *
     """Record what a trainer would: every example's loss is 0.5, or what `losses` has under its name."""
     for one in [*batch.new, *batch.replayed]:
         loss = losses.get(f"_{one.name}", 0.5)
-        ledger.record_pass(
-            Pass(one.example_id, loss, loss, 3, step, 0, "arena", replay=one in batch.replayed)
+        ledger.record_passes(
+            [Pass(one.example_id, loss, loss, 3, step, 0, "arena", replay=one in batch.replayed)]
         )
     curriculum.done(batch)
     for one in batch.replayed:

@@ -1,11 +1,13 @@
 """What guards let through, what they stop, and what they say about it. Real trainers on a tiny model."""
 
 import math
+import time
 
 import pytest
 import torch
 from structlog.testing import capture_logs
 
+from hogwild.errors import LedgerError
 from hogwild.guard import growing, largest_loss
 from hogwild.ledger import Trip
 from hogwild_kernels import AdamConfig, AdamState, ApolloConfig, ApolloState, adam_update, apollo_update
@@ -193,6 +195,40 @@ def test_measurements_are_kept_by_name_and_a_nan_is_a_gap(studio):
     found = studio.ledger.guards.series("probes.")
     assert [(step, value) for _, step, value in found["probes.own"]] == [(3, 1.5), (4, None)]
     assert list(found) == ["probes.own"]
+
+
+def test_an_error_in_a_step_counts_as_three_deaths_or_not_at_all(studio):
+    """The disk may become full while it is noted."""
+    studio.accept("a", [b'{"text": "w1 w2"}'] * 2)
+    guard, examples = studio.learner.guard, studio.ledger.pending(9)
+
+    def crashes() -> list[int]:
+        return [one.crashes for one in studio.ledger.pending(9)]
+
+    guard.trying(examples)
+    with studio.ledger._db.write(fsync=False) as db:
+        db.execute(
+            "CREATE TEMP TRIGGER full BEFORE INSERT ON strikes WHEN (SELECT count(*) FROM strikes) = 5"
+            " BEGIN SELECT RAISE(ABORT, 'disk is full'); END"
+        )
+    with pytest.raises(LedgerError):
+        guard.died(examples, RuntimeError("poison"))
+    assert crashes() == [1, 1]
+    with studio.ledger._db.write(fsync=False) as db:
+        db.execute("DROP TRIGGER full")
+    guard.died(examples, RuntimeError("poison"))
+    assert crashes() == [3, 3]
+
+
+def test_measurements_go_after_90_days(studio, monkeypatch):
+    """By the clock that a jump of the system clock does not move."""
+    studio.ledger.guards.note(3, {"probes.own": 1.5})
+    monkeypatch.setattr("hogwild.clock.now", lambda: time.time() + 89 * 86400)
+    studio.ledger.guards.note(4, {"probes.own": 1.4})
+    assert [step for _, step, _ in studio.ledger.guards.series("probes.")["probes.own"]] == [3, 4]
+    monkeypatch.setattr("hogwild.clock.now", lambda: time.time() + 91 * 86400)
+    studio.ledger.guards.note(5, {"probes.own": 1.3})
+    assert studio.ledger.guards.series("probes.") == {}, "all three bear the system clock's time"
 
 
 def test_an_innocent_file_loses_nothing_by_the_trips_of_another(studio):

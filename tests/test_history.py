@@ -306,6 +306,27 @@ def test_age_and_space(tmp_path):
     assert {path.name for path in (world.history.root / BLOBS).iterdir()} == used
 
 
+def test_a_clock_that_is_far_ahead_for_a_while_makes_nothing_old(tmp_path, monkeypatch):
+    """Set ten years ahead while the daemon runs, and put right again; then two hours pass."""
+    world = World(tmp_path, base_every=0, max_age_s=3600)
+    world.run(3)
+    real, since_boot = time.time, time.clock_gettime
+    years = 10 * 365 * 86400
+    with monkeypatch.context() as ahead:
+        ahead.setattr("time.time", lambda: real() + years)
+        ahead.setattr(
+            "hogwild.checkpoint.now", lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time()))
+        )
+        world.run(2)
+        assert kept(world) == [1, 2, 3, 4, 5]
+    world.run(2)
+    assert kept(world) == [1, 2, 3, 4, 5, 6, 7]
+    monkeypatch.setattr("time.time", lambda: real() + 7200)
+    monkeypatch.setattr("time.clock_gettime", lambda clock: since_boot(clock) + 7200)
+    world.history.prune()
+    assert not {1, 2, 3} & set(kept(world)), "which the time that has passed does"
+
+
 def test_a_folder_that_history_does_not_hold_is_not_pruned(tmp_path):
     """Recording failed (a full disk, a kill): the complete folders stay until it has caught up."""
     world = World(tmp_path)

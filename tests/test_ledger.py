@@ -43,7 +43,10 @@ def drop(
 
 
 def one_pass(ledger: Ledger, example_id: int, loss: float = 1.0, after: float | None = 0.5):
-    return ledger.record_pass(Pass(example_id, loss, after, tokens=3, step=1, thread=0, arena_id="arena"))
+    (outcome,) = ledger.record_passes(
+        [Pass(example_id, loss, after, tokens=3, step=1, thread=0, arena_id="arena")]
+    )
+    return outcome
 
 
 def train_everything(ledger: Ledger) -> None:
@@ -726,7 +729,7 @@ def test_losses_before_and_after_are_of_the_same_examples(ledger):
     one_pass(ledger, 1, 3.0, 2.0)
     one_pass(ledger, 2, 2.0, 1.0)
     one_pass(ledger, 3, 7.0, None)
-    ledger.record_pass(Pass(3, 0.1, None, 3, 1, 0, "arena", replay=True))
+    ledger.record_passes([Pass(3, 0.1, None, 3, 1, 0, "arena", replay=True)])
     found = ledger.trained_between(since, ledger.newest_pass())
     assert found == {"examples": 3, "passes": 5, "loss_before": 3.0, "loss_after": 1.5}
     assert ledger.trained_between(since, since)["passes"] == 0

@@ -238,6 +238,24 @@ def test_ctrl_c_saves_what_was_learned_and_the_state_folder_goes_on(model: Path,
     )
 
 
+def test_term_that_comes_twice_at_once_is_one_and_saves(model: Path, tmp_path: Path) -> None:
+    """timeout(1) sends it to its child, and to the process group of the child."""
+    file, state, out = write(tmp_path / "a.jsonl", TEACH), tmp_path / "state", tmp_path / "out"
+    arguments = [file, "--model", model, "--out", out, "--state", state, "--threads", 1, "--passes", 10_000]
+    with subprocess.Popen(
+        command(*arguments), env=env({"replay__ratio": 0}), stderr=subprocess.PIPE, text=True
+    ) as running:
+        wait_until(lambda: passes(state) > 20, "it trains")
+        running.send_signal(signal.SIGTERM)
+        assert running.stderr is not None
+        while "once more to give up" not in running.stderr.readline():
+            pass  # so that the kernel does not make one of the two
+        running.send_signal(signal.SIGTERM)
+        _, stderr = running.communicate(timeout=120)
+    assert running.returncode == 0, stderr
+    assert (out / "model.safetensors").exists()
+
+
 def test_an_out_that_could_not_be_written_is_written_by_the_same_command_again(
     model: Path, tmp_path: Path
 ) -> None:

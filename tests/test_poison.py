@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -166,17 +167,28 @@ def test_a_ledger_that_cannot_be_written_speaks_against_no_example(tmp_path):
         studio.close()
 
 
-def test_whoever_gives_up_hogwild_train_speaks_against_nobody(tmp_path):
-    """Twice Ctrl-C while an example is trained, as often as would set it aside."""
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (signal.SIGINT, signal.SIGINT),
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGINT, signal.SIGTERM),
+        (signal.SIGTERM, signal.SIGINT),
+    ],
+)
+def test_whoever_gives_up_hogwild_train_speaks_against_nobody(tmp_path, first, second):
+    """Twice Ctrl-C or TERM while an example is trained, as often as would set it aside."""
     model(tmp_path / "model")
     (tmp_path / "a.jsonl").write_bytes(line(1, 2, 3) + b"\n")
     for _ in range(STRIKES):
         child = Child(given_up, tmp_path)
         child.hear("in a step")
-        os.kill(child.pid, signal.SIGINT)
+        os.kill(child.pid, first)
         child.hear("interrupted")
-        os.kill(child.pid, signal.SIGINT)
-        child.process.join()
+        if second == signal.SIGTERM:
+            time.sleep(1.1)  # sooner, it is taken for the same
+        os.kill(child.pid, second)
+        child.process.join(60)
         assert child.process.exitcode == 1
     with Ledger(tmp_path / "state" / "ledger.sqlite") as ledger:
         assert [one.crashes for one in ledger.pending(9)] == [0]

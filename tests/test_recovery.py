@@ -64,8 +64,8 @@ class Desk:
         arena.control.steps += 1
         if recorded:
             pending = self.ledger.pending(1)[0]
-            self.ledger.record_pass(
-                Pass(pending.example_id, 1.0, None, 3, arena.control.steps, 0, arena.control.arena_id)
+            self.ledger.record_passes(
+                [Pass(pending.example_id, 1.0, None, 3, arena.control.steps, 0, arena.control.arena_id)]
             )
 
     def save(self, arena: Arena) -> Path:

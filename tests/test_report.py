@@ -40,9 +40,9 @@ def learned(config: Config) -> None:
             ledger.accept_file(name, name, lines, passes=2)
         for step in range(1, 9):
             example = (step - 1) % 4 + 1
-            ledger.record_pass(Pass(example, 4.0 / step, 3.0 / step, 5, step, 0, "arena"))
-            ledger.record_pass(
-                Pass(example, 5.0 / step, None, 5, step, 0, "arena", replay=True)
+            ledger.record_passes([Pass(example, 4.0 / step, 3.0 / step, 5, step, 0, "arena")])
+            ledger.record_passes(
+                [Pass(example, 5.0 / step, None, 5, step, 0, "arena", replay=True)]
             ) if step > 4 else None
             ledger.guards.note(
                 step,
@@ -202,7 +202,7 @@ def test_quarantine_lists_what_is_set_aside_and_lets_it_out(config, hogwild):
         "examples": 0
     }
     assert "nothing of that" in hogwild("quarantine", "--retrain", "--file", "facts.jsonl", code=1)
-    assert "none of the 1 examples" in hogwild("quarantine", "--file", "facts.jsonl")
+    assert "the one example in quarantine is another one" in hogwild("quarantine", "--file", "facts.jsonl")
     assert json.loads(hogwild("quarantine", "3", "--retrain", "--json")) == {"examples": 1}
     assert "nothing" in hogwild("quarantine")
     with Ledger(config.state_dir / "ledger.sqlite", readonly=True) as ledger:

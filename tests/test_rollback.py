@@ -262,16 +262,18 @@ def test_what_is_marked_durable_is_in_the_checkpoint_that_is_written_meanwhile(r
         for number in range(1, 257):  # bf16 holds these exactly
             for name in weights.names:
                 weights.view(name).fill_(float(number))
-            studio.ledger.record_pass(
-                Pass(
-                    pending.example_id,
-                    1.0,
-                    None,
-                    tokens=1,
-                    step=number,
-                    thread=0,
-                    arena_id=studio.arena.control.arena_id,
-                )
+            studio.ledger.record_passes(
+                [
+                    Pass(
+                        pending.example_id,
+                        1.0,
+                        None,
+                        tokens=1,
+                        step=number,
+                        thread=0,
+                        arena_id=studio.arena.control.arena_id,
+                    )
+                ]
             )
             if stop.wait(0.01):
                 return

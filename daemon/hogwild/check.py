@@ -17,6 +17,7 @@ from hogwild.errors import ExampleError, UsageError
 from hogwild.examples import Example, encode
 from hogwild.ledger_records import BadLine, GoodLine
 from hogwild.lines import SUFFIXES, DamagedFileError, read_lines
+from hogwild.plural import counted
 from hogwild.settings import Config
 
 Record = dict[str, object]
@@ -83,7 +84,9 @@ class Checker:
         """The last line: how many lines are good."""
         style = "green" if not self.bad else "red"
         doubt = f", [yellow]{self.doubtful} with a warning[/]" if self.doubtful else ""
-        self._say(f"[{style}]{self.good} of {self.good + self.bad} lines will be trained[/]{doubt}")
+        self._say(
+            f"[{style}]{self.good} of {counted(self.good + self.bad, 'line')} will be trained[/]{doubt}"
+        )
 
     def _lines(self, path: Path, lines: Iterable[GoodLine | BadLine]) -> Iterator[Record]:
         for line in lines:
@@ -143,7 +146,7 @@ class Checker:
                 "trained_tokens": sum(part.trained_tokens for part in parts),
             }
             record |= counts
-            facts.append(f"{counts['trained_tokens']} of {counts['tokens']} tokens trained")
+            facts.append(f"{counts['trained_tokens']} of {counted(counts['tokens'], 'token')} trained")
         facts += _settings(example, len(parts))
         if self.tokens:
             record["sequences"] = [{"ids": part.ids, "trained": part.trained} for part in parts]

@@ -14,7 +14,6 @@ the file was written, and every update that had finished before the writing bega
 
 import os
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from hogwild import clock
 from hogwild import generation as generations
 from hogwild import log as logs
 from hogwild.errors import ArenaError, CheckpointError
@@ -182,7 +182,7 @@ class Checkpoints:
         for number, folder in newest_first:
             nbytes = folder_bytes(folder)
             fits = not self.max_bytes or held + nbytes <= self.max_bytes
-            young = not self.max_age_s or time.time() - folder.stat().st_mtime <= self.max_age_s
+            young = not self.max_age_s or clock.now() - folder.stat().st_mtime <= self.max_age_s
             if kept < self.keep and fits and young:
                 kept, held = kept + 1, held + nbytes
             elif may_go(number, folder):

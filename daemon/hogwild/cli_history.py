@@ -9,6 +9,7 @@ import typer
 from hogwild import commands, owner, progress, running, state_lock
 from hogwild import config as configuration
 from hogwild.errors import HogwildError, UsageError
+from hogwild.plural import counted
 
 if TYPE_CHECKING:
     from hogwild.history import History
@@ -81,7 +82,9 @@ def diff(
         typer.echo(json.dumps(records))
         return
     for record in records[: layers or None]:
-        typer.echo(f"{record['change']:>10.3e}  {record['layer']}  ({record['elements']} elements)")
+        typer.echo(
+            f"{record['change']:>10.3e}  {record['layer']}  ({counted(record['elements'], 'element')})"
+        )
         for name, change in record["tensors"].items():
             if change and name != record["layer"]:
                 typer.echo(f"{change:>14.3e}  {name}")
@@ -134,15 +137,18 @@ def rollback(
             f"generation {generation} is damaged (see the log): went back to the last good one before it",
             err=True,
         )
-    back = f", {redone} passes are back" if (redone := done.get("passes_redone")) else ""
+    back = (
+        f", {counted(redone, 'pass is', 'passes are')} back" if (redone := done.get("passes_redone")) else ""
+    )
     where = (
         "in the served weights"
         if done["live"]
         else "on disk; a server that runs gets it when the daemon does"
     )
     typer.echo(
-        f"generation {done['generation']}, {where}: {done['passes_undone']} passes undone, "
-        f"{done['examples_reopened']} examples are trained again, {done['examples_undone']} stay out"
+        f"generation {done['generation']}, {where}: {counted(done['passes_undone'], 'pass', 'passes')} undone, "
+        f"{counted(done['examples_reopened'], 'example is', 'examples are')} trained again, "
+        f"{counted(done['examples_undone'], 'stays', 'stay')} out"
         f"{back}, {done['ms']} ms"
     )
 

@@ -15,6 +15,7 @@ from hogwild import commands, owner, running, state_lock
 from hogwild import config as configuration
 from hogwild.cli_history import ConfigOption, JsonOption
 from hogwild.errors import HogwildError
+from hogwild.plural import counted
 
 if TYPE_CHECKING:
     from hogwild.ledger import Suspect
@@ -98,7 +99,8 @@ def quarantine(
         count = _release(settings, examples, file)
         if not count and (examples or file) and not as_json:
             raise HogwildError("nothing of that is in quarantine: `hogwild quarantine` lists what is")
-        typer.echo(json.dumps({"examples": count}) if as_json else f"{count} examples are trained again")
+        said = f"{counted(count, 'example is', 'examples are')} trained again"
+        typer.echo(json.dumps({"examples": count}) if as_json else said)
         return
     with Ledger(settings.state_dir / "ledger.sqlite", readonly=True) as ledger:
         all_of_them = ledger.guards.suspects(100_000)
@@ -114,6 +116,8 @@ def quarantine(
         others = len(all_of_them)
         typer.echo(
             f"none of the {others} examples in quarantine is one of these"
+            if others > 1
+            else "the one example in quarantine is another one"
             if others
             else "nothing is in quarantine"
         )

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from hogwild import demo_model
 from hogwild.errors import HogwildError
+from hogwild.plural import counted
 from hogwild.resources import resource
 
 _SERVER_TIMEOUT_S = 600
@@ -97,7 +98,8 @@ class Demo:
         self._say(f"from drop to changed answer: [bold]{seconds}[/]")
         updates = sum(event["updates"] for event in steps)
         self._say(
-            f"applied: {len(steps)} training steps, {updates} updates of served weight tensors, in place"
+            f"applied: {counted(len(steps), 'training step')}, "
+            f"{counted(updates, 'update')} of served weight tensors, in place"
         )
         self._say(
             f"held-out paraphrases answered with the fact: [bold]{hits} of {len(paraphrases)}[/] "
@@ -157,7 +159,8 @@ class Demo:
                     progress.update(
                         task,
                         completed=trained,
-                        description=f"learning: {len(steps)} steps, loss {sum(recent) / len(recent):.2f}, examples",
+                        description=f"learning: {counted(len(steps), 'step')}, "
+                        f"loss {sum(recent) / len(recent):.2f}, examples",
                     )
                 if changed is None and len(steps) >= asked + _ASK_EVERY:
                     asked = len(steps)

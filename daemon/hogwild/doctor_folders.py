@@ -8,8 +8,10 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from hogwild import heap, installation
+from hogwild import heap, installation, spool_lock, state_lock
 from hogwild.doctor import UNIT, Finding, Subject, by_owner, fail, ok, warn
+from hogwild.errors import HogwildError
+from hogwild.plural import counted
 
 _LOCAL = {"ext2/ext3", "xfs", "btrfs", "zfs", "f2fs", "overlayfs"}
 _MEMORY = {"tmpfs", "ramfs"}
@@ -76,9 +78,10 @@ def _disk(subject: Subject, folder: Path) -> Iterator[Finding]:
         )
     elif free < need:
         yield warn(
-            "disk space", f"{shown}; {subject.config.checkpoint.keep} checkpoints and one more take {need / 2**30:.1f}",
+            "disk space",
+            f"{shown}; {counted(subject.config.checkpoint.keep, 'checkpoint')} and one more take {need / 2**30:.1f}",
             "lower checkpoint.keep, or make room",
-        )  # fmt: skip
+        )
     else:
         yield ok("disk space", f"{shown}, checkpoints take up to {need / 2**30:.1f}, history up to "
                  f"{subject.config.history.max_gib:g}")  # fmt: skip
@@ -104,6 +107,12 @@ def spool(subject: Subject) -> Iterator[Finding]:
         )
     else:
         yield ok("spool", f"{incoming}, group {status.st_gid} may drop files")
+    if (other := _other_daemon(subject)) is not None:
+        yield fail(
+            "spool",
+            f"process {other}, which has another state folder, takes files from {incoming}",
+            "stop one of the two daemons, or give each a `spool.dir` of its own",
+        )
     done = incoming.parent / "done"
     if done.is_dir() and done.stat().st_dev != status.st_dev:
         yield fail("spool", "incoming/ and done/ are on different file systems", "mount the spool as a whole")
@@ -186,6 +195,16 @@ def model(subject: Subject) -> Iterator[Finding]:
 
 
 # --- small things ----------------------------------------------------------------------------------------------------
+
+
+def _other_daemon(subject: Subject) -> int | None:
+    """The process that holds the spool, where it is not the daemon of this state folder. None where we may not look:
+    who may not write the spool is told so anyway."""
+    try:
+        other = state_lock.holder(subject.config.spool.dir, spool_lock.NAME)
+        return None if other == subject.daemon() else other
+    except HogwildError:
+        return None
 
 
 def _given(folder: Path, user: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from hogwild import gpu_memory, openmp
 from hogwild.doctor import Finding, Subject, fail, ok, warn
+from hogwild.plural import counted
 from hogwild.settings import Config
 
 _SHOWN = 3  # names of frozen tensors that are written out
@@ -59,7 +60,8 @@ def model(folder: Path, subject: Subject) -> Iterator[Finding]:
 
 def _covered(about: dict[str, Any]) -> Iterator[Finding]:
     share = 100 * about["trained_elements"] / max(about["elements"], 1)
-    trained = f"{about['trained']} tensors of {about['model']}, {share:.1f}% of {about['elements']:,} weights"
+    tensors = counted(about["trained"], "tensor")
+    trained = f"{tensors} of {about['model']}, {share:.1f}% of {about['elements']:,} weights"
     yield (
         ok("trained", trained)
         if about["trained"]

@@ -11,6 +11,7 @@ HogwildError                 exit 1
 ├── LedgerError              the ledger cannot be opened, or is not one
 │   └── AlreadyAccepted      the same content was accepted before
 ├── SpoolError               the spool folder cannot be used
+│   └── SpoolTakenError      another daemon takes files from it
 ├── LossError                a training step was refused before anything was written
 └── CheckpointError          a checkpoint could not be written or read
 """
@@ -92,6 +93,10 @@ class AlreadyAccepted(LedgerError):  # noqa: N818  # not a fault: the caller ans
 
 class SpoolError(HogwildError):
     """The spool folder cannot be used. Names the path and the user."""
+
+
+class SpoolTakenError(SpoolError):
+    """Another daemon takes files from the spool folder."""
 
 
 class LossError(HogwildError):

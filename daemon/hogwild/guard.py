@@ -31,7 +31,9 @@ log = logs.get(__name__)
 
 _DEATHS = 3
 """Deaths of the daemon that count as one strike: a signal may have come from anywhere, and a step is where a trainer
-mostly is."""
+mostly is. Which one it was would not tell: whoever ends it for the memory that an example takes (the kernel,
+systemd-oomd, a container's limit) sends SIGKILL, as an operator does. To excuse that would have such an example come
+first for ever; to count it can cost an example that `hogwild quarantine --retrain` brings back."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,7 @@ class Guard:
         a death that may be anybody's doing has to come."""
         ids = [one.example_id for one in examples]
         about = {"step": self.judge.progress.steps, "error": f"{error!r:.200}"}
-        for _ in range(_DEATHS - 1):  # `trying` has noted the first
-            self.ledger.guards.strike("crash", about, ids)
+        self.ledger.guards.strike("crash", about, ids, times=_DEATHS - 1)  # `trying` has noted the first
 
     def after_crash(self) -> None:
         """Set aside what the daemon has ended with too often. Before anything is trained."""

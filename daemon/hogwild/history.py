@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hogwild import clock
 from hogwild import generation as generations
 from hogwild import log as logs
 from hogwild.checkpoint import Checkpoints, folder_bytes, now, remove, side_files
@@ -329,7 +330,7 @@ class History:
         sizes = {number: nodes[number].nbytes for number in entries}
         total, gone = sum(sizes.values()), []
         for place, number in enumerate(entries):
-            age = time.time() - _seconds(nodes[number].state["saved_at"])
+            age = clock.now() - _seconds(nodes[number].state["saved_at"])
             excess = len(entries) - place > self.config.keep
             old = bool(self.config.max_age_s) and age > self.config.max_age_s
             if not (excess or old or (limit and total > limit)) or number == current:

@@ -117,10 +117,6 @@ class Ledger(Files):
                     break
         return found
 
-    def record_pass(self, one: Pass) -> Outcome:
-        """See `record_passes`."""
-        return self.record_passes([one])[0]
-
     def record_passes(self, passes: Sequence[Pass]) -> list[Outcome]:
         """Notes passes *after* their update is in the weights; the order matters, see `begin_checkpoint`.
 

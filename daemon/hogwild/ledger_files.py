@@ -160,6 +160,19 @@ class Files:
                 "SELECT file_id, stored_as, name, errors_due FROM files WHERE errors_due > 0"
             ).fetchall()
 
+    def bad_lines(self, stored_as: Sequence[str]) -> dict[str, int]:
+        """How many lines of each of these files cannot be trained; only of those with any."""
+        with self._db.read() as db:
+            return dict(
+                db.execute(
+                    "SELECT stored_as, sum((SELECT count(*) FROM rejected r WHERE r.file_id = f.file_id) + (SELECT"
+                    " count(*) FROM examples e WHERE e.file_id = f.file_id AND e.state = 'failed')) AS bad"
+                    " FROM files f WHERE state <> 'staging' AND stored_as IN (SELECT value FROM json_each(?))"
+                    " GROUP BY stored_as HAVING bad > 0 ORDER BY stored_as",
+                    (json.dumps(stored_as),),
+                )
+            )
+
     def errors_written(self, file_id: int, count: int) -> None:
         """That many of `errors_due` are in failed/ now, durably."""
         with self._db.write(fsync=False) as db:

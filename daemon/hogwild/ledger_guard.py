@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from sqlite3 import Connection
 from typing import Any
 
+from hogwild import clock
 from hogwild.ledger_db import NOW, Database
 from hogwild.ledger_records import Suspect, Trip, selection
 from hogwild.ledger_schema import OWN
@@ -20,12 +21,18 @@ class Guards:
     def __init__(self, db: Database) -> None:
         self._db = db
 
-    def strike(self, guard: str, about: Mapping[str, object], example_ids: Sequence[int]) -> None:
-        """Something speaks against each of these examples. Not fsynced: what a power cut forgets is noted again."""
+    def strike(
+        self, guard: str, about: Mapping[str, object], example_ids: Sequence[int], *, times: int = 1
+    ) -> None:
+        """Something speaks against each of these examples. Not fsynced: what a power cut forgets is noted again.
+
+        Args:
+            times: it weighs as much as this many strikes.
+        """
         with self._db.write(fsync=False) as db:
-            db.execute(
+            db.executemany(
                 "INSERT INTO strikes (example_id, guard, about) SELECT value, ?, ? FROM json_each(?)",
-                (guard, json.dumps(about), json.dumps(example_ids)),
+                [(guard, json.dumps(about), json.dumps(example_ids))] * times,
             )
 
     def survived(self, example_ids: Sequence[int]) -> None:
@@ -177,8 +184,8 @@ class Guards:
                     f"INSERT INTO series VALUES ({NOW}, ?, ?, ?)", (name, step, value)
                 )  # NaN is stored as NULL
                 db.execute(
-                    "DELETE FROM series WHERE name = ? AND at < strftime('%Y-%m-%dT%H:%M:%fZ', 'now', ?)",
-                    (name, f"-{KEPT_DAYS} days"),
+                    "DELETE FROM series WHERE name = ? AND at < strftime('%Y-%m-%dT%H:%M:%fZ', ?, 'unixepoch', ?)",
+                    (name, clock.now(), f"-{KEPT_DAYS} days"),
                 )
 
     def series(self, prefix: str) -> dict[str, list[tuple[str, int, float | None]]]:

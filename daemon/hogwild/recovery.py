@@ -30,6 +30,7 @@ from hogwild.curriculum import Curriculum
 from hogwild.errors import ArenaError, CheckpointError, VerificationError
 from hogwild.learner import RESTORED, Learner
 from hogwild.ledger import Ledger
+from hogwild.plural import counted
 from hogwild.resume import newest_checkpoint
 from hogwild.settings import Config
 from hogwild.weights import Weights, digest, verify_bits
@@ -133,11 +134,11 @@ def _doubt(arena: Arena, ahead: int, ledger: Ledger) -> str | None:
     threads = int(ledger.get_meta("arena_threads") or 0)
     if ahead > threads:
         return (
-            f"it has made {ahead} steps that the ledger does not know of, and a crash leaves {threads} at most: "
-            "the ledger is older than these weights"
+            f"it has made {counted(ahead, 'step')} that the ledger does not know of, and a crash leaves {threads} "
+            "at most: the ledger is older than these weights"
         )
     if ahead < 0:
-        return f"the ledger knows {-ahead} steps that it has not made"
+        return f"the ledger knows {counted(-ahead, 'step')} that it has not made"
     return None
 
 

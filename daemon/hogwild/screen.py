@@ -7,6 +7,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from hogwild.plural import counted
+
 _MIB = 1024 * 1024
 
 
@@ -24,8 +26,8 @@ def _waiting(status: dict[str, Any]) -> RenderableType:
     if "pending" not in status:  # a daemon that has just started has not counted yet
         parts += [Text(f"{key:>14}  {value}") for key, value in status.items()]
     else:
-        what = f"{status['pending']} examples wait, {status['failed'] + status['rejected']} bad lines"
-        parts.append(Text(f"{what}{_in_spool(status)}"))
+        waits = counted(status["pending"], "example waits", "examples wait")
+        parts.append(Text(f"{waits}, {_bad(status)}{_in_spool(status)}"))
         parts += _warnings(status)
     return Panel(Group(*parts), title=f"hogwild, process {status['pid']}", title_align="left", padding=(1, 2))
 
@@ -38,10 +40,14 @@ def _warnings(status: dict[str, Any]) -> list[RenderableType]:
 def _in_spool(status: dict[str, Any]) -> str:
     spool = status["spool"]
     return (
-        f"; {spool['files']} files in incoming/, the oldest {_span(spool['oldest_s'])}"
+        f"; {counted(spool['files'], 'file')} in incoming/, the oldest {_span(spool['oldest_s'])}"
         if spool["files"]
         else ""
     )
+
+
+def _bad(status: dict[str, Any]) -> str:
+    return counted(status["failed"] + status["rejected"], "bad line")
 
 
 def _title(status: dict[str, Any]) -> Text:
@@ -63,19 +69,21 @@ def _facts(status: dict[str, Any]) -> Table:
     loss = "" if learning["loss"] is None else f", loss {learning['loss']:.2f} nats/token lately"
     table.add_row("speed", Text(speed + loss))
     eta = "" if learning["eta_s"] is None else f", about {_span(learning['eta_s'])}"
-    queue = f"{status['pending']} examples, {learning['passes_left']} passes at most{eta}{_in_spool(status)}"
-    table.add_row("queue", Text(queue))
+    queue = f"{counted(status['pending'], 'example')}, {counted(learning['passes_left'], 'pass', 'passes')} at most"
+    table.add_row("queue", Text(f"{queue}{eta}{_in_spool(status)}"))
     table.add_row(
         "learned",
         Text(
             f"{status['trained']} trained, {status['durable']} durable, {status['quarantined']} in quarantine, "
-            f"{status['undone']} undone, {status['failed'] + status['rejected']} bad lines"
+            f"{status['undone']} undone, {_bad(status)}"
         ),
     )
     table.add_row("probes", _probes(status))
     saved = checkpoint["saved_at"]
     what = f"generation {checkpoint['generation']}, {_span(checkpoint['age_s'])} ago" if saved else "none yet"
-    table.add_row("checkpoint", Text(f"{what}, {status['step'] - status['saved_step']} steps since"))
+    table.add_row(
+        "checkpoint", Text(f"{what}, {counted(status['step'] - status['saved_step'], 'step')} since")
+    )
     server = status["server"].get("url") or "none attached"
     latency = serving["token_latency_s"]
     pace = f", {latency * 1000:.0f} ms between tokens" if latency else ""

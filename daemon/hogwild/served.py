@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hogwild import disagreement
 from hogwild.errors import HogwildError, VerificationError
+from hogwild.plural import counted
 
 PROBE_TEXTS = (
     "The capital of France is Paris, and the Seine runs through it from east to west.",
@@ -143,9 +144,9 @@ def check(
             if not float(distance.mean()) <= allowed:
                 worst = int(distance.argmax())
                 problems.append(
-                    f"probe {number}: mean difference {float(distance.mean()):.3f} nats over {len(s)} tokens "
-                    f"(tolerance {allowed:.3f}), worst at token {worst}: served {float(s[worst]):.3f}, "
-                    f"trained {float(before[number][worst]):.3f}"
+                    f"probe {number}: mean difference {float(distance.mean()):.3f} nats over "
+                    f"{counted(len(s), 'token')} (tolerance {allowed:.3f}), worst at token {worst}: "
+                    f"served {float(s[worst]):.3f}, trained {float(before[number][worst]):.3f}"
                 )
     if problems:
         worst = max(range(len(prompts)), key=lambda number: float(distances[number].mean()))

@@ -4,6 +4,7 @@
     done/      accepted files, as they were dropped
     failed/    files without one good line, and <name>.errors.jsonl for every file with something that cannot train
     .moving/   files on their way from incoming/ to one of the two
+    .daemon.lock  held by the one daemon that does all this
 
 A file is ours once it is in the ledger (fsynced); only then does it move. A crash between the two leaves a
 file in incoming/ that the ledger knows, which the next scan finishes. Scans are the truth; file events, which
@@ -50,6 +51,7 @@ class Spool:
         passes: trained passes of lines that do not say.
         on_accepted: called after a file's examples are in the ledger; wakes the trainers.
         clock: seconds, monotonic.
+        hold: takes the spool for this daemon, or makes sure that it still has it; see `spool_lock.py`.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class Spool:
         passes: int,
         on_accepted: Callable[[FileRecord], None] = lambda _record: None,
         clock: Callable[[], float] = time.monotonic,
+        hold: Callable[[], None] = lambda: None,
     ) -> None:
+        self._hold = hold
         self._config, self._ledger, self._passes, self._clock = config, ledger, passes, clock
         self._growth = Growth(config, ledger, on_accepted, clock)
         self._intake = Intake(
@@ -79,14 +83,19 @@ class Spool:
         self._recovered = False
         self.scanned = threading.Event()  # once everything that lay there has been looked at
 
-    def prepare(self) -> None:
-        """Creates the folders and finishes what a crash interrupted.
+    def claim(self) -> None:
+        """Creates the folders, and takes them for this daemon alone.
 
         Raises:
+            SpoolTakenError: another daemon takes files from them.
             SpoolError: a folder cannot be made or written, naming it and the user, or is not the one it was.
         """
         others = [self.done, self.failed, self.incoming.parent / MOVING]
-        spool_identity.verify(self.incoming, others, self._ledger)
+        spool_identity.verify(self.incoming, others, self._ledger, self._hold)
+
+    def prepare(self) -> None:
+        """As `claim`, and finishes what a crash interrupted."""
+        self.claim()
         if not self._recovered:
             if names := return_half_moved(self.incoming):
                 logger.warning("spool.returned", files=names, reason="a crash came while they were moved")

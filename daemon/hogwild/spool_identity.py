@@ -14,7 +14,7 @@ ledger remembers it:
 import json
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hogwild import log
@@ -28,8 +28,13 @@ _META = "spool"
 logger = log.get(__name__)
 
 
-def verify(incoming: Path, others: Sequence[Path], ledger: Ledger) -> None:
+def verify(
+    incoming: Path, others: Sequence[Path], ledger: Ledger, hold: Callable[[], None] = lambda: None
+) -> None:
     """Makes sure that the spool's folders are there and that incoming/ is what it was.
+
+    Args:
+        hold: called once it is the folder that it should be, before anything is written in it; may raise SpoolError.
 
     Raises:
         SpoolError: a folder cannot be made or used (naming it and the user), or is not the spool that it was.
@@ -54,6 +59,7 @@ def verify(incoming: Path, others: Sequence[Path], ledger: Ledger) -> None:
             )
         logger.warning("spool.recreated", folder=str(incoming), reason="it was removed or replaced")
     make_folders([incoming, *others])
+    hold()
     for other in others:
         if _device(other) != _device(incoming):
             raise SpoolError(

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hogwild.ledger import Ledger
+from hogwild.spool_files import printable
 from hogwild.spool_read import Candidate
 
 FORCE = ".force."
@@ -37,6 +38,12 @@ def choose(batch: Sequence[Candidate], ledger: Ledger, folders: Sequence[Path]) 
             if one.stored_as not in taken and ledger.names_taken([one.stored_as]):
                 taken.add(one.stored_as)
         taken.add(one.stored_as)
+
+
+def list_errors(failed: Path) -> list[str]:
+    """Names of the files whose bad lines are listed in failed/."""
+    names = [entry.name for entry in os.scandir(failed)]
+    return [printable(name.removesuffix(ERRORS)) for name in names if name.endswith(ERRORS)]
 
 
 def printed_like(incoming: Path, name: str) -> Iterator[str]:

@@ -16,9 +16,11 @@ from hogwild.arena.control import Load
 from hogwild.learner import Learner
 from hogwild.ledger import Ledger
 from hogwild.lines import SUFFIXES
+from hogwild.plural import counted
 from hogwild.probes import Score
 from hogwild.settings import Config
 from hogwild.spool_files import Incoming, look_into
+from hogwild.spool_names import ERRORS, list_errors
 
 log = logs.get(__name__)
 
@@ -45,6 +47,7 @@ class Status:
         self._noted_at = 0.0
         self._loads: deque[tuple[float, int, float]] = deque()  # (when, tokens, seconds waited for them)
         self._yielded = (0, 0.0)
+        self._bad: tuple[tuple[int, ...], str] = (), ""  # what `_bad_lines` saw, and what it said of it
         metrics.started.set(self._began)
         metrics.watch_process()
         metrics.incoming_files.set_function(lambda: self._incoming().files)
@@ -196,11 +199,10 @@ class Status:
         """What is wrong with or without a server."""
         found = []
         if counts["quarantined"]:
-            found.append(f"{counts['quarantined']} examples are in quarantine: hogwild quarantine")
-        if counts["failed"] or counts["rejected"]:
-            found.append(
-                f"{counts['failed'] + counts['rejected']} lines cannot be trained: {self._config.spool.dir / 'failed'}"
-            )
+            are = counted(counts["quarantined"], "example is", "examples are")
+            found.append(f"{are} in quarantine: hogwild quarantine")
+        if bad := self._bad_lines(counts):
+            found.append(bad)
         if incoming.oldest_s > max(60.0, 10 * self._config.spool.rescan_interval_s):
             found.append(f"a file has been in incoming/ for {incoming.oldest_s:.0f} s")
         if incoming.ignored:
@@ -208,6 +210,23 @@ class Status:
             wanted = f"give a plain file named *{', *'.join(SUFFIXES)}"
             found.append(f"{incoming.ignored[0]}{more} in incoming/ is not taken: {wanted}")
         return found
+
+    def _bad_lines(self, counts: dict[str, int]) -> str:
+        """What to say of lines that cannot be trained, until somebody has dealt with them, and has taken away the file
+        in failed/ that lists them. Looked up anew when a count or that folder has changed."""
+        failed = self._config.spool.dir / "failed"
+        try:
+            state = (failed.stat().st_mtime_ns, counts["failed"], counts["rejected"])
+        except OSError:
+            return ""
+        if state != self._bad[0]:
+            found = self._ledger.bad_lines(list_errors(failed)) if any(state[1:]) else {}
+            lines = counted(sum(found.values()), "line")
+            said = f"{lines} of {len(found)} files cannot be trained: {failed}"
+            if len(found) == 1:
+                said = f"{lines} cannot be trained: {failed / next(iter(found))}{ERRORS}"
+            self._bad = state, f"{said}; take away what is dealt with" if found else ""
+        return self._bad[1]
 
     def _gauges(self, learner: Learner, counts: dict[str, int], left: int, *, attached: bool) -> None:
         yields, yielded_s = learner.governor.yields, learner.governor.yielded_s

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from hogwild.plural import counted
+
 
 def compose(
     status: Mapping[str, Any],
@@ -38,7 +40,7 @@ def compose(
     if not training:
         what = "not training: the server has not been verified, see server.* and guard.* in the log"
     elif left:
-        what = f"training, {left} examples to go"
+        what = f"training, {counted(left, 'example')} to go"
     else:
         what = "idle, everything dropped so far is learned"
     parts = [

@@ -20,13 +20,14 @@ from hogwild.attachment import Attachment
 from hogwild.checkpoint_schedule import CheckpointSchedule
 from hogwild.commands import Command, Commands
 from hogwild.curriculum import Curriculum
-from hogwild.errors import ConfigError, HogwildError
+from hogwild.errors import ConfigError, HogwildError, SpoolError, SpoolTakenError
 from hogwild.going_back import GoingBack
 from hogwild.keeper import Keeper
 from hogwild.ledger import Ledger
 from hogwild.notify import Notifier
 from hogwild.settings import Config
 from hogwild.spool import Spool
+from hogwild.spool_lock import SpoolLock
 from hogwild.status import Status
 from hogwild.watchdog import Watchdog
 
@@ -46,7 +47,7 @@ class Supervisor:
         overrides: what the command line said, which still counts then.
 
     Raises:
-        HogwildError: the state folder is in use or unusable.
+        HogwildError: the state folder is in use or unusable, or the spool is in use.
     """
 
     def __init__(
@@ -57,18 +58,20 @@ class Supervisor:
     ) -> None:
         self.config, self._config_path, self._overrides = config, config_path, overrides
         self._lock_file = state_lock.take(config.state_dir)
-        leftovers.sweep(config.state_dir, config.spool.dir)
         self.ledger = Ledger(config.state_dir / "ledger.sqlite")
-        self.keeper = Keeper(config)
-        rollback.finish_on_disk(self.ledger, self.keeper)
-        self.curriculum = Curriculum(
-            self.ledger, config.replay, seed=config.training.seed, step_tokens=config.training.step_tokens
-        )
         self.spool = Spool(
             config.spool,
             self.ledger,
             passes=config.training.passes,
             on_accepted=lambda _file: self.curriculum.wake(),
+            hold=SpoolLock(config.spool.dir).hold,
+        )
+        self._claim_spool()
+        leftovers.sweep(config.state_dir, config.spool.dir)
+        self.keeper = Keeper(config)
+        rollback.finish_on_disk(self.ledger, self.keeper)
+        self.curriculum = Curriculum(
+            self.ledger, config.replay, seed=config.training.seed, step_tokens=config.training.step_tokens
         )
         self.commands = Commands()
         self.schedule = CheckpointSchedule(config, self.ledger, self.keeper)
@@ -80,6 +83,15 @@ class Supervisor:
         self._status = Status(config, self.ledger)
         self._systemd = Notifier()
         self._watchdog = Watchdog(self._systemd, self._ready, self._status_line)
+
+    def _claim_spool(self) -> None:
+        """Before anything in it is touched: what looks left over may be another daemon's, at work."""
+        try:
+            self.spool.claim()
+        except SpoolTakenError:
+            raise
+        except (SpoolError, OSError):
+            pass  # not mounted, or not ours to write: the spool's thread says so, and goes on once that is mended
 
     def run(self) -> int:
         """Serve until TERM or INT. Returns the exit code."""

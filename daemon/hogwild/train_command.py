@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,10 +25,16 @@ from hogwild.encoding import context_length
 from hogwild.errors import HogwildError, UsageError
 from hogwild.ledger_records import GoodLine
 from hogwild.lines import DamagedFileError, read_lines
+from hogwild.plural import counted
 from hogwild.settings import Config
 
 if TYPE_CHECKING:
     from hogwild.one_shot import Now, Result
+
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+_ECHO_S = 1.0
+"""TERM that comes so soon after the first signal is the same one: timeout(1) sends it to its child, and to the group
+that the child is in."""
 
 
 def run(
@@ -114,26 +121,35 @@ def _check(files: Sequence[Path], config: Config, model: Path, console: Console,
     checker = Checker(config, console, tokenizer_in(model), context_length(model), problems_only=True)
     _sum_up(checker, files)
     if strict and checker.bad:
-        raise HogwildError(f"{checker.bad} lines are wrong, and --strict was given: nothing was trained")
+        raise HogwildError(
+            f"{counted(checker.bad, 'line is', 'lines are')} wrong, and --strict was given: nothing was trained"
+        )
 
 
 class _interrupting:  # noqa: N801 - used as a function
-    """Ctrl-C and TERM call `interrupt` once; the next one ends the process, and nothing is written."""
+    """Ctrl-C or TERM calls `interrupt`; the next one, of either, raises KeyboardInterrupt, and nothing is written. One
+    more ends the process as it would any."""
 
     def __init__(self, interrupt: Callable[[], None], console: Console) -> None:
         self._interrupt, self._console = interrupt, console
+        self._told_at: float | None = None
 
     def __enter__(self) -> None:
-        self._before = {
-            number: signal.signal(number, self._first) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self._before = {number: signal.signal(number, self._told) for number in _STOPS}
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _first(self, number: int, _frame: object) -> None:
-        signal.signal(number, self._before[signal.Signals(number)] or signal.SIG_DFL)
+    def _told(self, number: int, _frame: object) -> None:
+        now = time.monotonic()
+        if self._told_at is not None:
+            if number == signal.SIGTERM and now - self._told_at < _ECHO_S:
+                return
+            for one in _STOPS:
+                signal.signal(one, signal.SIG_DFL)
+            raise KeyboardInterrupt  # not the end at once, which would count as a crash of what is being trained
+        self._told_at = now
         self._console.print("[yellow]finishing the passes under way and saving; once more to give up[/]")
         self._interrupt()
 
@@ -181,8 +197,9 @@ def _report(result: "Result", console: Console) -> None:
         table.add_row(name, str(one.examples), str(one.rejected + one.failed), *losses, str(one.measured))
     console.print(table, highlight=False)
     what = "stopped early after" if result.interrupted else "finished after"
+    done = f"{counted(result.passes, 'pass', 'passes')} in {counted(result.steps, 'step')}"
     console.print(
-        f"{what} {result.passes} passes in {result.steps} steps, {result.seconds:.0f} s: {result.out}",
+        f"{what} {done}, {result.seconds:.0f} s: {result.out}",
         highlight=False,
         soft_wrap=True,
     )

@@ -1,0 +1,101 @@
+"""What `hogwild status` warns of, and when it stops."""
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from hogwild.ledger import Ledger, Trip
+from hogwild.plural import counted
+from hogwild.screen import screen
+from hogwild.settings import Config, SpoolConfig
+from hogwild.spool import Spool
+from hogwild.status import Status
+
+GOOD = '{"text": "a"}\n'
+
+
+class Desk:
+    def __init__(self, root: Path) -> None:
+        self.config = Config(state_dir=root, spool=SpoolConfig(dir=root / "spool", settle_s=0))
+        self.ledger = Ledger(root / "ledger.sqlite")
+        self.spool = Spool(self.config.spool, self.ledger, passes=1)
+        self.spool.prepare()
+        self.failed = self.spool.failed
+        self._status = Status(self.config, self.ledger)
+
+    def drop(self, name: str, text: str) -> None:
+        (self.spool.incoming / name).write_text(text)
+        self.spool.scan_once()
+
+    def status(self) -> dict[str, object]:
+        self._status.expire()
+        self._status.write_waiting("a server", "")
+        return dict(json.loads((self.config.state_dir / "status.json").read_text()))
+
+    def warnings(self) -> list[str]:
+        return [str(one) for one in self.status()["warnings"]]  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    desk = Desk(tmp_path)
+    yield desk
+    desk.ledger.close()
+
+
+def test_the_warning_about_bad_lines_goes_when_the_file_that_lists_them_does(desk: Desk) -> None:
+    assert desk.warnings() == []
+    desk.drop("a.jsonl", f"{GOOD}[]\n")
+    (warning,) = desk.warnings()
+    assert warning.startswith(f"1 line cannot be trained: {desk.failed / 'a.jsonl.errors.jsonl'}")
+
+    desk.drop("b.jsonl", '[]\n{"txt": "b"}\n')
+    (warning,) = desk.warnings()
+    assert warning.startswith(f"3 lines of 2 files cannot be trained: {desk.failed}")
+
+    (desk.failed / "a.jsonl.errors.jsonl").unlink()
+    (warning,) = desk.warnings()
+    assert warning.startswith(f"2 lines cannot be trained: {desk.failed / 'b.jsonl.errors.jsonl'}")
+    (desk.failed / "b.jsonl.errors.jsonl").rename(desk.config.state_dir / "b.errors.jsonl")
+    assert desk.warnings() == []
+    assert desk.status()["rejected"] == 3, "they count as ever"
+
+    desk.drop("c.jsonl", "[1]\n")
+    (warning,) = desk.warnings()
+    assert warning.startswith("1 line cannot be trained"), "only what is new"
+
+
+def test_a_line_that_turns_out_not_to_be_trainable_is_warned_of_even_after_its_file_was_dealt_with(
+    desk: Desk,
+) -> None:
+    desk.drop("a.jsonl", f"{GOOD}[]\n")
+    (desk.failed / "a.jsonl.errors.jsonl").unlink()
+    assert desk.warnings() == []
+    desk.ledger.set_failed(1, "too long")
+    desk.spool._write_errors()
+    (warning,) = desk.warnings()
+    assert warning.startswith(f"2 lines cannot be trained: {desk.failed / 'a.jsonl.errors.jsonl'}")
+
+
+def test_what_is_in_quarantine_is_no_bad_line_and_one_is_one(desk: Desk) -> None:
+    desk.drop("a.jsonl", GOOD)
+    desk.ledger.guards.set_aside(1, Trip("loss", 0, {}), "it hurt", {})
+    desk.spool._write_errors()
+    assert (desk.failed / "a.jsonl.errors.jsonl").exists()
+    assert desk.warnings() == ["1 example is in quarantine: hogwild quarantine"]
+
+
+def test_the_screen_counts_as_people_do(desk: Desk) -> None:
+    desk.drop("a.jsonl", f"{GOOD}[]\n")
+    shown = io.StringIO()
+    Console(width=160, file=shown).print(screen(desk.status()))
+    assert "1 example waits, 1 bad line " in shown.getvalue()
+
+
+def test_numbers_and_their_words() -> None:
+    assert [counted(n, "line") for n in (0, 1, 2)] == ["0 lines", "1 line", "2 lines"]
+    assert [counted(n, "pass is", "passes are") for n in (1, 3)] == ["1 pass is", "3 passes are"]
