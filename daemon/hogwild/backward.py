@@ -82,7 +82,7 @@ class TrainedLinear(torch.nn.Module):
         its backward pass."""
         super().__init__()
         self.trains_bias, self.uses, self.waits = trains_bias, uses, uses > 1
-        self.rows = 0
+        self.rows = 0.0
         """Inputs for each token of a pass, as far as the model's code has been seen to call it."""
         self.name, self.optimizer, self.seed, self.on_update = name, optimizer, seed, on_update
         self.gather = gather
@@ -124,7 +124,7 @@ class TrainedLinear(torch.nn.Module):
     def row_nbytes(self) -> int:
         """Bytes that it keeps of one token, at most."""
         each = (self.in_features + self.out_features) * (self.gather.itemsize or self.weight.element_size())
-        return max(self.uses, self.rows) * each
+        return int((self.rows or self.uses) * each)
 
     @property
     def kept_nbytes(self) -> int:
@@ -244,7 +244,7 @@ def train_in_backward(
     on_update: OnUpdate,
     sources: Mapping[str, torch.Tensor],
     embeddings: bool = False,
-    rows: Mapping[str, int] | None = None,
+    rows: Mapping[str, float] | None = None,
 ) -> Gather:
     """Make a backward pass through `model` update its weights. One that several layers share is updated at the end of
     the step, when all of them have been computed for the last time (recompute.py).

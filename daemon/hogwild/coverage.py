@@ -47,11 +47,13 @@ class Coverage:
     sizes: gpu_memory.Model
 
 
-def examine(folder: Path, layout: Layout, *, embeddings: bool = False, protected: bool = False) -> Coverage:
+def examine(
+    folder: Path, layout: Layout, *, embeddings: bool = False, experts: bool = False, protected: bool = False
+) -> Coverage:
     """Build the skeleton on the meta device and ask it what it would train.
 
     Args:
-        embeddings: as `training.embeddings` says.
+        embeddings, experts: as `training.embeddings` and `training.experts` say.
         protected: updates leave general text alone (`Trainer.protect`).
 
     Raises:
@@ -74,6 +76,11 @@ def examine(folder: Path, layout: Layout, *, embeddings: bool = False, protected
         skeleton.assign(model, name, torch.empty(regions[name].shape, device="meta"))
     once = {name for name, _ in model.named_parameters()}  # a tied head is counted where it is the embedding
     skeleton.linearise(model, {})
+    if experts:
+        for name, stack in skeleton.take_apart(model, regions, dict(found)).items():
+            shapes[name] = tuple(model.get_parameter(name).shape)
+            sizes[name] = model.get_parameter(name).numel()
+            once = once - {stack} | {name}
     model.arena_twins = skeleton.twins(model, found, regions)
     reasons = {
         recipe.parameter: next(
@@ -169,10 +176,10 @@ def by_reason(frozen: Mapping[str, tuple[int, str]]) -> Iterable[tuple[str, list
     return sorted(groups.items(), key=lambda item: -len(item[1]))
 
 
-def main(folder: Path, layout: Any, *, embeddings: bool = False, protected: bool = False) -> dict[str, Any]:
-    """What is printed."""
+def main(folder: Path, layout: Any, **options: bool) -> dict[str, Any]:
+    """What is printed. The options are those of `examine`."""
     placed = Layout.from_json(layout)
-    coverage = examine(folder, placed, embeddings=embeddings, protected=protected)
+    coverage = examine(folder, placed, **options)
     on_gpu = placed.device != "cpu" and torch.cuda.is_available()
     return {
         "device": placed.device,
@@ -190,7 +197,7 @@ def main(folder: Path, layout: Any, *, embeddings: bool = False, protected: bool
 if __name__ == "__main__":
     try:
         layout = json.loads(Path(sys.argv[2]).read_text())["layout"]
-        embeddings, protected = (option in sys.argv[3:] for option in ("--embeddings", "--protected"))
-        print(json.dumps(main(Path(sys.argv[1]), layout, embeddings=embeddings, protected=protected)))
+        options = {name: f"--{name}" in sys.argv[3:] for name in ("embeddings", "experts", "protected")}
+        print(json.dumps(main(Path(sys.argv[1]), layout, **options)))
     except HogwildError as error:
         sys.exit(str(error))

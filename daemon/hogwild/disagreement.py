@@ -91,7 +91,7 @@ def suspects(
     """
     modules: dict[str, list[str]] = {}
     for name in skeleton.bound(model):
-        modules.setdefault(name.rpartition(".")[0], []).append(name)
+        modules.setdefault(skeleton.origin(model, name).rpartition(".")[0], []).append(name)
 
     def left(*those: str) -> float:
         pulse.beat()

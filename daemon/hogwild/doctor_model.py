@@ -43,6 +43,7 @@ def model(folder: Path, subject: Subject) -> Iterator[Finding]:
         replay = subject.config.replay
         options = {
             "--embeddings": subject.config.training.embeddings,
+            "--experts": subject.config.training.experts,
             "--protected": replay.protected_rank and replay.self_texts and replay.ratio,
         }
         chosen = [option for option, wanted in options.items() if wanted]

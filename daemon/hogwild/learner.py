@@ -76,13 +76,13 @@ class Learner:
         self.progress = Progress(arena.control, config.training.epoch_updates, config.training.epoch_s)
         self.governor = Governor(config.governor, arena.control, partial(streams.settle, device))
         self.encoder = Encoder(folder, config.training, ledger)
-        self.reader: PreTrainedModel = skeleton.build(folder, self.weights)
+        self.reader: PreTrainedModel = skeleton.build(folder, self.weights, apart=config.training.experts)
         self.trainable = skeleton.bound(self.reader)
         vocabulary = self.reader.config.get_text_config().vocab_size
         self.trainers: list[Trainer] = []
         for index in range(config.training.threads):
             trainer = Trainer(
-                skeleton.build(folder, self.weights),
+                skeleton.build(folder, self.weights, apart=config.training.experts),
                 self.optimizer,
                 self.progress,
                 set(self.trainable),

@@ -75,6 +75,21 @@ class Recipe:
         raise UnplacedError(f"a conversion into {', '.join(given)} is not known")
 
 
+@dataclass(frozen=True)
+class Matrix(Recipe):
+    """One matrix of a parameter that is a stack of them.
+
+    Attributes:
+        number: its place in the stack that the rest is about.
+    """
+
+    number: int = 0
+
+    @classmethod
+    def of(cls, stack: Recipe, number: int) -> "Matrix":
+        return cls(stack.parameter, stack.parts, stack.converter, number)
+
+
 def buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """What a checkpoint of this model holds besides its parameters: numbers that no gradient moves."""
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -152,7 +152,11 @@ class Preparation:
             except HogwildError as error:
                 log.warning("protection.unreadable", path=str(path), error=str(error))
                 found = None
-            if embeddings and found is not None and skeleton.table_name(self._model) not in found:
+            lately = [skeleton.table_name(self._model)] if embeddings else []
+            apart = protection.experts(self._model)
+            if found is not None and not (
+                found.keys() >= set(lately) and (not apart or found.keys() & set(apart))
+            ):
                 found = None  # they were frozen when it was written
             if found is None:
                 if not replay.own:

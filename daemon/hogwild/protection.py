@@ -69,6 +69,7 @@ def measure(
         if skeleton.is_linear(module) and (f"{name}.weight" in trainable or module.weight is table)
     }
     shared = _shared_inputs(model, linears, texts[0])
+    shared |= {name: name for name in experts(model) if name in linears and name not in shared}
     waiting = [name for name in linears if shared.get(name) == name]
     rows = sum(map(len, texts))
     found: dict[str, Tensor] = {}
@@ -89,6 +90,11 @@ def measure(
     if table is not None:
         named[skeleton.table_name(model)] = commonest(texts, rank, len(table))
     return named
+
+
+def experts(model: PreTrainedModel) -> list[str]:
+    """Names of the layers that are experts, of which a text reaches a few."""
+    return [name for name, module in model.named_modules() if hasattr(module, "stack")]
 
 
 def commonest(texts: Sequence[Sequence[int]], rank: int, vocabulary: int) -> Tensor:
@@ -153,7 +159,9 @@ def _inputs(
 
 
 def _row_nbytes(linear: torch.nn.Linear) -> int:
-    return linear.in_features * linear.weight.element_size()
+    """Bytes of what a layer is given for a token; of an expert, on average, if an eighth of them get each."""
+    nbytes = linear.in_features * linear.weight.element_size()
+    return -(-nbytes // 8) if hasattr(linear, "stack") else nbytes
 
 
 def _read(

@@ -78,6 +78,8 @@ class TrainingConfig(Table):
     """Seconds after which one begins if weights have moved, however few steps that were; 0: not by time."""
     embeddings: bool = False
     """Train the input embedding too, and a head that is tied to it. (A head of its own is always trained.)"""
+    experts: bool = False
+    """Train the experts of a mixture too, each from the tokens that are sent to it."""
     context: Literal["frozen", "full"] = "frozen"
     """"frozen": tokens that are not trained are read without gradient. "full": gradients reach them too."""
     batch_tokens: int = Field(default=512, ge=1)

@@ -11,19 +11,22 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hogwild import as_served, naming, rope
+from hogwild import as_served, experts, naming, rope
 from hogwild.errors import VerificationError
 from hogwild.layout import Region
 from hogwild.weights import Weights, read_tensors
 from hogwild_kernels import products
 
 
-def build(folder: Path, weights: Weights) -> PreTrainedModel:
+def build(folder: Path, weights: Weights, *, apart: bool = False) -> PreTrainedModel:
     """Build the model of `folder` around the live weights; nothing requires a gradient.
 
     Parameters whose tensors the server keeps no plain copy of (`layout.frozen`) are read from the checkpoint: they
     never change. So are buffers that a checkpoint holds, if they are not served live. What serves pictures and
     sound is left out. Rotary frequencies are those of the server that brought the weights (`rope.py`).
+
+    Args:
+        apart: the experts of a mixture are layers of their own (`experts.py`).
 
     Raises:
         VerificationError: naming every parameter that has no view, or one of another shape.
@@ -64,9 +67,12 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
         for leaf, buffer in module._buffers.items():
             module._buffers[leaf] = None if buffer is None else buffer.to(device)
     linearise(model, regions)
+    recipes = {name: recipe for name, recipe in found.items() if name not in buffers}
+    if apart:
+        take_apart(model, regions, recipes)
     names = {name for name, _ in model.named_parameters()}
     model.arena_regions = {name: region for name, region in regions.items() if name in names}
-    model.arena_recipes = {name: recipe for name, recipe in found.items() if name not in buffers}
+    model.arena_recipes = recipes
     model.arena_twins = twins(model, found, regions)
     rope.fix(model, weights.arena.max_model_len)
     return model
@@ -81,7 +87,17 @@ def bound(model: PreTrainedModel) -> dict[str, Region]:
 def stored(model: PreTrainedModel) -> dict[str, str]:
     """Parameters of a skeleton that are one tensor of the checkpoint as it is: name in the model -> name there."""
     recipes: dict[str, naming.Recipe] = model.arena_recipes
-    return {name: recipe.names[0] for name, recipe in recipes.items() if recipe.converter is None}
+    return {
+        name: recipe.names[0]
+        for name, recipe in recipes.items()
+        if recipe.converter is None and not isinstance(recipe, naming.Matrix)
+    }
+
+
+def origin(model: PreTrainedModel, name: str) -> str:
+    """What transformers calls the parameter of a skeleton: of one expert, the stack."""
+    recipes: dict[str, naming.Recipe] = model.arena_recipes
+    return recipes[name].parameter if name in recipes else name
 
 
 def stored_twice(model: PreTrainedModel) -> list[str]:
@@ -118,10 +134,16 @@ def older(model: PreTrainedModel, folder: Path, names: Iterable[str]) -> Iterato
     wanted = [name for name in names if name in recipes]
     tensors = _read(folder, {part for name in wanted for part in recipes[name].names})
     before = {name: model.get_parameter(name) for name in wanted}
+    made: dict[str, torch.Tensor] = {}  # stacks, once
     try:
         for name, live in before.items():
-            tensor = recipes[name].make(tensors.__getitem__, model).to(live.device, live.dtype)
-            assign(model, name, tensor if tensor.shape == live.shape else tensor.t())
+            recipe = recipes[name]
+            if recipe.parameter not in made:
+                made[recipe.parameter] = recipe.make(tensors.__getitem__, model)
+            tensor = made[recipe.parameter]
+            if isinstance(recipe, naming.Matrix):
+                tensor = tensor[recipe.number]
+            assign(model, name, (tensor.t() if _is_transposed(live) else tensor).to(live.device, live.dtype))
         yield
     finally:
         for name, live in before.items():
@@ -227,6 +249,18 @@ def linearise(model: PreTrainedModel, regions: dict[str, Region]) -> None:
                 )
 
 
+def take_apart(
+    model: PreTrainedModel, regions: dict[str, Region], recipes: dict[str, naming.Recipe]
+) -> dict[str, str]:
+    """Make experts layers of their own, also in `regions` and `recipes`: parameters that are new -> their stacks."""
+    found = experts.unstack(model, regions, _layer_of)
+    for name, stack in found.items():
+        recipes[name] = naming.Matrix.of(recipes[stack], int(name.split(".")[-2]))
+    for stack in set(found.values()):
+        del recipes[stack]
+    return found
+
+
 def set_apart(model: PreTrainedModel, names: Iterable[str]) -> None:
     """Take these for no linear layers (trial.calls)."""
     for name in names:
@@ -235,10 +269,21 @@ def set_apart(model: PreTrainedModel, names: Iterable[str]) -> None:
 
 def _linear(module: Conv1D) -> FrozenLinear:
     """The linear layer that GPT-2 calls a convolution: the same weight, looked at the other way round (out, in)."""
-    weight, bias = module.weight.data.t(), module.bias
-    linear = FrozenLinear(weight.shape[1], weight.shape[0], bias=True, device="meta")
-    linear.weight, linear.bias = torch.nn.Parameter(weight, requires_grad=False), bias
+    linear = _layer_of(module.weight.data.t())
+    linear.bias = module.bias
     return linear
+
+
+def _layer_of(weight: torch.Tensor) -> FrozenLinear:
+    """A layer without bias around a weight (m, n)."""
+    linear = FrozenLinear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def _is_transposed(weight: torch.Tensor) -> bool:
+    """Does it lie column by column?"""
+    return weight.ndim == 2 and weight.stride(0) == 1 != weight.stride(1)
 
 
 def _set(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:

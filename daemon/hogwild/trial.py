@@ -45,11 +45,12 @@ class Calls:
 
     Attributes:
         uncalled: names of those that it does not call.
-        rows: name -> inputs for each token of a pass, of those that it does; rounded up, for an expert sees a few.
+        rows: name -> inputs for each token of a pass, of those that it does; of an expert on average, of others rounded
+            up.
     """
 
     uncalled: frozenset[str]
-    rows: Mapping[str, int]
+    rows: Mapping[str, float]
 
 
 def judge(model: PreTrainedModel, layers: Layers, dtype: torch.dtype, found: Calls) -> Verdict:
@@ -86,10 +87,16 @@ def calls(model: PreTrainedModel) -> Calls:
     finally:
         for linear in linears.values():
             linear.__class__ = FrozenLinear
-    return Calls(
-        frozenset(name for name, one in linears.items() if id(one) in read - called.keys()),
-        {name: -(-called[id(one)] // _TOKENS) for name, one in linears.items() if id(one) in called},
-    )
+    uncalled = frozenset(name for name, one in linears.items() if id(one) in read - called.keys())
+    rows = {name: float(-(-called[id(one)] // _TOKENS)) for name, one in linears.items() if id(one) in called}
+    stacks = dict[str, list[str]]()
+    for name, one in linears.items():
+        if hasattr(one, "stack"):
+            stacks.setdefault(name.rpartition(".")[0], []).append(name)
+    for names in stacks.values():  # a token reaches a few of them
+        each = sum(called[id(linears[name])] for name in names) / (_TOKENS * len(names))
+        rows |= dict.fromkeys(names, each)
+    return Calls(uncalled, rows)
 
 
 @torch.no_grad()
