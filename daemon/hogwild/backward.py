@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hogwild import naming, pulse, skeleton
+from hogwild import experts, naming, pulse, skeleton
 from hogwild.apollo import Optimizer
 from hogwild.embedding import TrainedEmbedding
 from hogwild_kernels import UpdateResult, products
@@ -89,6 +89,8 @@ class TrainedLinear(torch.nn.Module):
         self.protected: torch.Tensor | None = None
         """(k, n) directions of the input that updates leave alone (protection.py)."""
         self._kept = _Kept()
+        self.stack: int = getattr(linear, "stack", 0)
+        """Of an expert: how many there are in its layer."""
         self.weight, self.bias = linear.weight, linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
@@ -324,8 +326,9 @@ def train_in_backward(
                 elif parameter.ndim == 2:
                     frozen[full] = f"a matrix of {type(module).__name__}, which is not a linear layer"
                 elif parameter.ndim > 2 and min(parameter.shape[1:]) > 1:  # a convolution has an axis of one
+                    how = " (training.experts)" if experts.stacks(module) else ""
                     frozen[full] = (
-                        f"the stacked matrices of {type(module).__name__}: served live, not trained"
+                        f"the stacked matrices of {type(module).__name__}: served live, not trained{how}"
                     )
                 else:
                     source, waits = sources.get(full, parameter.data), uses[id(parameter)] > 1

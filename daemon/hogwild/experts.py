@@ -39,7 +39,7 @@ def unstack(
     """
     found = dict[str, str]()
     for name, module in list(model.named_modules()):
-        leaves = _stacks(module)
+        leaves = stacks(module)
         if not leaves or not all(f"{name}.{leaf}" in regions for leaf in leaves):
             continue
         for leaf in leaves:
@@ -59,7 +59,7 @@ def unstack(
     return found
 
 
-def _stacks(module: torch.nn.Module) -> list[str]:
+def stacks(module: torch.nn.Module) -> list[str]:
     """Names of the two stacks of a layer's experts; [] if it has others, or none."""
     if not all(hasattr(module, attribute) for attribute in _DESCRIBED) or module.has_bias:
         return []

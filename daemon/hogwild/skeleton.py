@@ -134,6 +134,9 @@ def older(model: PreTrainedModel, folder: Path, names: Iterable[str]) -> Iterato
     wanted = [name for name in names if name in recipes]
     tensors = _read(folder, {part for name in wanted for part in recipes[name].names})
     before = {name: model.get_parameter(name) for name in wanted}
+    alike: dict[int, list[str]] = {}  # a tied head goes with the embedding
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        alike.setdefault(id(parameter), []).append(name)
     made: dict[str, torch.Tensor] = {}  # stacks, once
     try:
         for name, live in before.items():
@@ -143,11 +146,14 @@ def older(model: PreTrainedModel, folder: Path, names: Iterable[str]) -> Iterato
             tensor = made[recipe.parameter]
             if isinstance(recipe, naming.Matrix):
                 tensor = tensor[recipe.number]
-            assign(model, name, (tensor.t() if _is_transposed(live) else tensor).to(live.device, live.dtype))
+            tensor = (tensor.t() if _is_transposed(live) else tensor).to(live.device, live.dtype)
+            for same in alike[id(live)]:
+                assign(model, same, tensor)
         yield
     finally:
-        for name, live in before.items():
-            assign(model, name, live.data)
+        for live in before.values():
+            for same in alike[id(live)]:
+                assign(model, same, live.data)
 
 
 def empty(folder: Path) -> PreTrainedModel:
