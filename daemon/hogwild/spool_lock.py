@@ -1,6 +1,7 @@
 """Which daemon takes files from a spool: of two, with state folders of their own, each would learn what it finds first.
 
-The lock lies beside incoming/, where nobody else has to write, and no scan looks.
+The lock lies beside incoming/, where nobody else has to write, and no scan looks. An open file keeps its disk from
+being unmounted (docs/spool.md).
 """
 
 import os
@@ -14,7 +15,7 @@ NAME = ".daemon.lock"  # not the state folder's name: the two folders may be one
 
 
 class SpoolLock:
-    """One daemon's lock on one spool folder, held from the first `hold` until the process ends."""
+    """One daemon's lock on one spool folder, held from the first `hold` until `let_go`, or the end of the process."""
 
     def __init__(self, spool: Path) -> None:
         self._path = spool / NAME
@@ -39,9 +40,14 @@ class SpoolLock:
             raise SpoolError(
                 f"{self._path}: user {user()} cannot lock it: {error.strerror}; check its owner and mode"
             ) from error
+        self.let_go()
+        self._fd = fd
+
+    def let_go(self) -> None:
+        """As the end of the process would: a disk that was unmounted lazily is free then."""
         if self._fd is not None:
             os.close(self._fd)
-        self._fd = fd
+            self._fd = None
 
     def _is_held(self) -> bool:
         try:
