@@ -20,6 +20,7 @@ from hogwild.settings import OptimizerConfig
 from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights, load_arena
 from studio import Studio
+from support import wait_until
 from test_trainer import Example
 from tiny import SIZES, WORDS, llama, tokenizer
 
@@ -174,6 +175,10 @@ class Bench:
         self.attachment.on_session({"url": "", "max_model_len": longest}, begins=True)
         self.attachment.check(after="attach")
 
+    def checked(self) -> bool:
+        self.attachment.check(after="attach")
+        return not self.attachment.must_check
+
 
 @pytest.mark.parametrize("folder", ["longrope"], indirect=True)
 def test_probes_are_held_against_what_they_were_with_the_frequencies_of_the_server(
@@ -226,8 +231,10 @@ def test_frequencies_wait_for_whoever_reads_the_model(folder, tmp_path, monkeypa
     assert rope.differs(learner.reader, ORIGINAL), "its own texts are being written"
     assert bench.attachment.must_check
     go_on.set()
-    bench.learner.wait_for_own_texts()
+    learner.wait_for_own_texts()
     bench.attachment.check(after="attach")
+    assert bench.attachment.must_check, "it does not ask in every turn"
+    wait_until(bench.checked, "they change")
     assert not rope.differs(learner.reader, ORIGINAL)
     learner.pause()
 
@@ -249,7 +256,7 @@ def test_frequencies_wait_for_whoever_reads_the_model(folder, tmp_path, monkeypa
     assert rope.differs(learner.reader, LONGEST), "a checkpoint is being judged"
     go_on.set()
     assert not isinstance(bench.studio.keeper.saved(wait=True), Exception)
-    bench.attachment.check(after="attach")
+    wait_until(bench.checked, "they change")
     assert not rope.differs(learner.reader, LONGEST)
     bench.studio.close()
 

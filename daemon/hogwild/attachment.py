@@ -25,6 +25,7 @@ log = logs.get(__name__)
 
 _WAIT_S = 60.0
 _QUIET_TIMEOUT_S = 60.0
+_READERS_S = 1.0  # the server is asked before each look whether it answers
 
 
 class Attachment:
@@ -141,6 +142,7 @@ class Attachment:
             return True
         # A checkpoint under way is judged; what has fallen is gone back from, by what it was.
         if self._keeper.saving or not learner.wait_for_own_texts(0) or learner.judge.tripped is not None:
+            self._wait_until = time.monotonic() + _READERS_S
             return False
         with self.changing:
             learner.pause()  # it begins again once the server is seen to serve what these compute
