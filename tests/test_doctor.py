@@ -171,6 +171,18 @@ def test_a_spool_that_nobody_else_can_write(service: Service) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user")
+def test_a_lock_that_another_user_has_made_in_the_spool(service: Service) -> None:
+    """A daemon that root has started once, on a spool of its own configuration."""
+    lock = service.root / "state" / "spool" / ".daemon.lock"
+    (lock.parent / "incoming").mkdir(parents=True)
+    lock.touch()
+    os.chown(lock, 65534, -1)
+    found = service.found("spool", "fail")
+    assert str(lock) in found["found"]
+    assert found["fix"].startswith(f"chown root: {lock}")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user")
 def test_files_of_another_user_in_the_state_folder(service: Service) -> None:
     state = service.root / "state"
     state.mkdir()

@@ -1,6 +1,7 @@
 """`hogwild train`: from files and a model folder to another model folder, in processes of its own."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hogwild import one_shot
+from hogwild.checkpoint import Checkpoints
 from hogwild.ledger import Ledger
+from hogwild.settings import Config
 from support import environment, wait_until
 from tiny import llama, tokenizer
 
@@ -254,6 +258,25 @@ def test_term_that_comes_twice_at_once_is_one_and_saves(model: Path, tmp_path: P
         _, stderr = running.communicate(timeout=120)
     assert running.returncode == 0, stderr
     assert (out / "model.safetensors").exists()
+
+
+def test_a_model_that_somebody_gives_up_while_it_is_written_leaves_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path / "state", 1)
+    shutil.copytree(model, checkpoints.root / "generation-00000001")
+    checkpoints.point_current_at(1)
+    out = tmp_path / "deep" / "out"
+    out.parent.mkdir()
+
+    def told(_path: Path) -> None:
+        assert list(out.parent.iterdir()), "otherwise there is nothing to leave"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(one_shot, "_fsync", told)
+    with pytest.raises(KeyboardInterrupt):
+        one_shot.OneShot(Config(), model, out)._publish(checkpoints)
+    assert list(out.parent.iterdir()) == []
 
 
 def test_an_out_that_could_not_be_written_is_written_by_the_same_command_again(

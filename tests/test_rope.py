@@ -4,13 +4,15 @@ The real vLLM has its say in tests/test_architectures.py, and in the rows of the
 """
 
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hogwild import rope, served, skeleton
+from hogwild import probes, rope, selfreplay, served, skeleton
 from hogwild.apollo import Optimizer
 from hogwild.attachment import Attachment
 from hogwild.checkpoint_schedule import CheckpointSchedule
@@ -18,8 +20,9 @@ from hogwild.settings import OptimizerConfig
 from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights, load_arena
 from studio import Studio
+from support import wait_until
 from test_trainer import Example
-from tiny import SIZES, llama, tokenizer
+from tiny import SIZES, WORDS, llama, tokenizer
 
 ORIGINAL, LONGEST = 32, 48
 """Beyond the texts with which a trainer tries whether a model's texts can be packed (24 tokens), as in a real model."""
@@ -120,6 +123,7 @@ def test_a_new_server_on_the_same_weights_brings_its_own(folder, tmp_path, monke
     tokenizer(folder)
     studio = Studio(tmp_path)
     learner = studio.learner
+    learner.wait_for_own_texts()
     schedule = CheckpointSchedule(studio.config, studio.ledger, studio.keeper)
     attachment = Attachment(studio.config, studio.ledger, studio.keeper, studio.curriculum, schedule)
     attachment.learner = learner
@@ -146,3 +150,134 @@ def test_a_model_whose_frequencies_never_change_is_left_as_it_is(tmp_path):
     before = model.model.rotary_emb.inv_freq.clone()
     rope.fix(model, 10_000)
     assert torch.equal(model.model.rotary_emb.inv_freq, before)
+
+
+WATCHED: dict[str, Any] = {"optimizer__lr": 1e-9, "probes__margin": 1e-5, "probes__every_updates": 0}
+"""Weights hardly move, and probes fall with the least that comes of other frequencies."""
+
+
+class Bench:
+    """A daemon's learner on the longrope model, and servers that come to it."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (root / "probes.jsonl").write_text(json.dumps({"text": " ".join(WORDS[:24])}) + "\n")
+        self.settings = {**WATCHED, "probes__file": root / "probes.jsonl"}
+        self.studio = Studio(root, **self.settings)
+        studio = self.studio
+        schedule = CheckpointSchedule(studio.config, studio.ledger, studio.keeper)
+        self.attachment = Attachment(studio.config, studio.ledger, studio.keeper, studio.curriculum, schedule)
+        self.attachment.learner = self.learner = studio.learner
+        self.agreed = served.Agreement(0.0, 0.0, 1.0, 1)
+        monkeypatch.setattr(served.Server, "ready", lambda _self: True)
+        monkeypatch.setattr(self.learner, "check_served", lambda _server: self.agreed)
+
+    def server(self, longest: int) -> None:
+        self.attachment.on_session({"url": "", "max_model_len": longest}, begins=True)
+        self.attachment.check(after="attach")
+
+    def checked(self) -> bool:
+        self.attachment.check(after="attach")
+        return not self.attachment.must_check
+
+
+@pytest.mark.parametrize("folder", ["longrope"], indirect=True)
+def test_probes_are_held_against_what_they_were_with_the_frequencies_of_the_server(
+    folder, tmp_path, monkeypatch
+):
+    """Or a server with another --max-model-len would have what was learned rolled back, and set aside."""
+    tokenizer(folder)
+    bench = Bench(tmp_path, monkeypatch)
+    studio, judge = bench.studio, bench.learner.judge
+    bench.learner.wait_for_own_texts()
+    bench.server(LONGEST)
+    studio.drop("facts.jsonl", 2)
+    studio.train()
+    studio.save()
+    judge.judge()
+    assert judge.tripped is None
+    known = dict(judge.probes.good.losses)
+    bench.server(ORIGINAL)
+    bench.learner.pause()
+    score = judge.judge()
+    assert any(abs(score.losses[name] - known[name]) > 1e-5 for name in known), "it matters at all"
+    assert judge.tripped is None
+    studio.save()
+    arena = studio.close()
+    arena.max_model_len = LONGEST  # the daemon starts again, and the server with it, as it was at first
+    again = Studio(tmp_path, arena, **bench.settings)
+    again.learner.wait_for_own_texts()
+    again.learner.judge.judge()
+    assert again.learner.judge.tripped is None
+    again.close()
+
+
+@pytest.mark.parametrize("folder", ["longrope"], indirect=True)
+def test_frequencies_wait_for_whoever_reads_the_model(folder, tmp_path, monkeypatch):
+    """A score half with these and half with those would be nobody's; so would texts that the model writes."""
+    tokenizer(folder)
+    reading, go_on = threading.Event(), threading.Event()
+    sample, score = selfreplay.make, probes.Probes.score
+
+    def slow(*given: Any, **options: Any) -> Any:
+        reading.set()
+        assert go_on.wait(60)
+        return sample(*given, **options)
+
+    monkeypatch.setattr(selfreplay, "make", slow)
+    bench = Bench(tmp_path, monkeypatch)
+    learner = bench.learner
+    assert reading.wait(60)
+    bench.server(ORIGINAL)
+    assert rope.differs(learner.reader, ORIGINAL), "its own texts are being written"
+    assert bench.attachment.must_check
+    go_on.set()
+    learner.wait_for_own_texts()
+    bench.attachment.check(after="attach")
+    assert bench.attachment.must_check, "it does not ask in every turn"
+    wait_until(bench.checked, "they change")
+    assert not rope.differs(learner.reader, ORIGINAL)
+    learner.pause()
+
+    def slowly(self: probes.Probes, *given: Any) -> Any:
+        reading.set()
+        assert go_on.wait(60)
+        return score(self, *given)
+
+    reading.clear(), go_on.clear()
+    monkeypatch.setattr(probes.Probes, "score", slowly)
+    about = {
+        "base_path": str(folder),
+        "base_digest": bench.studio.ledger.get_meta("base_digest"),
+        "config": {},
+    }
+    bench.studio.keeper.start_saving(learner, about)
+    assert reading.wait(60)
+    bench.server(LONGEST)
+    assert rope.differs(learner.reader, LONGEST), "a checkpoint is being judged"
+    go_on.set()
+    assert not isinstance(bench.studio.keeper.saved(wait=True), Exception)
+    wait_until(bench.checked, "they change")
+    assert not rope.differs(learner.reader, LONGEST)
+    bench.studio.close()
+
+
+@pytest.mark.parametrize("folder", ["longrope"], indirect=True)
+def test_a_server_that_comes_while_frequencies_change_is_asked_too(folder, tmp_path, monkeypatch):
+    """The one that they were for was killed, and is there again with others."""
+    tokenizer(folder)
+    bench = Bench(tmp_path, monkeypatch)
+    bench.learner.wait_for_own_texts()
+    learner, quiet = bench.learner, bench.learner.quiet
+
+    def comes(timeout_s: float) -> bool:
+        monkeypatch.setattr(learner, "quiet", quiet)
+        bench.attachment.on_session({"url": "", "max_model_len": LONGEST}, begins=True)
+        return quiet(timeout_s)
+
+    monkeypatch.setattr(learner, "quiet", comes)
+    bench.server(ORIGINAL)
+    assert bench.attachment.must_check
+    bench.attachment.check(after="attach")
+    assert not rope.differs(learner.reader, LONGEST)
+    assert not bench.attachment.must_check
+    bench.studio.close()

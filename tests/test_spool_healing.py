@@ -362,6 +362,7 @@ from hogwild.settings import SpoolConfig
 from hogwild.ledger import Ledger
 from hogwild import log
 from hogwild.spool import Spool
+from hogwild.spool_lock import SpoolLock
 log.configure("info", "json")
 root, target = Path(sys.argv[1]), Path(sys.argv[2])
 config = SpoolConfig(dir=root / "disk" / "spool", settle_s=0.02, rescan_interval_s=0.05)
@@ -382,14 +383,17 @@ with image.open("wb") as file:
 subprocess.run(["mkfs.ext4", "-q", image], check=True)
 mount("-o", "loop", image, target)
 with Ledger(root / "ledger.sqlite") as ledger:
-    spool = Spool(config, ledger, passes=1)
+    lock = SpoolLock(config.dir)
+    spool = Spool(config, ledger, passes=1, hold=lock.hold, let_go=lock.let_go)
     stop = threading.Event()
     thread = threading.Thread(target=spool.run, args=(stop,))
     thread.start()
     until(spool.failed.exists)
     (spool.incoming / "a.jsonl").write_text('{"text": "a"}\\n')
     until(lambda: ledger.counts().files == 1 and not ledger.unmoved())
-    until(lambda: subprocess.run(["umount", target], stderr=subprocess.DEVNULL).returncode == 0)
+    assert subprocess.run(["umount", target], capture_output=True).returncode, "the daemon is at work there"
+    subprocess.run(["umount", "--lazy", target], check=True)
+    until(lambda: not subprocess.run(["losetup", "-j", image], capture_output=True).stdout)  # free of us
     time.sleep(1)
     assert list(target.iterdir()) == [], "it made folders under the mount point"
     spool.incoming.mkdir(parents=True)  # as a user's script would
@@ -403,6 +407,7 @@ with Ledger(root / "ledger.sqlite") as ledger:
     stop.set()
     spool.wake()
     thread.join()
+    lock.let_go()  # as the end of its process does
     subprocess.run(["umount", target], check=True)
     # It also knows when it starts while the disk is not there.
 with Ledger(root / "ledger.sqlite") as ledger:

@@ -1,5 +1,6 @@
 """One daemon a spool: who may take files from it, who is refused, and when it is free again."""
 
+import errno
 import json
 import os
 import shutil
@@ -97,6 +98,26 @@ def test_a_spool_that_comes_back_with_another_daemon_in_it_is_left_alone_until_t
             stop.set()
             spool.wake()
             thread.join()
+
+
+def test_a_file_system_that_knows_no_locks_is_used_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """As with some network file systems, on which spools have been for long."""
+
+    def lock_(_path: Path) -> int:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(state_lock, "lock", lock_)
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        lock = SpoolLock(tmp_path / "spool")
+        spool = Spool(SpoolConfig(dir=tmp_path / "spool", settle_s=0), ledger, passes=1, hold=lock.hold)
+        for _ in range(2):
+            spool.prepare()
+        (spool.incoming / "facts.jsonl").write_text('{"text": "a"}\n')
+        spool.scan_once()
+        assert ledger.counts().files == 1
+    assert capsys.readouterr().out.count("spool.unlocked") == 1
 
 
 def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path: Path):

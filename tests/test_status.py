@@ -81,6 +81,17 @@ def test_a_line_that_turns_out_not_to_be_trainable_is_warned_of_even_after_its_f
     assert warning.startswith(f"2 lines cannot be trained: {desk.failed / 'a.jsonl.errors.jsonl'}")
 
 
+def test_a_folder_that_cannot_be_read_ends_no_daemon(desk: Desk) -> None:
+    desk.drop("a.jsonl", f"{GOOD}[]\n")
+    kept = desk.failed.rename(desk.config.state_dir / "kept")
+    desk.failed.touch()
+    assert desk.warnings() == []
+    desk.failed.unlink()
+    kept.rename(desk.failed)
+    (warning,) = desk.warnings()
+    assert warning.startswith("1 line cannot be trained")
+
+
 def test_what_is_in_quarantine_is_no_bad_line_and_one_is_one(desk: Desk) -> None:
     desk.drop("a.jsonl", GOOD)
     desk.ledger.guards.set_aside(1, Trip("loss", 0, {}), "it hurt", {})

@@ -25,6 +25,7 @@ log = logs.get(__name__)
 
 _WAIT_S = 60.0
 _QUIET_TIMEOUT_S = 60.0
+_READERS_S = 1.0  # the server is asked before each look whether it answers
 
 
 class Attachment:
@@ -134,17 +135,22 @@ class Attachment:
 
     def _take_frequencies(self, learner: Learner) -> bool:
         """Rotary frequencies are those of the server that is there: a new one may take longer texts than the last, in
-        the same memory. False: an example is still being trained, and they have to wait."""
+        the same memory. False: somebody still reads the model as it is, and they have to wait."""
         longest = self.server.get("max_model_len")
         models = [learner.reader, *(trainer.model for trainer in learner.trainers)]
         if not any(rope.differs(model, longest) for model in models):
             return True
+        # A checkpoint under way is judged; what has fallen is gone back from, by what it was.
+        if self._keeper.saving or not learner.wait_for_own_texts(0) or learner.judge.tripped is not None:
+            self._wait_until = time.monotonic() + _READERS_S
+            return False
         with self.changing:
             learner.pause()  # it begins again once the server is seen to serve what these compute
-            if not learner.quiet(_QUIET_TIMEOUT_S):
+            if not learner.quiet(_QUIET_TIMEOUT_S) or learner.judge.tripped is not None:
                 return False
             for model in models:
                 rope.fix(model, longest)
+            learner.judge.start_over()
         log.info("rope.changed", max_model_len=longest)
         return True
 
@@ -155,19 +161,20 @@ class Attachment:
         if self._api is None or self._api.url != url:
             self._api = served.Server(url, self._config.server.api_key_env)
         server = self._api
-        if not server.ready():
-            return  # still starting, or gone: asked again in the next turn, or when it comes back
-        if not self._take_frequencies(learner):
+        asked = self.must_check
+        self.must_check = False  # first: a server that comes meanwhile has to be asked, too
+        if not server.ready() or not self._take_frequencies(learner):
+            # Still starting, or gone: asked again in the next turn, or when it comes back.
+            if asked:
+                self.must_check = True
             return
-        self.must_check = False
         try:
             agreement = learner.check_served(server)
         except served.ServerError as error:
             log.warning("server.unchecked", after=after, error=str(error))
             self._asked(str(error))
-            self.must_check = (
-                after == "attach" or not learner.training
-            )  # nothing is trained before a check has passed
+            if after == "attach" or not learner.training:
+                self.must_check = True  # nothing is trained before a check has passed
             return
         except VerificationError as error:
             learner.pause()

@@ -107,6 +107,13 @@ def spool(subject: Subject) -> Iterator[Finding]:
         )
     else:
         yield ok("spool", f"{incoming}, group {status.st_gid} may drop files")
+    lock, user = incoming.parent / spool_lock.NAME, subject.user
+    if lock.exists() and lock.stat().st_uid != user.pw_uid:
+        yield fail(
+            "spool",
+            f"{lock} is not owned by {user.pw_name}: nothing is taken",
+            by_owner(lock, f"chown {user.pw_name}: {lock}", "give another `spool.dir`"),
+        )
     if (other := _other_daemon(subject)) is not None:
         yield fail(
             "spool",

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hogwild import log as logs
-from hogwild import metrics, pulse
+from hogwild import metrics, pulse, rope
 from hogwild import probes as probing
 from hogwild.arena.control import ControlPage
 from hogwild.examples import Encoded, Example
@@ -48,7 +48,7 @@ class Judge:
         pause: Callable[[], None],
         ensure_alive: Callable[[], None],
     ) -> None:
-        self.probes, self.progress = Probes(config), progress
+        self.probes, self.progress = Probes(config, rope.fingerprint(model)), progress
         self._model, self._ledger, self._control = model, ledger, control
         self._preparation, self._pause = preparation, pause
         self.ensure_alive = ensure_alive
@@ -89,6 +89,11 @@ class Judge:
         if self.probes.good is None and self._control.generation == 0:
             known = json.loads(self._ledger.get_meta(_META) or "{}")
             self.probes.good = self.probes.of_state({"generation": 0, **known})
+
+    def start_over(self) -> None:
+        """The model computes otherwise than before, with the same weights: what its probes were means nothing now."""
+        self.probes.frequencies = rope.fingerprint(self._model)
+        self.hold_against(None)
 
     def begin(self) -> None:
         """Before anything is trained: know what the probes were."""

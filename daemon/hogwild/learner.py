@@ -257,9 +257,9 @@ class Learner:
             trainer.protect(directions)
         self.drift.protect(directions, base)
 
-    def wait_for_own_texts(self) -> None:
-        """Until they are written, or given up."""
-        self._preparation.done()
+    def wait_for_own_texts(self, timeout_s: float | None = None) -> bool:
+        """Until they are written, or given up. False: not within that time."""
+        return self._preparation.done(timeout_s)
 
     @contextlib.contextmanager
     def _work(self, index: int) -> Iterator[bool]:

@@ -242,8 +242,10 @@ class OneShot:
                 self.out.rmdir()
             unfinished.rename(self.out)
             _fsync(self.out.parent)
-        except OSError as error:
+        except BaseException as error:  # somebody who does not wait for it, too
             shutil.rmtree(unfinished, ignore_errors=True)
+            if not isinstance(error, OSError):
+                raise
             message = f"--out {self.out} could not be written: {error}"
             if self.state is not None:
                 message += f"; what was trained is in {current}, and the same command tries again"

@@ -90,9 +90,14 @@ class Good:
 
 @dataclass
 class Probes:
-    """The sets, their newest score, and what it is compared with. Thread-safe."""
+    """The sets, their newest score, and what it is compared with. Thread-safe.
+
+    Attributes:
+        frequencies: rotary ones of the model, where they may change (`rope.fingerprint`).
+    """
 
     config: ProbesConfig
+    frequencies: str = ""
     sets: dict[str, list[Probe]] = field(default_factory=dict)
     good: Good | None = None
     newest: Score | None = None
@@ -105,9 +110,9 @@ class Probes:
 
     @property
     def digest(self) -> str:
-        """Of the sets: scores of other probes cannot be compared."""
+        """Of the sets: scores of other probes cannot be compared, nor those of a model that computes otherwise."""
         text = json.dumps([[name, [(p.ids, p.start) for p in probes]] for name, probes in self.sets.items()])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{text}{self.frequencies}".encode()).hexdigest()[:16]
 
     def due(self, step: int) -> bool:
         """Is it time? True for one caller only."""

@@ -10,6 +10,7 @@ set for all texts (vllm/model_executor/layers/rotary_embedding/, vLLM 0.32), and
 """
 
 import copy
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -41,6 +42,16 @@ def differs(model: PreTrainedModel, max_model_len: int | None) -> bool:
         ):
             return True
     return False
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Of what `fix` gave the model: what it computes under another one is not to be compared. Empty: nothing."""
+    found = []
+    for module, kind, _ in _changing(model):
+        prefix = f"{kind}_" if kind else ""
+        frequencies = getattr(module, f"{prefix}inv_freq").tolist()
+        found.append(f"{prefix}{getattr(module, f'{prefix}attention_scaling')} {frequencies}")
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:16] if found else ""
 
 
 def types(config: Any) -> set[str]:

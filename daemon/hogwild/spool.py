@@ -52,6 +52,7 @@ class Spool:
         on_accepted: called after a file's examples are in the ledger; wakes the trainers.
         clock: seconds, monotonic.
         hold: takes the spool for this daemon, or makes sure that it still has it; see `spool_lock.py`.
+        let_go: called where it cannot be used, which holds no disk any longer.
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class Spool:
         on_accepted: Callable[[FileRecord], None] = lambda _record: None,
         clock: Callable[[], float] = time.monotonic,
         hold: Callable[[], None] = lambda: None,
+        let_go: Callable[[], None] = lambda: None,
     ) -> None:
-        self._hold = hold
+        self._hold, self._let_go = hold, let_go
         self._config, self._ledger, self._passes, self._clock = config, ledger, passes, clock
         self._growth = Growth(config, ledger, on_accepted, clock)
         self._intake = Intake(
@@ -91,7 +93,11 @@ class Spool:
             SpoolError: a folder cannot be made or written, naming it and the user, or is not the one it was.
         """
         others = [self.done, self.failed, self.incoming.parent / MOVING]
-        spool_identity.verify(self.incoming, others, self._ledger, self._hold)
+        try:
+            spool_identity.verify(self.incoming, others, self._ledger, self._hold)
+        except (SpoolError, OSError):
+            self._let_go()
+            raise
 
     def prepare(self) -> None:
         """As `claim`, and finishes what a crash interrupted."""

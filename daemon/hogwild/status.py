@@ -217,10 +217,11 @@ class Status:
         failed = self._config.spool.dir / "failed"
         try:
             state = (failed.stat().st_mtime_ns, counts["failed"], counts["rejected"])
+            names = list_errors(failed) if state != self._bad[0] and any(state[1:]) else []
         except OSError:
-            return ""
+            return ""  # what is wrong with the folder, the spool's thread says
         if state != self._bad[0]:
-            found = self._ledger.bad_lines(list_errors(failed)) if any(state[1:]) else {}
+            found = self._ledger.bad_lines(names) if names else {}
             lines = counted(sum(found.values()), "line")
             said = f"{lines} of {len(found)} files cannot be trained: {failed}"
             if len(found) == 1:

@@ -59,12 +59,14 @@ class Supervisor:
         self.config, self._config_path, self._overrides = config, config_path, overrides
         self._lock_file = state_lock.take(config.state_dir)
         self.ledger = Ledger(config.state_dir / "ledger.sqlite")
+        lock = SpoolLock(config.spool.dir)
         self.spool = Spool(
             config.spool,
             self.ledger,
             passes=config.training.passes,
             on_accepted=lambda _file: self.curriculum.wake(),
-            hold=SpoolLock(config.spool.dir).hold,
+            hold=lock.hold,
+            let_go=lock.let_go,
         )
         self._claim_spool()
         leftovers.sweep(config.state_dir, config.spool.dir)
