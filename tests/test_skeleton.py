@@ -192,3 +192,16 @@ def test_a_router_that_is_a_linear_layer_by_name_is_said_to_be_frozen(tmp_path, 
 
 def kinds(model: nn.Module) -> dict[str, str]:
     return {name: type(module).__name__ for name, module in model.named_modules()}
+
+
+def test_older_weights_are_those_of_the_checkpoint_though_they_lie_transposed_there(tmp_path):
+    """GPT-2 has square ones too."""
+    folder = build("gpt2", tmp_path)
+    weights = Weights(load_arena(folder))
+    model = skeleton.build(folder, weights)
+    came = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    for name in weights.names:
+        weights.view(name).mul_(2)
+    with skeleton.older(model, folder, came):
+        now = dict(model.named_parameters())
+        assert [name for name, tensor in came.items() if not torch.equal(now[name], tensor)] == []

@@ -63,7 +63,7 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
     for module in model.modules():
         for leaf, buffer in module._buffers.items():
             module._buffers[leaf] = None if buffer is None else buffer.to(device)
-    linearise(model, regions)
+    model.arena_transposed = linearise(model, regions)
     names = {name for name, _ in model.named_parameters()}
     model.arena_regions = {name: region for name, region in regions.items() if name in names}
     model.arena_recipes = {name: recipe for name, recipe in found.items() if name not in buffers}
@@ -82,6 +82,13 @@ def stored(model: PreTrainedModel) -> dict[str, str]:
     """Parameters of a skeleton that are one tensor of the checkpoint as it is: name in the model -> name there."""
     recipes: dict[str, naming.Recipe] = model.arena_recipes
     return {name: recipe.names[0] for name, recipe in recipes.items() if recipe.converter is None}
+
+
+def transposed(model: PreTrainedModel) -> frozenset[str]:
+    """Parameters of a skeleton that lie the other way round in the checkpoint, which a shape does not tell of a square
+    one."""
+    found: frozenset[str] = model.arena_transposed
+    return found
 
 
 def stored_twice(model: PreTrainedModel) -> list[str]:
@@ -121,7 +128,7 @@ def older(model: PreTrainedModel, folder: Path, names: Iterable[str]) -> Iterato
     try:
         for name, live in before.items():
             tensor = recipes[name].make(tensors.__getitem__, model).to(live.device, live.dtype)
-            assign(model, name, tensor if tensor.shape == live.shape else tensor.t())
+            assign(model, name, tensor.t() if name in transposed(model) else tensor)
         yield
     finally:
         for name, live in before.items():
@@ -214,17 +221,24 @@ def is_linear(module: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
     return same and torch.allclose(out, wanted, atol=1e-5)
 
 
-def linearise(model: PreTrainedModel, regions: dict[str, Region]) -> None:
-    """Make every linear layer one that has no gradient of its own, and of those that lie transposed linear layers."""
+def linearise(model: PreTrainedModel, regions: dict[str, Region]) -> frozenset[str]:
+    """Make every linear layer one that has no gradient of its own, and of those that lie transposed linear layers.
+
+    Returns:
+        Names of the weights of those.
+    """
+    turned = set()
     for name, module in list(model.named_modules()):
         if is_linear(module):
             module.__class__ = FrozenLinear
         elif type(module) is Conv1D:
             _set(model, name, _linear(module))
+            turned.add(f"{name}.weight")
             if (weight := f"{name}.weight") in regions:
                 regions[weight] = replace(
                     regions[weight], shape=regions[weight].shape[::-1], stride=regions[weight].stride[::-1]
                 )
+    return frozenset(turned)
 
 
 def set_apart(model: PreTrainedModel, names: Iterable[str]) -> None:
