@@ -8,7 +8,13 @@ from typing import Any, TypeGuard
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from hogwild import as_served, naming, rope
@@ -144,6 +150,8 @@ def empty(folder: Path) -> PreTrainedModel:
         kind = AutoModelForImageTextToText
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = kind.from_config(config, dtype=config.dtype, **settings)
+    with contextlib.suppress(OSError):  # many have none; the configuration says it then
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     as_served.adjust(model)
     decoder = model.get_decoder()
     kept = {id(module) for module in decoder.modules()}
