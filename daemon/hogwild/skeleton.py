@@ -1,6 +1,8 @@
 """A Hugging Face model whose parameters are views of the arena: built on the meta device, it owns no weights."""
 
 import contextlib
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -40,12 +42,14 @@ def build(folder: Path, weights: Weights) -> PreTrainedModel:
     found = naming.recipes(model, [*layout.tensors, *layout.frozen])
     regions, private = place(model, found, layout.tensors)
     copies = _read(folder, {name for recipe in private for name in recipe.names})
-    problems, buffers = [], naming.buffers(model)
+    problems, buffers, served = [], naming.buffers(model), _common_type(layout.tensors.values())
     for name, parameter in [*model.named_parameters(), *buffers.items()]:
         if name in regions:
             tensor = weights.at(regions[name])
         elif name in found:
             tensor = found[name].make(copies.__getitem__, model).to(device)
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), torch.nn.Linear | Conv1D):
+                tensor = tensor.to(served)  # as the server has it: what it multiplies is of one type
         else:
             if name not in tied and name not in buffers:
                 problems.append(f"{name}: needed by {type(model).__name__}, not served")
@@ -253,6 +257,14 @@ def set_apart(model: PreTrainedModel, names: Iterable[str]) -> None:
     """Take these for no linear layers (trial.calls)."""
     for name in names:
         model.get_submodule(name).__class__ = Uncalled
+
+
+def _common_type(regions: Iterable[Region]) -> torch.dtype | None:
+    """That of most numbers there; None where there are none."""
+    counts = Counter[torch.dtype]()
+    for region in regions:
+        counts[region.torch_dtype] += math.prod(region.shape)
+    return max(counts, key=counts.__getitem__, default=None)
 
 
 def _linear(module: Conv1D) -> FrozenLinear:
