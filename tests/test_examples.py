@@ -4,8 +4,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig
 
-from hogwild.encoding import encode_chat
+from hogwild.encoding import context_length, encode_chat
 from hogwild.errors import ExampleError
 from hogwild.examples import COMMON, Example, encode, parse_line
 
@@ -428,6 +429,24 @@ def test_a_long_text_is_trained_once_in_windows_that_overlap(tokenizer, with_sta
         )
         seen += part.ids[len(context) :]
     assert windows == encode(Example(text=text), tokenizer, max_tokens=100, context_length=40)
+
+
+@pytest.mark.parametrize(
+    ("family", "said"), [("llama", 64), ("gpt2", 64), ("gptj", 64), ("mamba2", None), ("bloom", None)]
+)
+def test_how_long_a_text_may_be_is_known_by_whatever_name_a_family_has_for_it(tmp_path, family, said):
+    """Beyond its table of positions GPT-2 reads other memory, or ends the trainer."""
+    names = {"gpt2": "n_positions", "gptj": "n_positions"}
+    AutoConfig.for_model(family, **{names.get(family, "max_position_embeddings"): 64}).save_pretrained(
+        tmp_path
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    if said is None:
+        config.pop("max_position_embeddings", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert context_length(tmp_path) == said
+    (tmp_path / "config.json").write_text("{}")
+    assert context_length(tmp_path) is None
 
 
 def test_what_does_not_fit_is_refused_with_both_numbers(tokenizer):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,6 +116,19 @@ def test_a_text_ends_with_its_first_end_token_or_at_its_length(folder):
     assert not any(3 <= token < 20 for text in written for token in text[:-1])
     assert len({len(text) for text in written}) > 2
     assert samples[0].trained == [False] + [True] * len(written[0])
+
+
+@pytest.mark.parametrize(
+    "row", [one for one in ROWS if one.name == "Llama" or one.row == "vision"], ids=lambda one: one.name
+)
+def test_texts_end_where_a_server_stops(tmp_path, row):
+    """generation_config.json says it of many chat models, and the configuration's part about text of those that see."""
+    folder = row.build(tmp_path)
+    words = SimpleNamespace(eos_token_id=5)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    assert selfreplay.ends(skeleton.empty(folder), words) == {2, 5}
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 77]}')
+    assert selfreplay.ends(skeleton.empty(folder), words) == {2, 5, 77}
 
 
 def test_half_are_chats_where_there_is_a_template(folder):

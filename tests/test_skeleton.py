@@ -1,11 +1,13 @@
 """A Hugging Face model around the live weights: it owns none of them."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -192,3 +194,38 @@ def test_a_router_that_is_a_linear_layer_by_name_is_said_to_be_frozen(tmp_path, 
 
 def kinds(model: nn.Module) -> dict[str, str]:
     return {name: type(module).__name__ for name, module in model.named_modules()}
+
+
+def test_older_weights_are_those_of_the_checkpoint_though_they_lie_transposed_there(tmp_path):
+    """GPT-2 has square ones too."""
+    folder = build("gpt2", tmp_path)
+    weights = Weights(load_arena(folder))
+    model = skeleton.build(folder, weights)
+    came = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    for name in weights.names:
+        weights.view(name).mul_(2)
+    with skeleton.older(model, folder, came):
+        now = dict(model.named_parameters())
+        assert [name for name, tensor in came.items() if not torch.equal(now[name], tensor)] == []
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon"])
+def test_what_is_frozen_is_of_the_type_that_is_served_whatever_the_checkpoint_has(tmp_path, family):
+    """As of a checkpoint in fp32, which vLLM serves in bf16."""
+    folder, frozen = (
+        build(family, tmp_path / "wide", tie_word_embeddings=False),
+        ("lm_head", "query_key_value"),
+    )
+    came = load_file(folder / "model.safetensors")
+    shutil.copytree(folder, tmp_path / "served")
+    rounded = {name: tensor.to(torch.bfloat16) for name, tensor in came.items()}
+    save_file(rounded, tmp_path / "served" / "model.safetensors", {"format": "pt"})
+    arena = load_arena(tmp_path / "served")
+    gone = {name for name in rounded if any(part in name for part in frozen)}
+    live = {name: region for name, region in arena.layout.tensors.items() if name not in gone}
+    layout = replace(arena.layout, tensors=live, frozen=dict.fromkeys(gone, "vLLM keeps it otherwise"))
+    model = skeleton.build(folder, Weights(Arena(arena.weights, arena.control, layout)))
+    truth = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    ids = torch.tensor([[5, 9, 11, 17, 21]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, truth(ids).logits, rtol=0.02, atol=0.02)

@@ -17,16 +17,18 @@ from torch.nn.functional import cosine_similarity
 
 from architectures import ARCHITECTURES, Architecture
 from families import Truth
-from hogwild import apollo, coverage, skeleton
+from hogwild import apollo, coverage, protection, skeleton
 from hogwild.apollo import Optimizer
 from hogwild.arena.client import Arena
+from hogwild.backward import TiedHead
+from hogwild.drift import Drift
 from hogwild.encoding import Encoded
 from hogwild.errors import LossError
 from hogwild.layout import Layout
 from hogwild.settings import OptimizerConfig
 from hogwild.trainer import Item, Progress, Trainer
 from hogwild.trial import Verdict
-from hogwild.weights import Weights, load_arena
+from hogwild.weights import Weights, digest, load_arena
 from hogwild_kernels import UpdateResult, products
 from test_streams import Waits
 
@@ -259,6 +261,48 @@ def test_a_model_is_trained_in_the_type_that_it_is_served_in(case, multiplies, m
         assert moved.any() or rounds_off, f"{name} has not moved, and is not said to be frozen"
         likeness.append(cosine_similarity(moved.flatten(), wanted.flatten(), dim=0))
     assert torch.stack(likeness).mean() > 0.75
+
+
+PROTECTED = [[5, 9, 11, 17, 21, 30], [7, 8, 40, 41]]
+"""Texts with fewer tokens than a layer has directions to spare, even one that is used twice."""
+
+
+def test_what_layers_make_of_protected_texts_stays_as_it_was(case):
+    """Each of them, whatever it is given and however often, after an update and after drift was taken back."""
+    setting, folder = case.setting("frozen", embeddings=True), case.folder(torch.float32)
+    reader, moved = skeleton.build(folder, setting.weights), set[str]()
+    directions = protection.measure(
+        reader, set(setting.bound), PROTECTED, rank=32, budget_bytes=1 << 20, seed=0, embeddings=True
+    )
+    setting.trainer.protect(directions)
+    drift = Drift(setting.weights, reader, folder, every=1)
+    drift.protect(directions, digest(folder))
+    before = {name: weight.clone() for name, weight in setting.bound.items()}
+    setting.trainer.step(ITEMS)
+    drift.after(1)
+    names = {id(weight): name for name, weight in reader.named_parameters()}
+
+    def look(module: Any, arguments: Any, _output: Any) -> None:
+        name, x = names[id(module.weight)], arguments[0].flatten(0, -2)
+        if name in before and x.shape[1] > 32:  # of fewer inputs not every direction can be kept
+            change = module.weight - before[name]
+            assert (x @ change.T).norm() <= 1e-4 * x.norm() * change.norm(), name
+            if change.any():
+                moved.add(name)
+
+    for module in reader.modules():
+        if skeleton.is_linear(module):
+            module.register_forward_hook(look)
+    weights = {name: reader.get_parameter(name).clone() for name in before}
+    for text in PROTECTED:
+        reader(torch.tensor([text]), use_cache=False)
+    assert all(torch.equal(reader.get_parameter(name), weight) for name, weight in weights.items())
+    linears = {
+        f"{linear.name}.weight": linear
+        for linear in setting.trainer._gather.linears
+        if linear.in_features > 32
+    }
+    assert moved >= {name for name, linear in linears.items() if not isinstance(linear, TiedHead)}
 
 
 def split(trainer: Trainer, passes: str) -> None:

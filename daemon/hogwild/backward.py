@@ -120,7 +120,8 @@ class TrainedLinear(torch.nn.Module):
         kept.rows = []
         x, d = rows[0] if len(rows) == 1 else (torch.cat(part) for part in zip(*rows, strict=True))
         d = d if factor is None else d * factor
-        return (x if self.protected is None else products.without(x, self.protected)), d
+        x = x if self.protected is None else products.without(x, self.protected)
+        return self.gather.unscaled(x, d)
 
     @property
     def row_nbytes(self) -> int:
@@ -174,6 +175,7 @@ class Gather:
             cache anew each time) is one whose first rows are constants.
         embedding: the input embedding, if it is trained.
         itemsize: bytes of a number in the rows; 0: as of the weight, which activations may be wider than.
+        scale: how many times too large the gradients of this step are, for 16 bits that have no small numbers (fp16).
         frozen: what is not trained: name -> why.
     """
 
@@ -183,7 +185,7 @@ class Gather:
         self.context = 0
         self.linears: list[TrainedLinear] = []
         self.embedding: TrainedEmbedding | None = None
-        self.itemsize = 0
+        self.itemsize, self.scale = 0, 1.0
         self.small: dict[str, Callable[[torch.Tensor | None], None]] = {}
         self.drops: list[Callable[[], None]] = []
         self.frozen: dict[str, str] = {}
@@ -198,13 +200,17 @@ class Gather:
         """Bytes that they keep now, for an update that is still to come."""
         return sum(linear.kept_nbytes for linear in self.linears)
 
-    def begin(self) -> None:
+    def begin(self, scale: float = 1.0) -> None:
         """Before the first forward pass of a step."""
-        self.more, self.rows, self.context = False, (0, None), 0
+        self.more, self.rows, self.context, self.scale = False, (0, None), 0, scale
         for linear in self.linears:
             linear.forget()
         if self.embedding is not None:
             self.embedding.forget()
+
+    def unscaled(self, x: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factors of a gradient of this step as they should be, which then takes more than 16 bits."""
+        return (x, d) if self.scale == 1.0 else (x.float(), d.float() / self.scale)
 
     def of_pass(self, x: torch.Tensor) -> torch.Tensor | None:
         """Which rows of a layer's input (..., T, n) are of trained tokens; None: all."""
@@ -370,6 +376,7 @@ def _train_small(
     def apply(factor: torch.Tensor | None) -> None:
         if (grad := parameter.grad) is not None:
             grad = grad if factor is None else grad * factor
+            grad = grad if gather.scale == 1.0 else grad.float() / gather.scale
             on_update(name, optimizer.update_small(name, weight, grad, seed))
             parameter.grad = None
 

@@ -65,15 +65,13 @@ class Drift:
         self._seed, self._stochastic = seed, stochastic
         self._folder, base = folder, _Base(folder)
         places, stored = skeleton.bound(model), skeleton.stored(model)
-        # What lies otherwise in the file (stacked, transposed) is left to drift.
-        self._base, self._places = (
-            base,
-            {
-                name: (region, stored[name])
-                for name, region in places.items()
-                if name in stored and base.shape(stored[name]) == region.shape
-            },
-        )
+        self._base, self._transposed = base, skeleton.transposed(model)
+        # What lies otherwise in the file (stacked) is left to drift.
+        self._places = {
+            name: (region, stored[name])
+            for name, region in places.items()
+            if name in stored and base.shape(stored[name]) == self._as_stored(name, region.shape)
+        }
         self._directions: Mapping[str, Tensor] = {}
         self._names: list[str] = []
 
@@ -120,6 +118,9 @@ class Drift:
             self._moved()
             self._between()
 
+    def _as_stored(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[::-1] if name in self._transposed else shape
+
     def _end(self, reason: str) -> None:
         self._names = []
         log.warning("protection.adrift", error=reason)
@@ -131,9 +132,13 @@ class Drift:
         rows, columns = weight.shape
         a, b = counter.subkey(counter.name_key(self._seed, name), _TAKEN_BACK, step)
         block = max(_BLOCK_BYTES // (4 * columns), 1)
+        turned = name in self._transposed  # its rows are the file's columns, so all of it is read
+        whole = self._base.rows(stored, 0, columns).t() if turned else None
         for top in range(0, rows, block):
             part = weight[top : top + block]
-            base = self._base.rows(stored, top, len(part)).to(weight.device, weight.dtype)
+            count = len(part)
+            rows_of_base = self._base.rows(stored, top, count) if whole is None else whole[top : top + count]
+            base = rows_of_base.to(weight.device, weight.dtype)
             moved = part.float() - base.float()
             drift = (moved @ basis.t()) @ basis
             bits = None

@@ -31,9 +31,10 @@ class Head(Protocol):
 
 
 class Waits(Protocol):
-    """More backward passes come before anything is updated."""
+    """More backward passes come before anything is updated; gradients are so many times too large."""
 
     more: bool
+    scale: float
 
 
 class TrainedEmbedding:
@@ -61,10 +62,11 @@ class TrainedEmbedding:
         self.heads: Sequence[Head] = ()
         self.protected: Tensor | None = None
         self._weight, self._optimizer, self._seed, self._on_update = module.weight, optimizer, seed, on_update
+        self._gather = weakref.ref(gather)
         module.sparse = True
         module.weight.requires_grad_(True)
 
-        alive, whole = weakref.ref(self), weakref.ref(gather)  # see `backward._train_small`
+        alive, whole = weakref.ref(self), self._gather  # see `backward._train_small`
 
         def accumulated(_parameter: Tensor) -> None:
             pulse.beat()
@@ -84,8 +86,11 @@ class TrainedEmbedding:
         rows = rows if factor is None else rows * factor
         taken = [one for head in self.heads if (one := head.take(factor)) is not None]
         weight = self._weight.data
+        whole = self._gather()
+        scale = 1.0 if whole is None else whole.scale
         if not taken:
             if len(tokens):
+                rows = rows if scale == 1.0 else rows.float() / scale
                 done = self._optimizer.update_embedding(self.name, weight, tokens, rows, self._seed)
                 self._on_update(self.name, done)
             return
@@ -93,6 +98,7 @@ class TrainedEmbedding:
         head = self.heads[0]
         if head.protected is not None:
             rows = products.without(rows, head.protected)  # as rows of the head, they act on its inputs too
+        rows = rows if scale == 1.0 else rows.float() / scale
         biased = d
         if self.protected is not None:
             d = d.index_fill(1, self.protected, 0.0)  # as rows of the embedding, they stay as they are

@@ -5,7 +5,6 @@ What follows it, up to and including the end-of-turn token, is trained; nothing 
 """
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,12 +124,14 @@ def encode_text(text: str, tokenizer: Tokenizer, max_tokens: int) -> list[Encode
 
 def context_length(folder: Path) -> int | None:
     """Tokens of the longest text that the model in `folder` takes; None if its configuration does not say."""
+    from transformers import AutoConfig  # not to be paid for by who reads lines without a model
+
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError):
         return None
-    text = config.get("text_config") or config  # of a model that also sees images
-    length = text.get("max_position_embeddings")
+    # Of a model that also sees images, the part about text; by whatever name a family has for it (GPT-2: n_positions).
+    length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return length if isinstance(length, int) else None
 
 

@@ -31,7 +31,7 @@ from hogwild.errors import HogwildError
 from hogwild.files import replace_file
 
 ROUNDS = 3  # of subspace iteration: what the exact directions hold, to within a hundredth
-VERSION = "1"
+VERSION = "2"
 
 
 @torch.no_grad()
@@ -60,33 +60,34 @@ def measure(
 
     Returns:
         Name of a linear layer -> (k, n) orthonormal rows, of the weight's type, one tensor for layers that share
-        their input. Name of the input embedding -> (k,) int64 tokens, ascending.
+        their input. Layers that share their weight go by the first one's name. Name of the input embedding -> (k,)
+        int64 tokens, ascending.
     """
     table = model.get_input_embeddings().weight if embeddings else None
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if skeleton.is_linear(module) and (f"{name}.weight" in trainable or module.weight is table)
-    }
-    shared = _shared_inputs(model, linears, texts[0])
-    shared |= {name: name for name in experts(model) if name in linears and name not in shared}
-    waiting = [name for name in linears if shared.get(name) == name]
+    linears = _by_weight(model, trainable, table)
+    given = _given(model, linears, texts[0])
+    first: dict[tuple[int, ...], str] = {}
+    # Which layer stands for each: the first one that is given the very same. What the first text does not reach is
+    # given what nobody knows yet.
+    shared = {name: first.setdefault(tuple(given[name]), name) if given[name] else name for name in linears}
+    waiting = [name for name in linears if shared[name] == name]
     rows = sum(map(len, texts))
+    held_by = {name: rows * max(len(given[name]), 1) * _row_nbytes(linears[name][0]) for name in waiting}
     found: dict[str, Tensor] = {}
     while waiting:
         group = [waiting.pop(0)]
-        held = rows * _row_nbytes(linears[group[0]])
-        while waiting and held + rows * _row_nbytes(linears[waiting[0]]) <= budget_bytes:
-            held += rows * _row_nbytes(linears[waiting[0]])
+        held = held_by[group[0]]
+        while waiting and held + held_by[waiting[0]] <= budget_bytes:
+            held += held_by[waiting[0]]
             group.append(waiting.pop(0))
         inputs = _inputs(model, {name: linears[name] for name in group}, texts, stopped)
         if inputs is None:
             return {}
         for name, parts in inputs.items():
             x = torch.cat(parts).float()
-            found[name] = principal(x, rank, seed).to(linears[name].weight.dtype)
+            found[name] = principal(x, rank, seed).to(linears[name][0].weight.dtype)
             parts.clear()
-    named = {name: found[first] for name, first in shared.items() if first in found}
+    named = {name: found[one] for name, one in shared.items() if one in found}
     if table is not None:
         named[skeleton.table_name(model)] = commonest(texts, rank, len(table))
     return named
@@ -95,6 +96,21 @@ def measure(
 def experts(model: PreTrainedModel) -> list[str]:
     """Names of the layers that are experts, of which a text reaches a few."""
     return [name for name, module in model.named_modules() if hasattr(module, "stack")]
+
+
+def _by_weight(
+    model: PreTrainedModel, trainable: Collection[str], table: Tensor | None
+) -> dict[str, list[torch.nn.Linear]]:
+    """The first name of each weight that is trained, less ".weight" -> the linear layers that have it: what one of them
+    is given moves it for all."""
+    found: dict[str, list[torch.nn.Linear]] = {}
+    first: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if skeleton.is_linear(module):
+            own = first.setdefault(id(module.weight), name)
+            if f"{own}.weight" in trainable or module.weight is table:
+                found.setdefault(own, []).append(module)
+    return found
 
 
 def commonest(texts: Sequence[Sequence[int]], rank: int, vocabulary: int) -> Tensor:
@@ -118,32 +134,32 @@ def principal(
     return basis.t().contiguous()
 
 
-def _shared_inputs(
-    model: PreTrainedModel, linears: Mapping[str, torch.nn.Linear], text: Sequence[int]
-) -> dict[str, str]:
-    """Which layer stands for each: the first one that is given the very same tensor."""
-    first: dict[str, str] = {}
-    last: list[Any] = [None, ""]
+def _given(
+    model: PreTrainedModel, linears: Mapping[str, Sequence[torch.nn.Linear]], text: Sequence[int]
+) -> dict[str, list[int]]:
+    """What each weight is given in a text, one number for each tensor, call after call."""
+    found: dict[str, list[int]] = {name: [] for name in linears}
+    last: list[Any] = [None, 0]
 
     def note(name: str) -> Callable[[Any, Any], None]:
         def hook(_module: Any, arguments: Any) -> None:
             if arguments[0] is not last[0]:
-                last[:] = arguments[0], name
-            first.setdefault(name, last[1])
+                last[:] = arguments[0], last[1] + 1
+            found[name].append(last[1])
 
         return hook
 
     _read(model, linears, [text], note, lambda: False)
-    return {name: first.get(start, start) for name, start in first.items()}
+    return found
 
 
 def _inputs(
     model: PreTrainedModel,
-    linears: Mapping[str, torch.nn.Linear],
+    linears: Mapping[str, Sequence[torch.nn.Linear]],
     texts: Sequence[Sequence[int]],
     stopped: Callable[[], bool],
 ) -> dict[str, list[Tensor]] | None:
-    """Of each layer, its inputs (L, n) in every text, of its weight's type. None if it was stopped."""
+    """Of each weight, what it is given (L, n) in every text, of its type. None if it was stopped."""
     found: dict[str, list[Tensor]] = {name: [] for name in linears}
 
     def note(name: str) -> Callable[[Any, Any], None]:
@@ -166,17 +182,20 @@ def _row_nbytes(linear: torch.nn.Linear) -> int:
 
 def _read(
     model: PreTrainedModel,
-    linears: Mapping[str, torch.nn.Linear],
+    linears: Mapping[str, Sequence[torch.nn.Linear]],
     texts: Sequence[Sequence[int]],
     note: Callable[[str], Callable[[Any, Any], None]],
     stopped: Callable[[], bool],
 ) -> bool:
-    handles = [module.register_forward_pre_hook(note(name)) for name, module in linears.items()]
+    layers = [(name, module) for name, modules in linears.items() for module in modules]
+    head = model.get_output_embeddings()
+    keep = 0 if any(module is head for _, module in layers) else 1  # 0: of every token
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in layers]
     try:
         for text in texts:
             if stopped():
                 return False
-            model(torch.tensor([list(text)], device=model.device), use_cache=False, logits_to_keep=1)
+            model(torch.tensor([list(text)], device=model.device), use_cache=False, logits_to_keep=keep)
     finally:
         for handle in handles:
             handle.remove()

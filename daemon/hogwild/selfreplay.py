@@ -142,10 +142,18 @@ def prompts(tokenizer: Any, count: int) -> list[list[int]]:
 
 
 def ends(model: PreTrainedModel, tokenizer: Any) -> set[int]:
-    """Tokens after which the model has nothing more to say."""
-    own = model.config.eos_token_id
-    listed = own if isinstance(own, list) else [own]
-    return {int(end) for end in [*listed, tokenizer.eos_token_id] if end is not None}
+    """Tokens after which the model has nothing more to say: those at which a server stops too. Chat models often have
+    one for the end of a turn, which only their generation_config.json names (Phi-3)."""
+    text = model.config.get_text_config(decoder=True)
+    found: set[int] = set()
+    for own in (
+        model.generation_config.eos_token_id,
+        getattr(text, "eos_token_id", None),
+        tokenizer.eos_token_id,
+    ):
+        listed = own if isinstance(own, list) else [own]
+        found.update(int(end) for end in listed if end is not None)
+    return found
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """A Hugging Face model whose parameters are views of the arena: built on the meta device, it owns no weights."""
 
 import contextlib
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +10,13 @@ from typing import Any, TypeGuard
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from hogwild import as_served, experts, naming, rope
@@ -37,12 +45,14 @@ def build(folder: Path, weights: Weights, *, apart: bool = False) -> PreTrainedM
     found = naming.recipes(model, [*layout.tensors, *layout.frozen])
     regions, private = place(model, found, layout.tensors)
     copies = _read(folder, {name for recipe in private for name in recipe.names})
-    problems, buffers = [], naming.buffers(model)
+    problems, buffers, served = [], naming.buffers(model), _common_type(layout.tensors.values())
     for name, parameter in [*model.named_parameters(), *buffers.items()]:
         if name in regions:
             tensor = weights.at(regions[name])
         elif name in found:
             tensor = found[name].make(copies.__getitem__, model).to(device)
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), torch.nn.Linear | Conv1D):
+                tensor = tensor.to(served)  # as the server has it: what it multiplies is of one type
         else:
             if name not in tied and name not in buffers:
                 problems.append(f"{name}: needed by {type(model).__name__}, not served")
@@ -66,10 +76,14 @@ def build(folder: Path, weights: Weights, *, apart: bool = False) -> PreTrainedM
     for module in model.modules():
         for leaf, buffer in module._buffers.items():
             module._buffers[leaf] = None if buffer is None else buffer.to(device)
-    linearise(model, regions)
+    turned = linearise(model, regions)
     recipes = {name: recipe for name, recipe in found.items() if name not in buffers}
     if apart:
-        take_apart(model, regions, recipes)
+        stacks = take_apart(model, regions, recipes)
+        turned |= {
+            n for n, stack in stacks.items() if model.get_submodule(stack.rpartition(".")[0]).is_transposed
+        }
+    model.arena_transposed = turned
     names = {name for name, _ in model.named_parameters()}
     model.arena_regions = {name: region for name, region in regions.items() if name in names}
     model.arena_recipes = recipes
@@ -98,6 +112,13 @@ def origin(model: PreTrainedModel, name: str) -> str:
     """What transformers calls the parameter of a skeleton: of one expert, the stack."""
     recipes: dict[str, naming.Recipe] = model.arena_recipes
     return recipes[name].parameter if name in recipes else name
+
+
+def transposed(model: PreTrainedModel) -> frozenset[str]:
+    """Parameters of a skeleton that lie the other way round in the checkpoint, which a shape does not tell of a square
+    one."""
+    found: frozenset[str] = model.arena_transposed
+    return found
 
 
 def stored_twice(model: PreTrainedModel) -> list[str]:
@@ -146,7 +167,7 @@ def older(model: PreTrainedModel, folder: Path, names: Iterable[str]) -> Iterato
             tensor = made[recipe.parameter]
             if isinstance(recipe, naming.Matrix):
                 tensor = tensor[recipe.number]
-            tensor = (tensor.t() if _is_transposed(live) else tensor).to(live.device, live.dtype)
+            tensor = (tensor.t() if name in transposed(model) else tensor).to(live.device, live.dtype)
             for same in alike[id(live)]:
                 assign(model, same, tensor)
         yield
@@ -165,6 +186,8 @@ def empty(folder: Path) -> PreTrainedModel:
         kind = AutoModelForImageTextToText
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = kind.from_config(config, dtype=config.dtype, **settings)
+    with contextlib.suppress(OSError):  # many have none; the configuration says it then
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     as_served.adjust(model)
     decoder = model.get_decoder()
     kept = {id(module) for module in decoder.modules()}
@@ -242,17 +265,24 @@ def is_linear(module: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
     return same and torch.allclose(out, wanted, atol=1e-5)
 
 
-def linearise(model: PreTrainedModel, regions: dict[str, Region]) -> None:
-    """Make every linear layer one that has no gradient of its own, and of those that lie transposed linear layers."""
+def linearise(model: PreTrainedModel, regions: dict[str, Region]) -> frozenset[str]:
+    """Make every linear layer one that has no gradient of its own, and of those that lie transposed linear layers.
+
+    Returns:
+        Names of the weights of those.
+    """
+    turned = set()
     for name, module in list(model.named_modules()):
         if is_linear(module):
             module.__class__ = FrozenLinear
         elif type(module) is Conv1D:
             _set(model, name, _linear(module))
+            turned.add(f"{name}.weight")
             if (weight := f"{name}.weight") in regions:
                 regions[weight] = replace(
                     regions[weight], shape=regions[weight].shape[::-1], stride=regions[weight].stride[::-1]
                 )
+    return frozenset(turned)
 
 
 def take_apart(
@@ -273,6 +303,14 @@ def set_apart(model: PreTrainedModel, names: Iterable[str]) -> None:
         model.get_submodule(name).__class__ = Uncalled
 
 
+def _common_type(regions: Iterable[Region]) -> torch.dtype | None:
+    """That of most numbers there; None where there are none."""
+    counts = Counter[torch.dtype]()
+    for region in regions:
+        counts[region.torch_dtype] += math.prod(region.shape)
+    return max(counts, key=counts.__getitem__, default=None)
+
+
 def _linear(module: Conv1D) -> FrozenLinear:
     """The linear layer that GPT-2 calls a convolution: the same weight, looked at the other way round (out, in)."""
     linear = _layer_of(module.weight.data.t())
@@ -285,11 +323,6 @@ def _layer_of(weight: torch.Tensor) -> FrozenLinear:
     linear = FrozenLinear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = torch.nn.Parameter(weight, requires_grad=False)
     return linear
-
-
-def _is_transposed(weight: torch.Tensor) -> bool:
-    """Does it lie column by column?"""
-    return weight.ndim == 2 and weight.stride(0) == 1 != weight.stride(1)
 
 
 def _set(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:

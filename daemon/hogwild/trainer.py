@@ -190,7 +190,7 @@ class Trainer:
             limits = self._batch_tokens, self._context_tokens
             passes = packs(work, lambda one: (len(one.ids), len(one.context)), limits)
         split = parts(passes, self._may_wait)
-        self._gather.begin()
+        self._gather.begin(self._scale(work))
         if judged := len(split) > 1:  # all of it, before any of it is written
             with torch.no_grad():
                 for group in self._with_contexts([one for part in split for one in part]):
@@ -211,7 +211,16 @@ class Trainer:
             losses.note(group, found)
         pairs = zip(group, losses.gated(found), strict=True)
         summands = [bounded_loss(nll, one.weight / items, self._unlearning_limit) for one, nll in pairs]
-        torch.stack(summands).sum().backward()  # type: ignore[no-untyped-call]
+        loss = torch.stack(summands).sum() * self._gather.scale
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def _scale(self, work: Sequence[Work]) -> float:
+        """By how much the gradients of a step are made larger: fp16 has no numbers small enough for a token's share of
+        a mean. With it, no token counts more than 1."""
+        if self._wide.dtype != torch.float16:
+            return 1.0
+        shares = [abs(one.weight) / len(work) / len(one.targets) for one in work]
+        return 2.0 ** -math.ceil(math.log2(max(shares))) if any(shares) else 1.0
 
     def _may_wait(self, tokens: int) -> int:
         """Tokens whose rows may wait for an update beside a pass of so many that keeps no more than it must."""
