@@ -4,11 +4,13 @@ from dataclasses import replace
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoTokenizer
 
 from hogwild.encoding import context_length, encode_chat
 from hogwild.errors import ExampleError
 from hogwild.examples import COMMON, Example, encode, parse_line
+from tiny import tokenizer as word_tokenizer
 
 CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}]
 
@@ -447,6 +449,20 @@ def test_how_long_a_text_may_be_is_known_by_whatever_name_a_family_has_for_it(tm
     assert context_length(tmp_path) == said
     (tmp_path / "config.json").write_text("{}")
     assert context_length(tmp_path) is None
+
+
+def test_every_window_begins_with_all_that_a_text_begins_with(tmp_path):
+    """As GLM-4's two tokens, neither of which is called its start token."""
+    word_tokenizer(tmp_path)
+    words = AutoTokenizer.from_pretrained(tmp_path)
+    words.bos_token = None
+    given = [(name, words.convert_tokens_to_ids(name)) for name in ("<pad>", "<s>", "</s>")]
+    words._tokenizer.post_processor = TemplateProcessing(single="<pad> <s> $A </s>", special_tokens=given)
+    windows = encode(Example(text=" ".join(f"w{i}" for i in range(50))), words, max_tokens=20)
+    assert len(windows) > 2
+    assert all(part.ids[:2] == [0, 1] and len(part.ids) <= 20 for part in windows)
+    trained = [token for part in windows for token, on in zip(part.ids, part.trained, strict=True) if on]
+    assert trained[1:] == [*range(4, 54), 2]
 
 
 def test_what_does_not_fit_is_refused_with_both_numbers(tokenizer):

@@ -110,7 +110,7 @@ def encode_text(text: str, tokenizer: Tokenizer, max_tokens: int) -> list[Encode
         than MAX_WINDOWS are not made: the caller finds the one sequence too long.
     """
     ids = _ended(_tokens(text, tokenizer, add_special_tokens=True), tokenizer)
-    start = ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []  # some models cannot read without it
+    start = _start(ids, tokenizer)
     shared = max_tokens // 4
     fresh = max_tokens - shared - len(start)  # tokens of each window but the first that are trained
     if len(ids) <= max_tokens or len(ids) > max_tokens + (MAX_WINDOWS - 1) * fresh or not shared:
@@ -192,6 +192,15 @@ def _ended(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     """With the end-of-text token, if the model has one and it is not there already."""
     end = tokenizer.eos_token_id
     return ids if end is None or ids[-1:] == [end] else [*ids, int(end)]
+
+
+def _start(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """What a text begins with before its first word: some models cannot read without it. GLM-4 has two tokens, and no
+    one start token."""
+    special, added = special_tokens(tokenizer), _tokens("", tokenizer, add_special_tokens=True)
+    both = zip(ids, added, strict=False)
+    start = [token for token, _ in itertools.takewhile(lambda two: two[0] == two[1] in special, both)]
+    return start or (ids[:1] if ids[:1] == [tokenizer.bos_token_id] else [])
 
 
 def _tokens(text: str, tokenizer: Tokenizer, *, add_special_tokens: bool) -> list[int]:
