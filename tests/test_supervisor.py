@@ -93,7 +93,7 @@ def test_the_status_before_there_is_a_server_says_what_waits_and_for_what(idle):
     for part in (
         "waiting for a server",
         "hogwild vllm MODEL",
-        "1 examples",
+        "1 example waits",
         "1 bad line",
         str(idle.daemon.pid),
     ):
