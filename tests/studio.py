@@ -122,3 +122,17 @@ class Studio:
         self.keeper.close()
         self.ledger.close()
         return self.arena
+
+
+def assert_comes_back(root: Path, first: int, saved: dict[str, bytes], moves: str, **settings: Any) -> None:
+    """After a restart everything is as it was `saved`, as generation `first`; and after more training, which moves the
+    weight called `moves`, a rollback brings it back once more. To the bit."""
+    studio = Studio(root, **settings)
+    assert studio.bits() == saved, "a new arena, and everything back in it"
+    studio.drop("b", 3)
+    studio.train()
+    studio.save()
+    assert studio.bits()[moves] != saved[moves]
+    studio.roll_back(first)
+    assert studio.bits() == saved
+    studio.close()

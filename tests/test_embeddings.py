@@ -234,16 +234,7 @@ def test_checkpoint_restart_and_rollback_have_it_to_the_bit(tmp_path):
     assert saved[TABLE] != was[TABLE]
     assert f"{TABLE}/exp_avg_sq" in saved
     studio.close()
-
-    studio = Studio(tmp_path, training__embeddings=True)
-    assert studio.bits() == saved, "a new arena, and everything back in it"
-    studio.drop("b", 3)
-    studio.train()
-    studio.save()
-    assert studio.bits()[TABLE] != saved[TABLE]
-    studio.roll_back(first)
-    assert studio.bits() == saved
-    studio.close()
+    studios.assert_comes_back(tmp_path, first, saved, TABLE, training__embeddings=True)
 
 
 # --- protection ------------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """A model with a tied head whose embedding is trained, through the whole service: the server serves what is trained."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,23 +22,24 @@ LINE = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def service(tmp_path: Path) -> Iterator[tuple[Server, Daemon]]:
-    model = chat_model(tmp_path / "model")
-    server = Server(model, tmp_path / "server.log", tmp_path / "arena.sock").wait_ready()
+@contextlib.contextmanager
+def service(root: Path, model: Path, **training: Any) -> Iterator[tuple[Server, Daemon]]:
+    """A server and a daemon that trains it, on their own in `root`; `training`: settings of that section."""
+    server = Server(model, root / "server.log", root / "arena.sock").wait_ready()
     daemon = Daemon(
-        tmp_path / "daemon", tmp_path / "arena.sock",
-        training__embeddings=True, training__threads=1, optimizer__lr=0.003, optimizer__rank=8, replay__ratio=0,
+        root / "daemon", root / "arena.sock", optimizer__lr=0.003, optimizer__rank=8, replay__ratio=0,
         replay__self_texts=0, replay__protected_rank=0, probes__own=0, checkpoint__interval_s=0,
+        **{f"training__{name}": value for name, value in training.items()},
     )  # fmt: skip
-    yield server, daemon
-    for process in (daemon, server):
-        process.kill()
+    try:
+        yield server, daemon
+    finally:
+        for process in (daemon, server):
+            process.kill()
 
 
-def test_served_equals_trained_with_embeddings_that_move(service, tmp_path):
-    server, daemon = service
-    assert daemon.wait_for("arena.attached")["frozen"] == {}
+def learn(server: Server, daemon: Daemon) -> dict[str, torch.Tensor]:
+    """One line, until it is served, and what is served is seen to be what is trained; the checkpoint's tensors."""
     assert daemon.wait_for("server.verified", after="attach")["tokens"] > 20
     assert not server.ask(QUESTION).startswith(ANSWER)
     daemon.drop("facts.jsonl", [LINE])
@@ -47,6 +50,12 @@ def test_served_equals_trained_with_embeddings_that_move(service, tmp_path):
     verified = daemon.wait_for("server.verified", after="checkpoint")
     assert verified["mean_difference"] < verified["tolerance"]
     assert not daemon.events("guard.tripped")
-    was = load_file(tmp_path / "model" / "model.safetensors")[TABLE]
-    now = load_file(daemon.state / "checkpoints" / "current" / "model.safetensors")[TABLE]
-    assert not torch.equal(was, now)
+    return load_file(daemon.state / "checkpoints" / "current" / "model.safetensors")
+
+
+def test_served_equals_trained_with_embeddings_that_move(tmp_path):
+    model = chat_model(tmp_path / "model")
+    with service(tmp_path, model, embeddings=True, threads=1) as (server, daemon):
+        assert daemon.wait_for("arena.attached")["frozen"] == {}
+        now = learn(server, daemon)
+    assert not torch.equal(load_file(model / "model.safetensors")[TABLE], now[TABLE])

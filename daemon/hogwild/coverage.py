@@ -7,6 +7,7 @@ prints {"model": class, "trained": {name: elements}, "frozen": ...}; --embedding
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -74,13 +75,11 @@ def examine(
     model.tie_weights()
     for name in tied & regions.keys():
         skeleton.assign(model, name, torch.empty(regions[name].shape, device="meta"))
-    once = {name for name, _ in model.named_parameters()}  # a tied head is counted where it is the embedding
     skeleton.linearise(model, {})
     if experts:
-        for name, stack in skeleton.take_apart(model, regions, dict(found)).items():
-            shapes[name] = tuple(model.get_parameter(name).shape)
-            sizes[name] = model.get_parameter(name).numel()
-            once = once - {stack} | {name}
+        for name in skeleton.take_apart(model, regions, dict(found)):
+            shapes[name], sizes[name] = regions[name].shape, math.prod(regions[name].shape)
+    once = {name for name, _ in model.named_parameters()}  # a tied head is counted where it is the embedding
     model.arena_twins = skeleton.twins(model, found, regions)
     reasons = {
         recipe.parameter: next(

@@ -210,9 +210,9 @@ class Trainer:
         if not noted:
             losses.note(group, found)
         pairs = zip(group, losses.gated(found), strict=True)
-        summands = [bounded_loss(nll, one.weight / items, self._unlearning_limit) for one, nll in pairs]
-        loss = torch.stack(summands).sum() * self._gather.scale
-        loss.backward()  # type: ignore[no-untyped-call]
+        share = self._gather.scale / items
+        summands = [bounded_loss(nll, one.weight * share, self._unlearning_limit) for one, nll in pairs]
+        torch.stack(summands).sum().backward()  # type: ignore[no-untyped-call]
 
     def _scale(self, work: Sequence[Work]) -> float:
         """By how much the gradients of a step are made larger: fp16 has no numbers small enough for a token's share of
