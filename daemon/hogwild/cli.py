@@ -15,6 +15,7 @@ import typer
 from hogwild import __version__, cli_history, cli_service, cli_watch, heap, journal, openmp, probe_file
 from hogwild import config as configuration
 from hogwild.cli_history import ConfigOption, JsonOption
+from hogwild.ending import Ending
 from hogwild.errors import ConfigError, HogwildError, UsageError
 from hogwild.notify import Notifier
 from hogwild.settings import Config
@@ -212,6 +213,15 @@ _OF_A_FILE = (PermissionError, FileNotFoundError, FileExistsError, NotADirectory
 
 def main() -> None:
     """Entry point: a user's mistake is a message, not a traceback."""
+    end = Ending()
+    try:
+        _run()
+    except SystemExit as ended:
+        end.told(ended)
+        raise
+
+
+def _run() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that knows no UTF-8 is no reason to fail
