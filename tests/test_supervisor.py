@@ -218,3 +218,56 @@ def test_the_status_after_a_command_is_of_after_the_command(world):
         assert daemon.ask("rollback", generation)["generation"] == generation
         said = daemon.ask("status")
         assert (said["generation"], said["checkpoint"]["generation"]) == (generation, generation)
+
+
+# --- daemons in which something goes wrong that nobody has foreseen ---------------------------------------------------
+
+TIDIES = """
+from hogwild import history, ledger, status
+from hogwild.errors import LedgerError
+
+def record(self):
+    assert self.interrupt.wait(600)
+    return []
+
+history.History.record = record  # as long as that of a large model
+
+def fails(*_arguments, **_named):
+    raise {error}
+
+{what} = fails
+from hogwild.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "attached"),
+    [
+        ("status.Status.write_waiting", "RuntimeError('a bug')", False),
+        ("ledger.Ledger.has_passes_to_save", "LedgerError('disk I/O error')", True),
+    ],
+)
+def test_what_fails_unexpectedly_ends_the_daemon_in_order_and_at_once(world, what, error, attached):
+    """In its loop or while it stops: not when history has been tidied, beside trainers that go on."""
+    log = world.root / "daemon.log"
+    env = environment(
+        HOGWILD_STATE_DIR=str(world.state), HOGWILD_SOCKET=str(world.sock), HOGWILD_METRICS__PORT="0"
+    )
+    script = TIDIES.format(what=what, error=error)
+    if attached:
+        world.server()
+    daemon = Process([sys.executable, "-c", script, "serve"], env, log)
+    try:
+        if attached:
+            wait_until(lambda: b"server.attached" in log.read_bytes(), "it has something to stop")
+            assert daemon.terminate() == 1
+        assert daemon.popen.wait(120) == 1
+    finally:
+        daemon.kill()
+    said = [json.loads(line) for line in log.read_bytes().splitlines() if line.startswith(b"{")]
+    (failed,) = [one for one in said if one["event"] == "daemon.failed"]
+    assert failed["error"] in error
+    assert ("exception" in failed) is ("bug" in error), "the place is said of what is a bug"
+    assert [one["code"] for one in said if one["event"] == "daemon.stopped"] == [1]
+    assert not world.sock.exists()
