@@ -144,6 +144,25 @@ def test_after_a_rollback_of_what_had_fallen_training_is_asked_for_again(root, s
     studio.close()
 
 
+def test_what_falls_while_a_rollback_waits_for_a_checkpoint_does_not_keep_training_at_rest(root, monkeypatch):
+    """The checkpoint that is being written begins with a score."""
+    studio = learned(root)
+    studio.learner.start()
+    settle = studio.keeper.settle
+
+    def fallen():
+        studio.learner.judge.tripped = Trip("probes", 4, {})
+        studio.learner.pause()
+        settle()
+
+    monkeypatch.setattr(studio.keeper, "settle", fallen)
+    back = going_back(studio)
+    assert ask_for(back, 1)["status"] == "done"
+    assert studio.learner.judge.tripped is None
+    assert back._attachment.must_check, "the supervisor compares with the server, and starts the trainers"
+    studio.close()
+
+
 def test_a_rollback_that_cannot_be_noted_changes_nothing_and_training_goes_on(root, monkeypatch):
     studio = learned(root)
     before = studio.bits()
