@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hogwild import probes, rollback
+from hogwild import probes, recovery, rollback
 from hogwild.attachment import Attachment
 from hogwild.checkpoint_schedule import CheckpointSchedule
 from hogwild.commands import Command
@@ -160,6 +160,39 @@ def test_what_falls_while_a_rollback_waits_for_a_checkpoint_does_not_keep_traini
     assert ask_for(back, 1)["status"] == "done"
     assert studio.learner.judge.tripped is None
     assert back._attachment.must_check, "the supervisor compares with the server, and starts the trainers"
+    studio.close()
+
+
+def test_a_rollback_and_a_reload_that_come_while_weights_are_verified_are_of_these_weights(root, monkeypatch):
+    studio = learned(root)
+    one = studio.bits()
+    studio.drop("b", 2)
+    studio.train()
+    studio.save()
+    assert studio.learner.stop(DEADLINE_S)
+    schedule = CheckpointSchedule(studio.config, studio.ledger, studio.keeper)
+    attachment = Attachment(studio.config, studio.ledger, studio.keeper, studio.curriculum, schedule)
+    began, go_on, take = threading.Event(), threading.Event(), recovery.take
+
+    def slow(*given):
+        began.set()
+        assert go_on.wait(DEADLINE_S)
+        return take(*given)
+
+    monkeypatch.setattr(recovery, "take", slow)
+    session = threading.Thread(target=attachment.offered, args=(studio.arena,))
+    session.start()
+    assert began.wait(DEADLINE_S)
+    strict = studio.config.governor.model_copy(update={"policy": "strict"})
+    attachment.configure(studio.config.model_copy(update={"governor": strict}))
+    threading.Timer(0.5, go_on.set).start()
+    done = ask_for(GoingBack(studio.ledger, studio.keeper, schedule, attachment), 1)
+    session.join()
+    assert (done["generation"], done["live"]) == (1, True)
+    studio.learner = attachment.learner
+    assert studio.bits() == one
+    assert rollback.pending(studio.ledger) is None
+    assert studio.learner.governor._settings == strict
     studio.close()
 
 

@@ -92,6 +92,7 @@ class Attachment:
             learner = taken.learner
             self._schedule.starts_from(taken.saved_step)
             self.learner = learner
+            learner.governor.configure(self._config.governor)  # read anew while the arena was verified
         log.info(
             "arena.attached",
             arena=arena.control.arena_id,

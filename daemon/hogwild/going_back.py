@@ -62,9 +62,9 @@ class GoingBack:
             command.refuse(f"not a generation: {command.arguments!r:.100}")
             return
         waited = command.age_s
-        learner = self._attachment.learner
         try:
             with self._attachment.changing:
+                learner = self._attachment.learner  # only now: an arena may just have been taken
                 done = rollback.roll_back(
                     number,
                     retrain=retrain,
