@@ -163,6 +163,9 @@ class Hub:
             source: Source = source_from_json(message.get("source"))
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"the server asked with a malformed source: {error!r}") from error
+        # Also where whoever offers is gone: that arena will be held, and another one would be refused beside it.
+        if self._taking.locked():
+            return {"status": "verifying"}, ()
         held = self._held
         if held is None or not held.layout.source.same_files(source):
             return {"status": "empty"}, ()
