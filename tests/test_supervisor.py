@@ -271,3 +271,38 @@ def test_what_fails_unexpectedly_ends_the_daemon_in_order_and_at_once(world, wha
     assert ("exception" in failed) is ("bug" in error), "the place is said of what is a bug"
     assert [one["code"] for one in said if one["event"] == "daemon.stopped"] == [1]
     assert not world.sock.exists()
+
+
+LATE = """
+import time
+from hogwild import judge, selfreplay
+
+def make(*_arguments, stopped, **_named):
+    while not stopped():
+        time.sleep(0.1)
+    return []
+
+def prepare(*_arguments):
+    print("prepares", flush=True)
+    time.sleep(2)
+
+selfreplay.make, judge.Judge.prepare = make, prepare  # as long as with a large model
+from hogwild.cli import main
+main()
+"""
+
+
+def test_a_stop_does_not_wait_for_what_is_prepared_for_weights_that_were_being_taken(world):
+    log = world.root / "daemon.log"
+    env = environment(
+        HOGWILD_STATE_DIR=str(world.state), HOGWILD_SOCKET=str(world.sock), HOGWILD_METRICS__PORT="0"
+    )
+    world.server()
+    daemon = Process([sys.executable, "-c", LATE, "serve"], env, log)
+    try:
+        wait_until(lambda: b"prepares" in log.read_bytes(), "an arena is being taken")
+        os.kill(daemon.pid, signal.SIGTERM)
+        assert daemon.popen.wait(60) == 0
+    finally:
+        daemon.kill()
+    assert b"arena.refused" not in log.read_bytes()

@@ -59,6 +59,7 @@ class Attachment:
         self.unasked = ""
         self._wait_s, self._wait_until = 0.0, 0.0
         self.changing = threading.Lock()
+        self._closed = False
         self._api: served.Server | None = None
 
     def configure(self, config: Config) -> None:
@@ -66,6 +67,11 @@ class Attachment:
         self._config = config
         if self.learner is not None:
             self.learner.governor.configure(config.governor)
+
+    def close(self) -> Learner | None:
+        """Begin to learn on no further arena. The learner that there is is the caller's to stop."""
+        self._closed = True
+        return self.learner
 
     def offered(self, arena: Arena) -> None:
         """Verify an arena that a server offers, and build the trainers on it. Runs in the session's thread.
@@ -93,6 +99,8 @@ class Attachment:
             self._schedule.starts_from(taken.saved_step)
             self.learner = learner
             learner.governor.configure(self._config.governor)  # read anew while the arena was verified
+            if self._closed:  # nobody else stops what it prepares, for which the process would wait
+                learner.stop(0)
         log.info(
             "arena.attached",
             arena=arena.control.arena_id,

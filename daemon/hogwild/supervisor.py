@@ -230,7 +230,7 @@ class Supervisor:
         Returns:
             The exit code.
         """
-        began, learner = time.monotonic(), self.attachment.learner
+        began, learner = time.monotonic(), self.attachment.close()
         if learner is not None:
             try:
                 code = max(code, self._finish(learner, save=code == 0))
