@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from hogwild import state_lock
+from hogwild.arena import client
+from hogwild.layout import Source, weight_files
 from support import Daemon, Process, environment, wait_until
 from world import World, sums
 
@@ -218,6 +220,35 @@ def test_the_status_after_a_command_is_of_after_the_command(world):
         assert daemon.ask("rollback", generation)["generation"] == generation
         said = daemon.ask("status")
         assert (said["generation"], said["checkpoint"]["generation"]) == (generation, generation)
+
+
+def test_an_old_server_that_ends_after_a_new_one_has_come_takes_nothing_with_it(world):
+    """The old one drains its requests, say. And the other way round: a new one that fails, beside the old one."""
+    old = world.server()
+    daemon = world.daemon()
+    daemon.wait_for("server.attached", pid=old.pid)
+    source = Source.of(world.model, weight_files(world.model))
+    for url, ends, stays in (
+        ("http://127.0.0.1:2", "new", old.pid),
+        ("http://127.0.0.1:3", "old", os.getpid()),
+    ):
+        held = client.ask(world.sock, source, {"url": url})
+        assert held is not None
+        daemon.wait_for("server.attached", url=url)
+        if ends == "new":
+            held[1].close()
+            daemon.wait_for("server.lost", url=url)
+        else:
+            old.kill()
+            daemon.wait_for("server.lost", pid=old.pid)
+        said = wait_until(
+            lambda stays=stays: (one := daemon.ask("status")).get("server", {}).get("pid") == stays and one,
+            "the one that is there is named",
+            30,
+        )
+        assert "no server is attached" not in said["warnings"]
+    held[1].close()
+    wait_until(lambda: "no server is attached" in daemon.ask("status")["warnings"], "now there is none")
 
 
 # --- daemons in which something goes wrong that nobody has foreseen ---------------------------------------------------

@@ -33,8 +33,8 @@ class Attachment:
 
     Attributes:
         learner: on the newest arena; None until a server has brought one.
-        server: what the newest server says of itself.
-        connected: is it there now?
+        server: what the newest server says of itself, of those that are there or else of all.
+        connected: is one there now?
         refused: why the newest offer of weights was, in one line; empty: it was not.
         must_check: served equals trained, as soon as the server answers.
         unasked: why the server could not be asked what it serves, in one line; empty: it could, or has not been.
@@ -53,7 +53,8 @@ class Attachment:
         self._curriculum, self._schedule = curriculum, schedule
         self.learner: Learner | None = None
         self.server: dict[str, Any] = {}
-        self.connected = False
+        self._servers: list[dict[str, Any]] = []  # a new one may come before the old one has gone
+        self._coming_and_going = threading.Lock()
         self.refused = ""
         self.must_check = False
         self.unasked = ""
@@ -61,6 +62,10 @@ class Attachment:
         self.changing = threading.Lock()
         self._closed = False
         self._api: served.Server | None = None
+
+    @property
+    def connected(self) -> bool:
+        return bool(self._servers)
 
     def configure(self, config: Config) -> None:
         """Take over settings, for this arena and the next."""
@@ -117,11 +122,16 @@ class Attachment:
 
     def on_session(self, server: dict[str, Any], begins: bool) -> None:
         """A server has come, or gone. Runs in the session's thread."""
-        self.connected = begins
+        with self._coming_and_going:
+            if begins:
+                self._servers.append(server)
+            else:
+                self._servers.remove(server)
+            if self._servers and self._servers[-1] is not self.server:
+                self.server = self._servers[-1]
+                self.must_check = True
+                self._asked("")
         if begins:
-            self.server = server
-            self.must_check = True
-            self._asked("")
             log.info("server.attached", **server)
         else:
             log.warning("server.lost", **server)
