@@ -346,6 +346,39 @@ def test_a_server_that_wants_a_key_is_asked_now_and_then_and_the_reason_is_kept(
     studio.close()
 
 
+@pytest.mark.parametrize(
+    "answers", ["", "[]", '{"data": [{"id": 1}], "choices": [{"index": 0, "prompt_logprobs": null}]}']
+)
+def test_whoever_answers_at_a_servers_address_cannot_end_the_daemon(root, answers):
+    """Nobody can, another program does, or a proxy."""
+
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answers.encode())
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_arguments):
+            pass
+
+    studio = Studio(root, **QUIET)
+    schedule = CheckpointSchedule(studio.config, studio.ledger, studio.keeper)
+    attachment = Attachment(studio.config, studio.ledger, studio.keeper, studio.curriculum, schedule)
+    attachment.learner = studio.learner
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}" if answers else "http://::1:8000"
+        attachment.on_session({"url": url}, begins=True)
+        attachment.check(after="attach")
+        assert url in attachment.unasked
+        assert attachment.must_check
+        server.shutdown()
+    assert not studio.learner.training
+    studio.close()
+
+
 class Refusing:
     """A tokenizer that raises what no caller expects."""
 

@@ -176,19 +176,18 @@ class Attachment:
     def _compare_with_server(self, after: str) -> None:
         learner = self.learner
         assert learner is not None
-        url = self._config.server.url or self.server.get("url", "")
-        if self._api is None or self._api.url != url:
-            self._api = served.Server(url, self._config.server.api_key_env)
-        server = self._api
         asked = self.must_check
         self.must_check = False  # first: a server that comes meanwhile has to be asked, too
-        if not server.ready() or not self._take_frequencies(learner):
-            # Still starting, or gone: asked again in the next turn, or when it comes back.
-            if asked:
-                self.must_check = True
-            return
+        url = self._config.server.url or self.server.get("url", "")
         try:
-            agreement = learner.check_served(server)
+            if self._api is None or self._api.url != url:
+                self._api = served.Server(url, self._config.server.api_key_env)
+            if not self._api.ready() or not self._take_frequencies(learner):
+                # Still starting, or gone: asked again in the next turn, or when it comes back.
+                if asked:
+                    self.must_check = True
+                return
+            agreement = learner.check_served(self._api)
         except served.ServerError as error:
             log.warning("server.unchecked", after=after, error=str(error))
             self._asked(str(error))
