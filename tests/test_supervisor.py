@@ -13,7 +13,7 @@ import pytest
 from hogwild import state_lock
 from hogwild.arena import client
 from hogwild.layout import Source, weight_files
-from support import Daemon, Process, environment, wait_until
+from support import Daemon, Process, environment, free_port, wait_until
 from world import World, sums
 
 # --- a daemon to which nothing is attached: one story, told in order -------------------------------------------------
@@ -337,3 +337,42 @@ def test_a_stop_does_not_wait_for_what_is_prepared_for_weights_that_were_being_t
     finally:
         daemon.kill()
     assert b"arena.refused" not in log.read_bytes()
+
+
+BUSY = """
+import time
+from hogwild import recovery, spool
+from hogwild.cli import main
+
+def read(self, stop):
+    print("reads", flush=True)
+    while True:
+        self._ledger.counts()
+
+def take(arena, config, ledger, *_arguments):
+    print("verifies", flush=True)
+    while True:
+        ledger.counts()
+
+spool.Spool.run, recovery.take = read, take  # a large file, a large model
+main()
+"""
+
+
+def test_a_stop_while_a_file_is_read_and_weights_are_verified_is_no_fault(world):
+    log = world.root / "daemon.log"
+    env = environment(  # Prometheus is served up to half a second longer than the ledger
+        HOGWILD_STATE_DIR=str(world.state),
+        HOGWILD_SOCKET=str(world.sock),
+        HOGWILD_METRICS__PORT=str(free_port()),
+    )
+    world.server()
+    daemon = Process([sys.executable, "-c", BUSY, "serve"], env, log)
+    try:
+        wait_until(lambda: b"reads" in log.read_bytes() and b"verifies" in log.read_bytes(), "it is at work")
+        assert daemon.terminate() == 0
+    finally:
+        daemon.kill()
+    said = [json.loads(line) for line in log.read_bytes().splitlines() if line.startswith(b"{")]
+    assert [one["event"] for one in said if one["level"] != "info"] == []
+    assert said[-1]["event"] == "daemon.stopped"

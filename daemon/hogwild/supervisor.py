@@ -20,7 +20,7 @@ from hogwild.attachment import Attachment
 from hogwild.checkpoint_schedule import CheckpointSchedule
 from hogwild.commands import Command, Commands
 from hogwild.curriculum import Curriculum
-from hogwild.errors import ConfigError, HogwildError, SpoolError, SpoolTakenError
+from hogwild.errors import ConfigError, HogwildError, LedgerError, SpoolError, SpoolTakenError
 from hogwild.going_back import GoingBack
 from hogwild.keeper import Keeper
 from hogwild.learner import Learner
@@ -149,7 +149,12 @@ class Supervisor:
 
     def _watch_spool(self, stop: threading.Event) -> None:
         with pulse.watched("spool"):
-            self.spool.run(stop)
+            try:
+                self.spool.run(stop)
+            except LedgerError:
+                if not stop.is_set():
+                    raise
+                # It is closed: the file that was being read is read again by the next daemon.
 
     def turn(self) -> None:
         """One round: what signals and commands asked for, verification that is due, checkpoints that are due.

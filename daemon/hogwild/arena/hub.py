@@ -142,12 +142,15 @@ class Hub:
             except BaseException:
                 offered.close()
                 raise
-        except HogwildError as error:
-            log.error("arena.refused", error=str(error), problems=getattr(error, "problems", []))
-            return {"status": "refused", "error": str(error), "problems": getattr(error, "problems", [])}, ()
         except Exception as error:  # transformers raises what it likes for a folder that it cannot use
-            log.exception("arena.refused", error=str(error), problems=[])
-            return {"status": "refused", "error": f"the daemon failed on it: {error!r}"}, ()
+            if self._stopping:  # and what is needed for it is closed
+                return {"status": "refused", "error": "the daemon is stopping"}, ()
+            if not isinstance(error, HogwildError):
+                log.exception("arena.refused", error=str(error), problems=[])
+                return {"status": "refused", "error": f"the daemon failed on it: {error!r}"}, ()
+            problems = getattr(error, "problems", [])
+            log.error("arena.refused", error=str(error), problems=problems)
+            return {"status": "refused", "error": str(error), "problems": problems}, ()
         return {"status": "attached"}, ()
 
     def _command(self, message: protocol.Message) -> protocol.Message:
