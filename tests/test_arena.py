@@ -10,6 +10,7 @@ import socket
 import stat
 import struct
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -505,6 +506,40 @@ def test_a_second_arena_is_refused_while_one_is_held_and_nothing_of_it_is_kept(s
     )
     told(daemon, 3.5, "written")
     assert told(server, "value", "value") == 3.5, "the held one is still the first one"
+
+
+@pytest.mark.parametrize("verifies", [True, False])
+def test_a_server_that_comes_back_while_its_weights_are_verified_waits_for_what_becomes_of_them(
+    sock, verifies
+):
+    """Filled anew from disk they would be refused as those of another server, for as long as both live."""
+    began, go_on = threading.Event(), threading.Event()
+
+    def on_offer(_arena: Arena) -> None:
+        began.set()
+        assert go_on.wait(60)
+        if not verifies:
+            raise VerificationError("not this model", ["w: one problem"])
+
+    hub = Hub(sock, on_offer, lambda _server, _begins: None)
+    hub.start()
+    try:
+        arena = make_arena()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as gone:
+            gone.connect(str(sock))
+            protocol.send(gone, {"op": "offer", "version": protocol.VERSION, **arena.to_json()}, arena.fds)
+            assert began.wait(60)
+        threading.Timer(1.0, go_on.set).start()
+        held = client.ask(sock, SOURCE, {})
+        assert go_on.is_set()
+        if verifies:
+            assert held is not None
+            assert held[0].control.arena_id == arena.control.arena_id
+            held[1].close()
+        else:
+            assert held is None
+    finally:
+        hub.stop()
 
 
 def test_what_does_not_verify_is_refused_with_its_problems_and_not_held(start, sock):

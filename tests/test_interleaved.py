@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hogwild import probes, rollback
+from hogwild import probes, recovery, rollback
 from hogwild.attachment import Attachment
 from hogwild.checkpoint_schedule import CheckpointSchedule
 from hogwild.commands import Command
@@ -141,6 +141,58 @@ def test_after_a_rollback_of_what_had_fallen_training_is_asked_for_again(root, s
     assert (back.stuck, studio.learner.judge.tripped) == (False, None)
     assert back._attachment.must_check, "the supervisor compares with the server, and starts the trainers"
     assert not studio.learner.training, "not before"
+    studio.close()
+
+
+def test_what_falls_while_a_rollback_waits_for_a_checkpoint_does_not_keep_training_at_rest(root, monkeypatch):
+    """The checkpoint that is being written begins with a score."""
+    studio = learned(root)
+    studio.learner.start()
+    settle = studio.keeper.settle
+
+    def fallen():
+        studio.learner.judge.tripped = Trip("probes", 4, {})
+        studio.learner.pause()
+        settle()
+
+    monkeypatch.setattr(studio.keeper, "settle", fallen)
+    back = going_back(studio)
+    assert ask_for(back, 1)["status"] == "done"
+    assert studio.learner.judge.tripped is None
+    assert back._attachment.must_check, "the supervisor compares with the server, and starts the trainers"
+    studio.close()
+
+
+def test_a_rollback_and_a_reload_that_come_while_weights_are_verified_are_of_these_weights(root, monkeypatch):
+    studio = learned(root)
+    one = studio.bits()
+    studio.drop("b", 2)
+    studio.train()
+    studio.save()
+    assert studio.learner.stop(DEADLINE_S)
+    schedule = CheckpointSchedule(studio.config, studio.ledger, studio.keeper)
+    attachment = Attachment(studio.config, studio.ledger, studio.keeper, studio.curriculum, schedule)
+    began, go_on, take = threading.Event(), threading.Event(), recovery.take
+
+    def slow(*given):
+        began.set()
+        assert go_on.wait(DEADLINE_S)
+        return take(*given)
+
+    monkeypatch.setattr(recovery, "take", slow)
+    session = threading.Thread(target=attachment.offered, args=(studio.arena,))
+    session.start()
+    assert began.wait(DEADLINE_S)
+    strict = studio.config.governor.model_copy(update={"policy": "strict"})
+    attachment.configure(studio.config.model_copy(update={"governor": strict}))
+    threading.Timer(0.5, go_on.set).start()
+    done = ask_for(GoingBack(studio.ledger, studio.keeper, schedule, attachment), 1)
+    session.join()
+    assert (done["generation"], done["live"]) == (1, True)
+    studio.learner = attachment.learner
+    assert studio.bits() == one
+    assert rollback.pending(studio.ledger) is None
+    assert studio.learner.governor._settings == strict
     studio.close()
 
 
@@ -291,6 +343,39 @@ def test_a_server_that_wants_a_key_is_asked_now_and_then_and_the_reason_is_kept(
         studio.learner, attachment.server, 0, stuck=False, unasked=attachment.unasked
     )
     assert any("could not be asked" in one and "401" in one for one in status["warnings"])
+    studio.close()
+
+
+@pytest.mark.parametrize(
+    "answers", ["", "[]", '{"data": [{"id": 1}], "choices": [{"index": 0, "prompt_logprobs": null}]}']
+)
+def test_whoever_answers_at_a_servers_address_cannot_end_the_daemon(root, answers):
+    """Nobody can, another program does, or a proxy."""
+
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answers.encode())
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_arguments):
+            pass
+
+    studio = Studio(root, **QUIET)
+    schedule = CheckpointSchedule(studio.config, studio.ledger, studio.keeper)
+    attachment = Attachment(studio.config, studio.ledger, studio.keeper, studio.curriculum, schedule)
+    attachment.learner = studio.learner
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}" if answers else "http://::1:8000"
+        attachment.on_session({"url": url}, begins=True)
+        attachment.check(after="attach")
+        assert url in attachment.unasked
+        assert attachment.must_check
+        server.shutdown()
+    assert not studio.learner.training
     studio.close()
 
 

@@ -19,7 +19,7 @@ from hogwild.arena.client import Arena
 from hogwild.errors import ArenaError
 from hogwild.vllm_plugin import launch, orphan, page
 from hogwild.vllm_plugin.middleware import Generation
-from hogwild.vllm_plugin.names import PAGE_VARIABLE, SERVER_PID_VARIABLE
+from hogwild.vllm_plugin.names import PAGE_VARIABLE, SERVER_PID_VARIABLE, URL_VARIABLE
 from hogwild.weights import load_arena
 from test_permissions import unprivileged
 from tiny import Child, llama
@@ -215,6 +215,15 @@ def test_the_launcher_names_the_middleware_and_the_state_folder():
     assert (first["HOGWILD_STATE_DIR"], first["HOGWILD_BASE_WEIGHTS"]) == ("/state", "0")
     assert second["HOGWILD_BASE_WEIGHTS"] == "1"
     assert first[PAGE_VARIABLE] != second[PAGE_VARIABLE]
+
+
+def test_the_launcher_says_where_the_server_answers():
+    def url(*arguments: str) -> str:
+        return launch.environment(Path("s"), Path("d"), arguments, {}, base_weights=False)[URL_VARIABLE]
+
+    assert url() == url("--host", "0.0.0.0") == url("--host=::") == "http://127.0.0.1:8000"
+    assert url("--host", "10.0.0.1", "--port=1") == "http://10.0.0.1:1"
+    assert url("--host", "::1") == "http://[::1]:8000"
 
 
 def test_the_launcher_leaves_memory_to_the_daemon():

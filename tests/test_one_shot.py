@@ -5,7 +5,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hogwild import one_shot
+from hogwild import one_shot, selfreplay
 from hogwild.checkpoint import Checkpoints
+from hogwild.learner import Learner
 from hogwild.ledger import Ledger
 from hogwild.settings import Config
 from support import environment, wait_until
@@ -258,6 +261,28 @@ def test_term_that_comes_twice_at_once_is_one_and_saves(model: Path, tmp_path: P
         _, stderr = running.communicate(timeout=120)
     assert running.returncode == 0, stderr
     assert (out / "model.safetensors").exists()
+
+
+def test_a_run_that_is_given_up_while_it_prepares_does_not_wait_for_that(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, ended = threading.Event(), threading.Event()
+
+    def make(*_given: Any, stopped: Callable[[], bool], **_named: Any) -> list[Any]:
+        began.set()
+        wait_until(stopped, "it is told to stop", 60)
+        ended.set()
+        return []
+
+    def told(*_given: Any) -> float:
+        assert began.wait(60)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(selfreplay, "make", make)
+    monkeypatch.setattr(Learner, "loss", told)  # of the examples as they are before anything is trained
+    with pytest.raises(KeyboardInterrupt):
+        one_shot.OneShot(Config(), model, tmp_path / "out").run([write(tmp_path / "a.jsonl", TEACH)])
+    assert ended.is_set(), "Python waits for such a thread, however the process ends"
 
 
 def test_a_model_that_somebody_gives_up_while_it_is_written_leaves_nothing(

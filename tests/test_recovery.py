@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,20 +10,21 @@ from typing import Any
 
 import pytest
 
-from hogwild import leftovers, recovery, resume
+from hogwild import leftovers, recovery, resume, selfreplay
 from hogwild.arena.client import Arena
 from hogwild.arena.control import ControlPage
 from hogwild.arena.hub import Hub
 from hogwild.checkpoint import Checkpoints
 from hogwild.curriculum import Curriculum
-from hogwild.errors import ArenaError, CheckpointError, VerificationError
+from hogwild.errors import ArenaError, CheckpointError, ConfigError, VerificationError
 from hogwild.examples import parse_line
 from hogwild.layout import Source, weight_files
 from hogwild.ledger import Ledger, Pass
 from hogwild.ledger_records import GoodLine
-from hogwild.settings import Config, SpoolConfig
+from hogwild.settings import Config, ProbesConfig, SpoolConfig
 from hogwild.spool import Spool
 from hogwild.weights import Weights, load_arena
+from support import wait_until
 from test_permissions import place, unprivileged  # noqa: F401  # `place` is a fixture
 from tiny import Child, llama, tokenizer
 from world import sums_of
@@ -231,6 +233,28 @@ def test_an_arena_of_another_state_folder_is_refused_and_not_touched(trained, tm
 
 
 @pytest.mark.usefixtures("trained")
+def test_nothing_is_prepared_for_an_arena_that_is_refused(desk, monkeypatch):
+    """It is offered again every few seconds: by and by, all threads and all memory would be at work for it."""
+    began, ended = threading.Event(), threading.Event()
+
+    def make(*_given: Any, stopped: Any, **_named: Any) -> list[Any]:
+        began.set()
+        wait_until(stopped, "it is told to stop", 60)
+        ended.set()
+        return []
+
+    monkeypatch.setattr(selfreplay, "make", make)
+    probes = desk.root / "probes.jsonl"
+    probes.write_bytes(
+        b'{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}\n'
+    )
+    desk.config = desk.config.model_copy(update={"probes": ProbesConfig(file=probes)})
+    with pytest.raises(ConfigError, match="wrong"):  # the tokenizer has no chat template
+        desk.take(load_arena(desk.model))
+    assert began.is_set()
+    assert ended.is_set()
+
+
 def test_a_server_that_began_with_the_newest_checkpoint_is_taken_without_a_write(desk):
     current = desk.checkpoints.current()
     arena = desk.filled(current)

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from hogwild import state_lock
-from support import Daemon, Process, environment, wait_until
+from hogwild.arena import client
+from hogwild.layout import Source, weight_files
+from support import Daemon, Process, environment, free_port, wait_until
 from world import World, sums
 
 # --- a daemon to which nothing is attached: one story, told in order -------------------------------------------------
@@ -218,3 +220,159 @@ def test_the_status_after_a_command_is_of_after_the_command(world):
         assert daemon.ask("rollback", generation)["generation"] == generation
         said = daemon.ask("status")
         assert (said["generation"], said["checkpoint"]["generation"]) == (generation, generation)
+
+
+def test_an_old_server_that_ends_after_a_new_one_has_come_takes_nothing_with_it(world):
+    """The old one drains its requests, say. And the other way round: a new one that fails, beside the old one."""
+    old = world.server()
+    daemon = world.daemon()
+    daemon.wait_for("server.attached", pid=old.pid)
+    source = Source.of(world.model, weight_files(world.model))
+    for url, ends, stays in (
+        ("http://127.0.0.1:2", "new", old.pid),
+        ("http://127.0.0.1:3", "old", os.getpid()),
+    ):
+        held = client.ask(world.sock, source, {"url": url})
+        assert held is not None
+        daemon.wait_for("server.attached", url=url)
+        if ends == "new":
+            held[1].close()
+            daemon.wait_for("server.lost", url=url)
+        else:
+            old.kill()
+            daemon.wait_for("server.lost", pid=old.pid)
+        said = wait_until(
+            lambda stays=stays: (one := daemon.ask("status")).get("server", {}).get("pid") == stays and one,
+            "the one that is there is named",
+            30,
+        )
+        assert "no server is attached" not in said["warnings"]
+    held[1].close()
+    wait_until(lambda: "no server is attached" in daemon.ask("status")["warnings"], "now there is none")
+
+
+# --- daemons in which something goes wrong that nobody has foreseen ---------------------------------------------------
+
+TIDIES = """
+from hogwild import history, ledger, status
+from hogwild.errors import LedgerError
+
+def record(self):
+    assert self.interrupt.wait(600)
+    return []
+
+history.History.record = record  # as long as that of a large model
+
+def fails(*_arguments, **_named):
+    raise {error}
+
+{what} = fails
+from hogwild.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "attached"),
+    [
+        ("status.Status.write_waiting", "RuntimeError('a bug')", False),
+        ("ledger.Ledger.has_passes_to_save", "LedgerError('disk I/O error')", True),
+    ],
+)
+def test_what_fails_unexpectedly_ends_the_daemon_in_order_and_at_once(world, what, error, attached):
+    """In its loop or while it stops: not when history has been tidied, beside trainers that go on."""
+    log = world.root / "daemon.log"
+    env = environment(
+        HOGWILD_STATE_DIR=str(world.state), HOGWILD_SOCKET=str(world.sock), HOGWILD_METRICS__PORT="0"
+    )
+    script = TIDIES.format(what=what, error=error)
+    if attached:
+        world.server()
+    daemon = Process([sys.executable, "-c", script, "serve"], env, log)
+    try:
+        if attached:
+            wait_until(lambda: b"server.attached" in log.read_bytes(), "it has something to stop")
+            assert daemon.terminate() == 1
+        assert daemon.popen.wait(120) == 1
+    finally:
+        daemon.kill()
+    said = [json.loads(line) for line in log.read_bytes().splitlines() if line.startswith(b"{")]
+    (failed,) = [one for one in said if one["event"] == "daemon.failed"]
+    assert failed["error"] in error
+    assert ("exception" in failed) is ("bug" in error), "the place is said of what is a bug"
+    assert [one["code"] for one in said if one["event"] == "daemon.stopped"] == [1]
+    assert not world.sock.exists()
+
+
+LATE = """
+import time
+from hogwild import judge, selfreplay
+
+def make(*_arguments, stopped, **_named):
+    while not stopped():
+        time.sleep(0.1)
+    return []
+
+def prepare(*_arguments):
+    print("prepares", flush=True)
+    time.sleep(2)
+
+selfreplay.make, judge.Judge.prepare = make, prepare  # as long as with a large model
+from hogwild.cli import main
+main()
+"""
+
+
+def test_a_stop_does_not_wait_for_what_is_prepared_for_weights_that_were_being_taken(world):
+    log = world.root / "daemon.log"
+    env = environment(
+        HOGWILD_STATE_DIR=str(world.state), HOGWILD_SOCKET=str(world.sock), HOGWILD_METRICS__PORT="0"
+    )
+    world.server()
+    daemon = Process([sys.executable, "-c", LATE, "serve"], env, log)
+    try:
+        wait_until(lambda: b"prepares" in log.read_bytes(), "an arena is being taken")
+        os.kill(daemon.pid, signal.SIGTERM)
+        assert daemon.popen.wait(60) == 0
+    finally:
+        daemon.kill()
+    assert b"arena.refused" not in log.read_bytes()
+
+
+BUSY = """
+import time
+from hogwild import recovery, spool
+from hogwild.cli import main
+
+def read(self, stop):
+    print("reads", flush=True)
+    while True:
+        self._ledger.counts()
+
+def take(arena, config, ledger, *_arguments):
+    print("verifies", flush=True)
+    while True:
+        ledger.counts()
+
+spool.Spool.run, recovery.take = read, take  # a large file, a large model
+main()
+"""
+
+
+def test_a_stop_while_a_file_is_read_and_weights_are_verified_is_no_fault(world):
+    log = world.root / "daemon.log"
+    env = environment(  # Prometheus is served up to half a second longer than the ledger
+        HOGWILD_STATE_DIR=str(world.state),
+        HOGWILD_SOCKET=str(world.sock),
+        HOGWILD_METRICS__PORT=str(free_port()),
+    )
+    world.server()
+    daemon = Process([sys.executable, "-c", BUSY, "serve"], env, log)
+    try:
+        wait_until(lambda: b"reads" in log.read_bytes() and b"verifies" in log.read_bytes(), "it is at work")
+        assert daemon.terminate() == 0
+    finally:
+        daemon.kill()
+    said = [json.loads(line) for line in log.read_bytes().splitlines() if line.startswith(b"{")]
+    assert [one["event"] for one in said if one["level"] != "info"] == []
+    assert said[-1]["event"] == "daemon.stopped"

@@ -33,8 +33,8 @@ class Attachment:
 
     Attributes:
         learner: on the newest arena; None until a server has brought one.
-        server: what the newest server says of itself.
-        connected: is it there now?
+        server: what the newest server says of itself, of those that are there or else of all.
+        connected: is one there now?
         refused: why the newest offer of weights was, in one line; empty: it was not.
         must_check: served equals trained, as soon as the server answers.
         unasked: why the server could not be asked what it serves, in one line; empty: it could, or has not been.
@@ -53,19 +53,30 @@ class Attachment:
         self._curriculum, self._schedule = curriculum, schedule
         self.learner: Learner | None = None
         self.server: dict[str, Any] = {}
-        self.connected = False
+        self._servers: list[dict[str, Any]] = []  # a new one may come before the old one has gone
+        self._coming_and_going = threading.Lock()
         self.refused = ""
         self.must_check = False
         self.unasked = ""
         self._wait_s, self._wait_until = 0.0, 0.0
         self.changing = threading.Lock()
+        self._closed = False
         self._api: served.Server | None = None
+
+    @property
+    def connected(self) -> bool:
+        return bool(self._servers)
 
     def configure(self, config: Config) -> None:
         """Take over settings, for this arena and the next."""
         self._config = config
         if self.learner is not None:
             self.learner.governor.configure(config.governor)
+
+    def close(self) -> Learner | None:
+        """Begin to learn on no further arena. The learner that there is is the caller's to stop."""
+        self._closed = True
+        return self.learner
 
     def offered(self, arena: Arena) -> None:
         """Verify an arena that a server offers, and build the trainers on it. Runs in the session's thread.
@@ -92,6 +103,9 @@ class Attachment:
             learner = taken.learner
             self._schedule.starts_from(taken.saved_step)
             self.learner = learner
+            learner.governor.configure(self._config.governor)  # read anew while the arena was verified
+            if self._closed:  # nobody else stops what it prepares, for which the process would wait
+                learner.stop(0)
         log.info(
             "arena.attached",
             arena=arena.control.arena_id,
@@ -108,11 +122,16 @@ class Attachment:
 
     def on_session(self, server: dict[str, Any], begins: bool) -> None:
         """A server has come, or gone. Runs in the session's thread."""
-        self.connected = begins
+        with self._coming_and_going:
+            if begins:
+                self._servers.append(server)
+            else:
+                self._servers.remove(server)
+            if self._servers and self._servers[-1] is not self.server:
+                self.server = self._servers[-1]
+                self.must_check = True
+                self._asked("")
         if begins:
-            self.server = server
-            self.must_check = True
-            self._asked("")
             log.info("server.attached", **server)
         else:
             log.warning("server.lost", **server)
@@ -157,19 +176,18 @@ class Attachment:
     def _compare_with_server(self, after: str) -> None:
         learner = self.learner
         assert learner is not None
-        url = self._config.server.url or self.server.get("url", "")
-        if self._api is None or self._api.url != url:
-            self._api = served.Server(url, self._config.server.api_key_env)
-        server = self._api
         asked = self.must_check
         self.must_check = False  # first: a server that comes meanwhile has to be asked, too
-        if not server.ready() or not self._take_frequencies(learner):
-            # Still starting, or gone: asked again in the next turn, or when it comes back.
-            if asked:
-                self.must_check = True
-            return
+        url = self._config.server.url or self.server.get("url", "")
         try:
-            agreement = learner.check_served(server)
+            if self._api is None or self._api.url != url:
+                self._api = served.Server(url, self._config.server.api_key_env)
+            if not self._api.ready() or not self._take_frequencies(learner):
+                # Still starting, or gone: asked again in the next turn, or when it comes back.
+                if asked:
+                    self.must_check = True
+                return
+            agreement = learner.check_served(self._api)
         except served.ServerError as error:
             log.warning("server.unchecked", after=after, error=str(error))
             self._asked(str(error))

@@ -62,10 +62,9 @@ class GoingBack:
             command.refuse(f"not a generation: {command.arguments!r:.100}")
             return
         waited = command.age_s
-        learner = self._attachment.learner
-        fallen = self.stuck or (learner is not None and learner.judge.tripped is not None)
         try:
             with self._attachment.changing:
+                learner = self._attachment.learner  # only now: an arena may just have been taken
                 done = rollback.roll_back(
                     number,
                     retrain=retrain,
@@ -82,10 +81,10 @@ class GoingBack:
         self._schedule.collect(wait=True)  # it was under way when the command came
         if learner is not None:
             self._schedule.mark_saved(done["step"])
+            if self.stuck or learner.judge.tripped is not None:  # before the command came, or since
+                # Training had stopped for it: it begins again once the server is seen to serve these weights.
+                self._attachment.must_check = True
             self.stuck, learner.judge.tripped = False, None
-        if fallen:
-            # Training had stopped for it: it begins again once the server is seen to serve these weights.
-            self._attachment.must_check = True
         metrics.rollbacks.labels(by="person").inc()
         self._keeper.start_tidying()
         command.done(**done, waited_ms=round(waited * 1000))

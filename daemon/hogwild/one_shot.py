@@ -124,21 +124,11 @@ class OneShot:
                 )
                 arena = load_arena(self.model, self.device)
                 learner = recovery.take(arena, config, ledger, checkpoints, curriculum).learner
-                results = _results(records)
-                most = max(min(MEASURED_OF_A_FILE, MEASURED // len(files)), 1)
-                samples = [
-                    [] if result.same_as else self._sample(Path(result.file), result.examples, most, learner)
-                    for result in results
-                ]
-                for result, groups in zip(results, samples, strict=True):
-                    result.measured, result.loss_before = len(groups), _mean_loss(learner, groups)
-                learner.write_own_texts(state / "selfreplay.json", str(ledger.get_meta("base_digest")))
-                self._train(learner, ledger, on_progress)
-                for result, groups in zip(results, samples, strict=True):
-                    result.loss_after = _mean_loss(learner, groups)
-                    result.failed = (
-                        0 if result.same_as else ledger.file(records[Path(result.file)][0].file_id).failed
-                    )
+                try:
+                    results = self._learn(learner, ledger, records, on_progress)
+                except BaseException:
+                    learner.stop(0)  # what it prepares, too, for which the process would wait at its end
+                    raise
                 learner.save(checkpoints, _about(learner, config))
                 self._publish(checkpoints)
                 passes = ledger.counts().passes
@@ -150,6 +140,27 @@ class OneShot:
             round(time.monotonic() - began, 1),
             interrupted=self._stop.is_set(),
         )
+
+    def _learn(
+        self, learner: Learner, ledger: Ledger, records: Records, on_progress: Callable[[Now], None]
+    ) -> list[FileResult]:
+        """Train, and measure before and after."""
+        results = _results(records)
+        most = max(min(MEASURED_OF_A_FILE, MEASURED // len(results)), 1)
+        samples = [
+            [] if result.same_as else self._sample(Path(result.file), result.examples, most, learner)
+            for result in results
+        ]
+        for result, groups in zip(results, samples, strict=True):
+            result.measured, result.loss_before = len(groups), _mean_loss(learner, groups)
+        learner.write_own_texts(
+            learner.config.state_dir / "selfreplay.json", str(ledger.get_meta("base_digest"))
+        )
+        self._train(learner, ledger, on_progress)
+        for result, groups in zip(results, samples, strict=True):
+            result.loss_after = _mean_loss(learner, groups)
+            result.failed = 0 if result.same_as else ledger.file(records[Path(result.file)][0].file_id).failed
+        return results
 
     def _publish_again(
         self, checkpoints: Checkpoints, ledger: Ledger, records: Records, began: float

@@ -28,6 +28,7 @@ class Pulse:
         self.name, self._patience_s, self._ident = name, patience_s, threading.get_ident()
         self._native = threading.get_native_id()
         self._seen_due, self._seen_wait_s, self._starved_s = 0.0, 0.0, 0.0
+        self.away = 0  # of how many blocks it is inside
         self.beat(0.0)
 
     def beat(self, within_s: float) -> None:
@@ -40,6 +41,8 @@ class Pulse:
         Trainers have the lowest priority: on a machine that is busy with something else they may get next to nothing,
         and to start them again would not help. Asked for again and again, because that is when the waiting is counted.
         """
+        if self.away:
+            return 0.0
         due, waited_s = self._due, runqueue_wait_s(self._native)
         self._starved_s = self._starved_s + waited_s - self._seen_wait_s if due == self._seen_due else 0.0
         self._seen_due, self._seen_wait_s = due, waited_s
@@ -95,12 +98,16 @@ def beat(within_s: float = 0.0) -> None:
 
 @contextlib.contextmanager
 def away() -> Iterator[None]:
-    """Inside, this thread waits for something that has limits of its own, or is watched itself."""
-    beat(float("inf"))
+    """Inside, this thread waits for something that has limits of its own, or is watched itself; however it beats."""
+    if (pulse := getattr(_mine, "pulse", None)) is None:
+        yield
+        return
+    pulse.away += 1
     try:
         yield
     finally:
-        beat()
+        pulse.beat(0.0)
+        pulse.away -= 1
 
 
 def silent(for_s: float) -> list[Pulse]:

@@ -82,18 +82,22 @@ def take(
     else:
         verify_bits(Weights(arena), folder)
     learner = Learner(arena, folder, config, ledger, curriculum)
-    if keep:
-        _resume(learner, current)
-    else:
-        _belongs_to_this_model(learner)
-        _restore(learner, current, write)
-    learner.claim()
-    rollback.arena_written(ledger)
-    base = ledger.get_meta("base_digest") or ""
-    learner.write_own_texts(config.state_dir / "selfreplay.json", base)
-    saved = generation.read_state(current) if current is not None else None
-    saved_step = _saved_step(learner, saved) if keep else learner.progress.steps
-    learner.judge.prepare(config.state_dir / "probes.json", base, saved, learner.encoder.sequences)
+    try:
+        if keep:
+            _resume(learner, current)
+        else:
+            _belongs_to_this_model(learner)
+            _restore(learner, current, write)
+        learner.claim()
+        rollback.arena_written(ledger)
+        base = ledger.get_meta("base_digest") or ""
+        learner.write_own_texts(config.state_dir / "selfreplay.json", base)
+        saved = generation.read_state(current) if current is not None else None
+        saved_step = _saved_step(learner, saved) if keep else learner.progress.steps
+        learner.judge.prepare(config.state_dir / "probes.json", base, saved, learner.encoder.sequences)
+    except BaseException:
+        learner.stop(0)  # it may be writing texts of the model's own
+        raise
     return Taken(learner, str(current) if current is not None and not keep else None, repeated, saved_step)
 
 

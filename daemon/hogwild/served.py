@@ -31,15 +31,22 @@ class ServerError(HogwildError):
 
 
 class Server:
-    """vLLM's OpenAI-compatible API, as far as verification needs it."""
+    """vLLM's OpenAI-compatible API, as far as verification needs it.
+
+    Raises:
+        ServerError: nobody can be asked by that URL, or with that key.
+    """
 
     def __init__(self, url: str, api_key_env: str) -> None:
         self.url, self._key_name = url, api_key_env
         key = os.environ.get(api_key_env, "")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._client = httpx.Client(
-            base_url=url.rstrip("/"), headers=headers, timeout=_TIMEOUT_S, trust_env=False
-        )
+        try:
+            self._client = httpx.Client(
+                base_url=url.rstrip("/"), headers=headers, timeout=_TIMEOUT_S, trust_env=False
+            )
+        except (httpx.InvalidURL, ValueError) as error:
+            raise ServerError(f"{url} cannot be asked: {error}") from error
         self._model = ""
 
     def ready(self) -> bool:
@@ -78,7 +85,7 @@ class Server:
                 )
                 for prompt, logprobs in zip(prompts, (c["prompt_logprobs"] for c in choices), strict=True)
             ]
-        except (httpx.HTTPError, KeyError, ValueError, IndexError) as error:
+        except (httpx.HTTPError, LookupError, TypeError, ValueError) as error:
             self._model = ""  # a restarted server may have given its model another name
             body = ""
             if isinstance(error, httpx.HTTPStatusError):

@@ -20,9 +20,10 @@ from hogwild.attachment import Attachment
 from hogwild.checkpoint_schedule import CheckpointSchedule
 from hogwild.commands import Command, Commands
 from hogwild.curriculum import Curriculum
-from hogwild.errors import ConfigError, HogwildError, SpoolError, SpoolTakenError
+from hogwild.errors import ConfigError, HogwildError, LedgerError, SpoolError, SpoolTakenError
 from hogwild.going_back import GoingBack
 from hogwild.keeper import Keeper
+from hogwild.learner import Learner
 from hogwild.ledger import Ledger
 from hogwild.notify import Notifier
 from hogwild.settings import Config
@@ -123,7 +124,7 @@ class Supervisor:
             spooling.set()
             self._watchdog.stopping()
             with pulse.away():
-                code = max(code, self._shut_down(save=code == 0))
+                code = self._shut_down(code)
         self._watchdog.end("stopped" if code == 0 else f"failed: {self._failure or 'see the log'}")
         return code
 
@@ -135,15 +136,25 @@ class Supervisor:
                 if not spool_thread.is_alive():
                     raise HogwildError("the spool thread ended; see the log line before this one")
                 time.sleep(_TURN_S)
-        except HogwildError as error:
-            log.error("daemon.failed", error=str(error))
-            self._failure = str(error)
+        except Exception as error:
+            self._failed(error)
             return 1
         return 0
 
+    def _failed(self, error: Exception) -> None:
+        """Say why the service cannot go on; where that was not foreseen, with the place."""
+        foreseen = isinstance(error, HogwildError)
+        self._failure = str(error) if foreseen else repr(error)
+        log.error("daemon.failed", error=self._failure, exc_info=not foreseen)
+
     def _watch_spool(self, stop: threading.Event) -> None:
         with pulse.watched("spool"):
-            self.spool.run(stop)
+            try:
+                self.spool.run(stop)
+            except LedgerError:
+                if not stop.is_set():
+                    raise
+                # It is closed: the file that was being read is read again by the next daemon.
 
     def turn(self) -> None:
         """One round: what signals and commands asked for, verification that is due, checkpoints that are due.
@@ -215,29 +226,43 @@ class Supervisor:
         log.info("quarantine.released", examples=count, file=file)
         command.done(examples=count)
 
-    def _shut_down(self, save: bool) -> int:
-        """Finish the examples under way, checkpoint, let go. The server keeps the memory."""
-        began = time.monotonic()
-        code, learner = 0, self.attachment.learner
+    def _shut_down(self, code: int) -> int:
+        """Finish the examples under way, checkpoint, let go. The server keeps the memory.
+
+        Args:
+            code: 1: the service has failed, and nothing is saved any more.
+
+        Returns:
+            The exit code.
+        """
+        began, learner = time.monotonic(), self.attachment.close()
         if learner is not None:
-            if not learner.stop(_STOP_TIMEOUT_S):
-                log.error(
-                    "daemon.failed", error=f"a trainer thread did not end within {_STOP_TIMEOUT_S:.0f} s"
-                )
+            try:
+                code = max(code, self._finish(learner, save=code == 0))
+            except Exception as error:
+                self._failed(error)
                 code = 1
-            self.schedule.collect(wait=True)
-            if save and learner.failure is None and self.schedule.unsaved(learner):
-                kept = self.schedule.save(learner)
-                if learner.judge.tripped is not None and not self.going_back.stuck:
-                    self.going_back.on_trip(learner, go_on=False)
-                    kept = not self.going_back.stuck
-                code = max(code, 0 if kept else 1)
         self.keeper.close()
         self.schedule.refuse("the daemon is stopping")
         self.commands.close()
         self.hub.stop()
         self.ledger.close()
         log.info("daemon.stopped", code=code, seconds=round(time.monotonic() - began, 1))
+        return code
+
+    def _finish(self, learner: Learner, *, save: bool) -> int:
+        """The part of that which may fail; returns its exit code."""
+        code = 0
+        if not learner.stop(_STOP_TIMEOUT_S):
+            log.error("daemon.failed", error=f"a trainer thread did not end within {_STOP_TIMEOUT_S:.0f} s")
+            code = 1
+        self.schedule.collect(wait=True)
+        if save and learner.failure is None and self.schedule.unsaved(learner):
+            kept = self.schedule.save(learner)
+            if learner.judge.tripped is not None and not self.going_back.stuck:
+                self.going_back.on_trip(learner, go_on=False)
+                kept = not self.going_back.stuck
+            code = max(code, 0 if kept else 1)
         return code
 
     # --- systemd -------------------------------------------------------------------------------------------------

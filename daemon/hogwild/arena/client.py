@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ class Arena:
 
 
 def ask(path: Path, source: Source, server: dict[str, Any]) -> tuple[Arena, socket.socket] | None:
-    """Ask the daemon whether it holds an arena that was filled from these very files.
+    """Ask the daemon whether it holds an arena that was filled from these very files. While it verifies one, wait.
 
     `server` is what the daemon is told of this server, as in `Offer`.
 
@@ -109,26 +110,34 @@ def ask(path: Path, source: Source, server: dict[str, Any]) -> tuple[Arena, sock
             trained weights.
         ProtocolError: something else listens there, or a daemon of another version.
     """
-    sock = _connect(path, _ASK_TIMEOUT_S)
-    if sock is None:
-        return None
-    try:
-        request = {"op": "ask", "version": protocol.VERSION, "source": source.__dict__, "server": server}
-        reply = _call(sock, request)
-        if reply is not None and reply[0].get("status") == "held":
-            arena = Arena.receive(*reply)
-            sock.settimeout(None)
-            return arena, sock
-        if reply is not None and reply[0].get("status") == "empty":
+    request = {"op": "ask", "version": protocol.VERSION, "source": source.__dict__, "server": server}
+    waited = False
+    while (sock := _connect(path, _ASK_TIMEOUT_S)) is not None:
+        try:
+            reply = _call(sock, request)
+            if reply is not None and reply[0].get("status") == "held":
+                arena = Arena.receive(*reply)
+                sock.settimeout(None)
+                return arena, sock
+        except OSError as error:
             sock.close()
-            return None
-    except OSError as error:
+            raise ArenaError(
+                f"the hogwild daemon on {path} accepts connections but does not answer ({error})"
+            ) from error
         sock.close()
-        raise ArenaError(
-            f"the hogwild daemon on {path} accepts connections but does not answer ({error})"
-        ) from error
-    sock.close()
-    raise ProtocolError(f"the hogwild daemon on {path} answered: {reply[0] if reply else 'nothing'}")
+        match reply[0].get("status") if reply else None:
+            case "empty":
+                break
+            case "verifying":
+                if not waited:
+                    log.info("the hogwild daemon verifies weights: waiting for what becomes of them")
+                waited = True
+                time.sleep(_RETRY_S)
+            case _:
+                raise ProtocolError(
+                    f"the hogwild daemon on {path} answered: {reply[0] if reply else 'nothing'}"
+                )
+    return None
 
 
 class Offer:

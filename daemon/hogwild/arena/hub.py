@@ -142,12 +142,15 @@ class Hub:
             except BaseException:
                 offered.close()
                 raise
-        except HogwildError as error:
-            log.error("arena.refused", error=str(error), problems=getattr(error, "problems", []))
-            return {"status": "refused", "error": str(error), "problems": getattr(error, "problems", [])}, ()
         except Exception as error:  # transformers raises what it likes for a folder that it cannot use
-            log.exception("arena.refused", error=str(error), problems=[])
-            return {"status": "refused", "error": f"the daemon failed on it: {error!r}"}, ()
+            if self._stopping:  # and what is needed for it is closed
+                return {"status": "refused", "error": "the daemon is stopping"}, ()
+            if not isinstance(error, HogwildError):
+                log.exception("arena.refused", error=str(error), problems=[])
+                return {"status": "refused", "error": f"the daemon failed on it: {error!r}"}, ()
+            problems = getattr(error, "problems", [])
+            log.error("arena.refused", error=str(error), problems=problems)
+            return {"status": "refused", "error": str(error), "problems": problems}, ()
         return {"status": "attached"}, ()
 
     def _command(self, message: protocol.Message) -> protocol.Message:
@@ -163,6 +166,9 @@ class Hub:
             source: Source = source_from_json(message.get("source"))
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"the server asked with a malformed source: {error!r}") from error
+        # Also where whoever offers is gone: that arena will be held, and another one would be refused beside it.
+        if self._taking.locked():
+            return {"status": "verifying"}, ()
         held = self._held
         if held is None or not held.layout.source.same_files(source):
             return {"status": "empty"}, ()

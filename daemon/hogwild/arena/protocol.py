@@ -4,9 +4,11 @@ The daemon listens, vLLM's loader connects. One connection is one server's sessi
 that the other is gone. A message is a 4-byte little-endian length and that many bytes of UTF-8 JSON (an object);
 descriptors travel with the length. Never pickle.
 
-    server  ask    {op, version, source, server}                   -> held {layout} + descriptors | empty
+    server  ask    {op, version, source, server}                   -> held {layout} + descriptors | empty | verifying
     server  offer  {op, version, layout, server} + descriptors -> attached | refused {problems}
     person  command  {op, version, name, arguments}                -> done {...} | refused {error}
+
+"verifying": an arena has been offered, and it is not yet known whether it will be held; to be asked again.
 
 `server` is {"url": where it answers, "max_model_len": tokens of the longest text that it takes}; of a server that is
 older than the second of them, or nobody's, either may be missing.

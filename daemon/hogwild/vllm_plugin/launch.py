@@ -50,7 +50,7 @@ def environment(
         base_weights: begin with the model as it came, whatever checkpoints there are.
     """
     host = _option(arguments, "--host") or "127.0.0.1"
-    reachable = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    reachable = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     port = _option(arguments, "--port") or "8000"
     ours = {
         SOCKET_VARIABLE: str(socket),
