@@ -222,6 +222,47 @@ def test_any_layout_is_written_in_place(layout: str) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("far", ["weight", "x", "d"])
+def test_places_that_32_bits_cannot_count(far: str) -> None:
+    """As of a large embedding, or of rows in a much wider tensor. What lies in between takes no memory."""
+    from hogwild_kernels import cuda
+
+    torch.manual_seed(0)
+    m, n = 24, 40
+    x, d = batch(m, n, 5, torch.bfloat16)
+    near = {"weight": torch.randn(m, n).bfloat16(), "x": x, "d": d}
+    rows, columns = near[far].shape
+    apart = torch.empty(rows, 2**31 // (rows - 1) + 16, dtype=torch.bfloat16)[:, :columns].copy_(near[far])
+    given = {name: one.clone() for name, one in near.items()} | {far: apart}
+    config = ApolloConfig(rank=4, lr=0.01)
+    for tensors in (near, given):
+        state = ApolloState("layer", (m, n), config)
+        cuda.step(tensors["weight"], tensors["x"], tensors["d"], state, config, lr=0.01)
+    assert torch.equal(given["weight"], near["weight"])
+
+
+@interpreted
+def test_so_many_tokens_that_32_bits_cannot_count_their_products() -> None:
+    """A row for each, as long as there are tokens: of the last ones' rows, the projection. (No more than that: to
+    compute all of them takes hours.)"""
+    from hogwild_kernels import cuda
+    from hogwild_kernels import triton_kernels as kernels
+
+    size, rank, tokens, block = 16, 16, 46_500, 1024
+    assert tokens * (rank + tokens) > 2**31
+    key = counter.name_key(0, "layer")
+    y = torch.randn(1, size)
+    parts, finished = torch.empty(1, tokens, rank + tokens), torch.ones(1, dtype=torch.int32)
+    kernels.project[(-(-tokens // block), 1, 1)](
+        y.expand(tokens, size), 0, 1, parts, torch.tensor([0, 0]), 200, cuda._signed(key[0]), cuda._signed(key[1]),
+        counter.gaussian_table(), counter.gaussian_gain(rank), finished, tokens, size, rank, 64,
+        WIDEN=True, BLOCK_T=block, BLOCK_C=16, BLOCK_K=64,
+    )  # fmt: skip
+    found = parts[0, :, :rank]
+    torch.testing.assert_close(found, (y @ counter.projection(key, 0, rank, size).T).expand_as(found))
+
+
+@interpreted
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan, 3e38, 1e20])
 @pytest.mark.parametrize("where", ["x", "d"])
 @pytest.mark.parametrize(("m", "n"), [(24, 40), (40, 24)])
