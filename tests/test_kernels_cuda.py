@@ -57,8 +57,16 @@ def batch(m: int, n: int, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 
 def compare(
-    m: int, n: int, rank: int, dtype: torch.dtype, tokens: int = 7, steps: int = 5, seed: int = 3
+    m: int,
+    n: int,
+    rank: int,
+    dtype: torch.dtype,
+    tokens: int = 7,
+    steps: int = 5,
+    seed: int = 3,
+    factors: torch.dtype | None = None,
 ) -> None:
+    """`factors`: type of X and D, if it is not the weight's."""
     from hogwild_kernels import cuda
 
     torch.manual_seed(0)
@@ -67,7 +75,7 @@ def compare(
     truth = w.clone()
     fast, slow = (ApolloState("layer", (m, n), config, device=device()) for _ in range(2))
     for _ in range(steps):
-        x, d = batch(m, n, tokens, dtype)
+        x, d = batch(m, n, tokens, factors or dtype)
         one = cuda.step(w, x, d, fast, config, lr=1e-3, seed=seed)
         two = reference.factored_step(truth, x, d, slow, config, lr=1e-3, seed=seed)
         assert float(one.norm) == pytest.approx(two.norm, rel=1e-5)
@@ -96,10 +104,18 @@ def test_blocks_that_do_not_divide_the_shape(m: int, n: int, rank: int, tokens: 
     compare(m, n, rank, torch.float32, tokens=tokens, steps=2, seed=2**31 + 5)
 
 
-ON_A_DEVICE = [
-    (m, n, rank, dtype) for dtype in TYPES for m, n in ((512, 2048), (2048, 512)) for rank in (1, 64)
+@interpreted
+@pytest.mark.parametrize(("m", "n"), SHAPES[:2])
+def test_factors_may_have_more_digits_than_the_weight(m: int, n: int) -> None:
+    """As those of a model in fp16 have, whose gradients were scaled (backward.Gather)."""
+    compare(m, n, 8, torch.float16, factors=torch.float32)
+
+
+ON_A_DEVICE: list[tuple[int, int, int, torch.dtype, torch.dtype | None]] = [
+    (m, n, rank, dtype, None) for dtype in TYPES for m, n in ((512, 2048), (2048, 512)) for rank in (1, 64)
 ]
-ON_A_DEVICE += [(520, 2040, 200, torch.bfloat16), (2043, 511, 64, torch.bfloat16)]
+ON_A_DEVICE += [(520, 2040, 200, torch.bfloat16, None), (2043, 511, 64, torch.bfloat16, None)]
+ON_A_DEVICE += [(512, 2048, 64, torch.float16, torch.float32), (2043, 511, 64, torch.float16, torch.float32)]
 
 
 @pytest.mark.gpu
@@ -111,11 +127,11 @@ def test_step_equals_the_reference_on_a_device(case: int, monkeypatch: pytest.Mo
     takes minutes."""
     from hogwild_kernels import cuda
 
-    m, n, rank, dtype = ON_A_DEVICE[case]
+    m, n, rank, dtype, factors = ON_A_DEVICE[case]
     candidate = cuda.CANDIDATES[case % len(cuda.CANDIDATES)]
     monkeypatch.setattr(cuda, "_tuned", {})
     monkeypatch.setattr(cuda, "_tune", lambda _work: candidate)
-    compare(m, n, rank, dtype, tokens=300 if rank == 200 else 48)
+    compare(m, n, rank, dtype, tokens=300 if rank == 200 else 48, factors=factors)
 
 
 @pytest.mark.gpu
