@@ -366,7 +366,12 @@ def test_scans_that_are_not_reckoned_and_weights_that_layers_share_are_told(tmp_
 def test_what_vllm_leaves():
     gib = 2**30
     assert gpu_memory.left(80 * gib, []) == int(80 * gib * (1 - 0.92))
-    for arguments in (["--gpu-memory-utilization", "0.7"], ["--port", "1", "--gpu-memory-utilization=0.7"]):
+    for arguments in (
+        ["--gpu-memory-utilization", "0.7"],
+        ["--port", "1", "--gpu-memory-utilization=0.7"],
+        ["--gpu_memory_utilization", "0.7"],
+        ["--gpu_memory_utilization=0.7"],
+    ):
         assert gpu_memory.left(100 * gib, arguments) == int(100 * gib * (1 - 0.7))
     assert gpu_memory.left(100, ["--gpu-memory-utilization"]) == int(100 * (1 - 0.92))
 

@@ -176,7 +176,7 @@ def left(total: int, arguments: Sequence[str]) -> int:
     share = VLLM_SHARE
     for position, argument in enumerate(arguments):
         name, _, given = argument.partition("=")
-        if name == "--gpu-memory-utilization":
+        if name.replace("_", "-") == "--gpu-memory-utilization":  # vLLM takes either
             given = given or next(iter(arguments[position + 1 :]), "")
             try:
                 share = float(given)
