@@ -369,6 +369,26 @@ def test_an_expert_that_context_alone_reaches_is_left_alone_by_a_refused_step(tm
     assert {name for name, tensor in before.items() if not torch.equal(after[name], tensor)} == set()
 
 
+def test_an_embedding_that_protected_tokens_alone_reach_is_left_alone_by_a_refused_step(tmp_path):
+    """Of the last pass; what an earlier one has kept is good."""
+    llama = next(one for one in ARCHITECTURES if one.name == "Llama")
+    setting, refused = Case(llama, tmp_path).setting("frozen", embeddings=True), example(1, 63, 2)
+    trainer, items = setting.trainer, [Item(example(3, 5, 50), weight=-1.0), Item(refused)]
+    trainer.stream.waits = True
+    split(trainer, "two passes")
+    table = skeleton.table_name(trainer.model)
+    trainer.protect({table: torch.tensor(sorted(set(refused.ids[62:64])))})
+    trainer.step(items)
+    before, trainer._max_loss = setting.snapshot(), 0.0
+    with pytest.raises(LossError):
+        trainer.step(items)
+    after = setting.snapshot()
+    assert {name for name, tensor in before.items() if not torch.equal(after[name], tensor)} == set()
+    trainer._max_loss = math.inf
+    trainer.step(items)
+    assert not torch.equal(setting.snapshot()[f"{table}.weight"], before[f"{table}.weight"]), "it is trained"
+
+
 LOOKS = {"Jamba", "GPT-2"}
 """Where transformers itself looks at numbers of the device in each pass that is given no mask: whether a row holds
 several texts, or padding."""
