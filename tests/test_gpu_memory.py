@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from families import OMIT, build
 from hogwild import doctor_model, gpu_memory, loss, skeleton
 from hogwild.apollo import Optimizer
+from hogwild.backward import Gather
 from hogwild.coverage import examine
 from hogwild.encoding import Encoded
 from hogwild.gpu_memory import Model, predict
@@ -153,6 +154,14 @@ def peak(work: Callable[[], object]) -> int:
         (one for one in results.events() if one.name() == "[memory]"), key=lambda one: one.start_ns()
     )
     return max(accumulate(one.nbytes() for one in events))
+
+
+def test_gradients_that_were_scaled_are_copied_once():
+    gather, x, d = Gather(), torch.zeros(64, 256).half(), torch.ones(64, 50_000).half()
+    gather.scale = 4.0
+    assert peak(lambda: gather.unscaled(x, d)) < 4.1 * (x.numel() + d.numel())
+    assert torch.equal(gather.unscaled(x, d)[1], torch.full(d.shape, 0.25))
+    assert bool((d == 1).all())
 
 
 def of(examples: list[tuple[int, int]]) -> list[Item]:

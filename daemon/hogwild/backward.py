@@ -213,7 +213,11 @@ class Gather:
 
     def unscaled(self, x: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors of a gradient of this step as they should be, which then takes more than 16 bits."""
-        return (x, d) if self.scale == 1.0 else (x.float(), d.float() / self.scale)
+        if self.scale == 1.0:
+            return x, d
+        return x.float(), d.to(torch.float32, copy=True).div_(
+            self.scale
+        )  # of a head it is the largest of all
 
     def of_pass(self, x: torch.Tensor) -> torch.Tensor | None:
         """Which rows of a layer's input (..., T, n) are of trained tokens; None: all."""
