@@ -305,7 +305,7 @@ def test_what_attention_keeps_of_contexts_counts_as_activations(tmp_path, heads)
     recompute.within_budget = noted  # type: ignore[method-assign]
     trainer.step(of([(2, 890)]))
     assert kept < wholes[-1] < 1.1 * kept
-    trainer.step(of([(100, 0)]))
+    trainer.step(of([(101, 0)]))  # the first of them is predicted by none
     assert recompute._bytes_per_token
     for budget in (1.2, 0.9):
         recompute._budget = int(budget * kept)
@@ -370,6 +370,25 @@ def test_scans_that_are_not_reckoned_and_weights_that_layers_share_are_told(tmp_
     about["sizes"]["scan"] = 0  # its code hides how large their states are
     (finding,) = doctor_model._fits(about, chosen)
     assert "what the scans of its recurrent layers take for a moment is not in it" in finding.found
+
+
+def test_the_rows_of_a_weight_that_layers_share_are_reckoned(tmp_path):
+    folder = build("zamba2", tmp_path / "model")
+    sizes, given = examine(folder, load_arena(folder).layout).sizes, dict[str, int]()
+    trainer, optimizer = prepared(folder, activation_mib=0)
+
+    def update(name: str, _weight: torch.Tensor, x: torch.Tensor, *_: Any, **__: Any) -> UpdateResult:
+        given[name] = len(x)
+        return UpdateResult(0.0, skipped=False)
+
+    optimizer.update_linear = update  # type: ignore[method-assign]
+    trainer.step(of([(101, 0)]))  # the first of them is predicted by none
+    times = {name: rows / 100 for name, rows in given.items() if rows > 100}
+    assert sizes.uses == times
+    assert set(times.values()) == {2}
+    chosen = config(training={"threads": 1, "max_tokens": 20_000})
+    shared = predict(sizes, chosen).update - predict(replace(sizes, uses={}), chosen).update
+    assert shared > 4 * 3 * (40_000**2 - 21_000**2), "[Y P^T | Y Y^T] grows with their square"
 
 
 def test_what_vllm_leaves():
