@@ -152,17 +152,17 @@ def run(
     """All sections that are wanted, one after the other, each said and kept as soon as it is done.
 
     Args:
-        vllm_s: of that time, what the start of vLLM takes.
+        vllm_s: of that time, what the start of vLLM takes, however little there is.
     """
     report = Report(_about(), settings.warning, to_come=[PARTS[name].title for name in wanted])
     print(report.warning, flush=True)
     if settings.device.type == "cpu":  # sections are forks, and have these then
         for module in (*{part.module for part in PARTS.values()}, "transformers.models.llama.modeling_llama"):
             importlib.import_module(module)
-    shares = {name: PARTS[name].seconds + vllm_s * (name == "serving") for name in wanted}
-    shrink, spare, facts = min(budget_s / sum(shares.values()), 1.0), 0.0, Row()
+    vllm_s, spare, facts = min(vllm_s, budget_s), 0.0, Row()
+    shrink = min((budget_s - vllm_s) / sum(PARTS[name].seconds for name in wanted), 1.0)
     for name in wanted:
-        share = shares[name] * shrink
+        share = PARTS[name].seconds * shrink + vllm_s * (name == "serving")
         # Half of what earlier sections have left of their time; what they have taken too long, all of it.
         seconds = share + (spare / 2 if spare > 0 else spare)
         section, began = Section(name, PARTS[name].title), time.monotonic()

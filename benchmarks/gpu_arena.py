@@ -226,6 +226,7 @@ def _ordering(bench: Bench, arena: Arena, writer: Peer) -> None:
     """What docs/cuda.md says of a write in one process and a read in the other, on whatever is read meanwhile."""
     elements, seconds = _elements(arena), 0.3 if bench.tiny else 2.0
     elements.fill_(arena.control.steps % _CODES * 0x0101)
+    _wait(elements)  # or it could be written after the first step
     looks = mixed = torn = stale = 0
     writer.tell("step", seconds)
     until = time.perf_counter() + seconds

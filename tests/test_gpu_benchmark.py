@@ -360,8 +360,35 @@ def test_sections_share_what_time_there_is(monkeypatch):
     given.clear()
     gpu.run(gpu.Settings(CPU.device, True, vllm=True), ["serving"], 2000, vllm_s=1000)
     assert given == [pytest.approx(gpu.PARTS["serving"].seconds + 1000, abs=0.5)], "vLLM takes long to start"
+    given.clear()
+    gpu.run(gpu.Settings(CPU.device, True, vllm=True), names, 100 + whole / 2, vllm_s=100)
+    assert given[0] == pytest.approx(gpu.PARTS["machine"].seconds / 2, abs=0.5)
+    assert given[-1] >= gpu.PARTS["serving"].seconds / 2 + 100, "and no faster where there is little time"
     assert gpu.run(CPU, names, 1.0).sections[0].left_out == ["no time was left for it"]
     assert sum(part.seconds for part in gpu.PARTS.values()) <= gpu.BUDGET_S
+
+
+def test_a_device_that_is_lent_is_asked_within_its_time(tmp_path):
+    """`make gpu-check` with a Python that notes what it is asked, and hangs in the first tests."""
+    root, asked = Path(__file__).parents[1], tmp_path / "asked"
+    python = tmp_path / "python3"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {asked}\ncase "$*" in *arena_cuda*) exec sleep 60 ;; esac\n')
+    python.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "GPU_CHECK_S": "30"}
+    began = time.monotonic()
+    ran = subprocess.run([root / "scripts" / "gpu_check.sh", "--only", "step"], env=env, check=False)
+    assert ran.returncode == 1, "what was cut off has failed"
+    assert time.monotonic() - began < 15
+    *tests, benchmark = asked.read_text().splitlines()
+    files = [word for line in tests for word in line.split() if word.endswith(".py")]
+    marked = [
+        f"tests/{one.name}" for one in (root / "tests").glob("test_*.py") if "mark.gpu" in one.read_text()
+    ]
+    assert set(files) >= set(marked) - {"tests/test_gpu_benchmark.py"}
+    assert len(files) == len(set(files))
+    words = benchmark.split()
+    assert words[-2:] == ["--only", "step"]
+    assert 0 < float(words[words.index("--budget-s") + 1]) < 30 - 20
 
 
 def test_a_vllm_that_does_not_start_is_quoted_with_its_cause(tmp_path):

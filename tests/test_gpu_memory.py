@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from families import OMIT, build
 from hogwild import doctor_model, gpu_memory, loss, skeleton
 from hogwild.apollo import Optimizer
+from hogwild.backward import Gather
 from hogwild.coverage import examine
 from hogwild.encoding import Encoded
 from hogwild.gpu_memory import Model, predict
@@ -153,6 +154,14 @@ def peak(work: Callable[[], object]) -> int:
         (one for one in results.events() if one.name() == "[memory]"), key=lambda one: one.start_ns()
     )
     return max(accumulate(one.nbytes() for one in events))
+
+
+def test_gradients_that_were_scaled_are_copied_once():
+    gather, x, d = Gather(), torch.zeros(64, 256).half(), torch.ones(64, 50_000).half()
+    gather.scale = 4.0
+    assert peak(lambda: gather.unscaled(x, d)) < 4.1 * (x.numel() + d.numel())
+    assert torch.equal(gather.unscaled(x, d)[1], torch.full(d.shape, 0.25))
+    assert bool((d == 1).all())
 
 
 def of(examples: list[tuple[int, int]]) -> list[Item]:
@@ -296,7 +305,7 @@ def test_what_attention_keeps_of_contexts_counts_as_activations(tmp_path, heads)
     recompute.within_budget = noted  # type: ignore[method-assign]
     trainer.step(of([(2, 890)]))
     assert kept < wholes[-1] < 1.1 * kept
-    trainer.step(of([(100, 0)]))
+    trainer.step(of([(101, 0)]))  # the first of them is predicted by none
     assert recompute._bytes_per_token
     for budget in (1.2, 0.9):
         recompute._budget = int(budget * kept)
@@ -363,10 +372,34 @@ def test_scans_that_are_not_reckoned_and_weights_that_layers_share_are_told(tmp_
     assert "what the scans of its recurrent layers take for a moment is not in it" in finding.found
 
 
+def test_the_rows_of_a_weight_that_layers_share_are_reckoned(tmp_path):
+    folder = build("zamba2", tmp_path / "model")
+    sizes, given = examine(folder, load_arena(folder).layout).sizes, dict[str, int]()
+    trainer, optimizer = prepared(folder, activation_mib=0)
+
+    def update(name: str, _weight: torch.Tensor, x: torch.Tensor, *_: Any, **__: Any) -> UpdateResult:
+        given[name] = len(x)
+        return UpdateResult(0.0, skipped=False)
+
+    optimizer.update_linear = update  # type: ignore[method-assign]
+    trainer.step(of([(101, 0)]))  # the first of them is predicted by none
+    times = {name: rows / 100 for name, rows in given.items() if rows > 100}
+    assert sizes.uses == times
+    assert set(times.values()) == {2}
+    chosen = config(training={"threads": 1, "max_tokens": 20_000})
+    shared = predict(sizes, chosen).update - predict(replace(sizes, uses={}), chosen).update
+    assert shared > 4 * 3 * (40_000**2 - 21_000**2), "[Y P^T | Y Y^T] grows with their square"
+
+
 def test_what_vllm_leaves():
     gib = 2**30
     assert gpu_memory.left(80 * gib, []) == int(80 * gib * (1 - 0.92))
-    for arguments in (["--gpu-memory-utilization", "0.7"], ["--port", "1", "--gpu-memory-utilization=0.7"]):
+    for arguments in (
+        ["--gpu-memory-utilization", "0.7"],
+        ["--port", "1", "--gpu-memory-utilization=0.7"],
+        ["--gpu_memory_utilization", "0.7"],
+        ["--gpu_memory_utilization=0.7"],
+    ):
         assert gpu_memory.left(100 * gib, arguments) == int(100 * gib * (1 - 0.7))
     assert gpu_memory.left(100, ["--gpu-memory-utilization"]) == int(100 * (1 - 0.92))
 

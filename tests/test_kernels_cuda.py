@@ -57,8 +57,16 @@ def batch(m: int, n: int, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 
 def compare(
-    m: int, n: int, rank: int, dtype: torch.dtype, tokens: int = 7, steps: int = 5, seed: int = 3
+    m: int,
+    n: int,
+    rank: int,
+    dtype: torch.dtype,
+    tokens: int = 7,
+    steps: int = 5,
+    seed: int = 3,
+    factors: torch.dtype | None = None,
 ) -> None:
+    """`factors`: type of X and D, if it is not the weight's."""
     from hogwild_kernels import cuda
 
     torch.manual_seed(0)
@@ -67,7 +75,7 @@ def compare(
     truth = w.clone()
     fast, slow = (ApolloState("layer", (m, n), config, device=device()) for _ in range(2))
     for _ in range(steps):
-        x, d = batch(m, n, tokens, dtype)
+        x, d = batch(m, n, tokens, factors or dtype)
         one = cuda.step(w, x, d, fast, config, lr=1e-3, seed=seed)
         two = reference.factored_step(truth, x, d, slow, config, lr=1e-3, seed=seed)
         assert float(one.norm) == pytest.approx(two.norm, rel=1e-5)
@@ -96,10 +104,18 @@ def test_blocks_that_do_not_divide_the_shape(m: int, n: int, rank: int, tokens: 
     compare(m, n, rank, torch.float32, tokens=tokens, steps=2, seed=2**31 + 5)
 
 
-ON_A_DEVICE = [
-    (m, n, rank, dtype) for dtype in TYPES for m, n in ((512, 2048), (2048, 512)) for rank in (1, 64)
+@interpreted
+@pytest.mark.parametrize(("m", "n"), SHAPES[:2])
+def test_factors_may_have_more_digits_than_the_weight(m: int, n: int) -> None:
+    """As those of a model in fp16 have, whose gradients were scaled (backward.Gather)."""
+    compare(m, n, 8, torch.float16, factors=torch.float32)
+
+
+ON_A_DEVICE: list[tuple[int, int, int, torch.dtype, torch.dtype | None]] = [
+    (m, n, rank, dtype, None) for dtype in TYPES for m, n in ((512, 2048), (2048, 512)) for rank in (1, 64)
 ]
-ON_A_DEVICE += [(520, 2040, 200, torch.bfloat16), (2043, 511, 64, torch.bfloat16)]
+ON_A_DEVICE += [(520, 2040, 200, torch.bfloat16, None), (2043, 511, 64, torch.bfloat16, None)]
+ON_A_DEVICE += [(512, 2048, 64, torch.float16, torch.float32), (2043, 511, 64, torch.float16, torch.float32)]
 
 
 @pytest.mark.gpu
@@ -111,11 +127,11 @@ def test_step_equals_the_reference_on_a_device(case: int, monkeypatch: pytest.Mo
     takes minutes."""
     from hogwild_kernels import cuda
 
-    m, n, rank, dtype = ON_A_DEVICE[case]
+    m, n, rank, dtype, factors = ON_A_DEVICE[case]
     candidate = cuda.CANDIDATES[case % len(cuda.CANDIDATES)]
     monkeypatch.setattr(cuda, "_tuned", {})
     monkeypatch.setattr(cuda, "_tune", lambda _work: candidate)
-    compare(m, n, rank, dtype, tokens=300 if rank == 200 else 48)
+    compare(m, n, rank, dtype, tokens=300 if rank == 200 else 48, factors=factors)
 
 
 @pytest.mark.gpu
@@ -219,6 +235,47 @@ def test_any_layout_is_written_in_place(layout: str) -> None:
     assert not torch.equal(view, start)
     if layout != "transposed":
         assert int((whole != 0).sum()) <= m * n
+
+
+@interpreted
+@pytest.mark.parametrize("far", ["weight", "x", "d"])
+def test_places_that_32_bits_cannot_count(far: str) -> None:
+    """As of a large embedding, or of rows in a much wider tensor. What lies in between takes no memory."""
+    from hogwild_kernels import cuda
+
+    torch.manual_seed(0)
+    m, n = 24, 40
+    x, d = batch(m, n, 5, torch.bfloat16)
+    near = {"weight": torch.randn(m, n).bfloat16(), "x": x, "d": d}
+    rows, columns = near[far].shape
+    apart = torch.empty(rows, 2**31 // (rows - 1) + 16, dtype=torch.bfloat16)[:, :columns].copy_(near[far])
+    given = {name: one.clone() for name, one in near.items()} | {far: apart}
+    config = ApolloConfig(rank=4, lr=0.01)
+    for tensors in (near, given):
+        state = ApolloState("layer", (m, n), config)
+        cuda.step(tensors["weight"], tensors["x"], tensors["d"], state, config, lr=0.01)
+    assert torch.equal(given["weight"], near["weight"])
+
+
+@interpreted
+def test_so_many_tokens_that_32_bits_cannot_count_their_products() -> None:
+    """A row for each, as long as there are tokens: of the last ones' rows, the projection. (No more than that: to
+    compute all of them takes hours.)"""
+    from hogwild_kernels import cuda
+    from hogwild_kernels import triton_kernels as kernels
+
+    size, rank, tokens, block = 16, 16, 46_500, 1024
+    assert tokens * (rank + tokens) > 2**31
+    key = counter.name_key(0, "layer")
+    y = torch.randn(1, size)
+    parts, finished = torch.empty(1, tokens, rank + tokens), torch.ones(1, dtype=torch.int32)
+    kernels.project[(-(-tokens // block), 1, 1)](
+        y.expand(tokens, size), 0, 1, parts, torch.tensor([0, 0]), 200, cuda._signed(key[0]), cuda._signed(key[1]),
+        counter.gaussian_table(), counter.gaussian_gain(rank), finished, tokens, size, rank, 64,
+        WIDEN=True, BLOCK_T=block, BLOCK_C=16, BLOCK_K=64,
+    )  # fmt: skip
+    found = parts[0, :, :rank]
+    torch.testing.assert_close(found, (y @ counter.projection(key, 0, rank, size).T).expand_as(found))
 
 
 @interpreted

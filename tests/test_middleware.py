@@ -234,4 +234,5 @@ def test_the_launcher_leaves_memory_to_the_daemon():
 
     assert cache() == cache("--port", "1") == f"--kv-cache-memory-bytes {2 << 30}"
     assert cache(available=0) == cache("--gpu-memory-utilization=0.5") == cache("--config", "x.yaml") == ""
+    assert cache("--gpu_memory_utilization=0.5") == cache("--gpu_memory_utilization", "0.5") == ""
     assert cache("--kv-cache-memory-bytes", "1G") == "--kv-cache-memory-bytes 1G"

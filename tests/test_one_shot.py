@@ -152,6 +152,7 @@ def test_a_file_without_a_usable_line_is_refused_before_anything_is_loaded(tmp_p
     [
         ("full", 2, "is there already"),
         ("no-model", 2, "no config.json there"),
+        ("quantised", 2, "its weights are quantised"),
         ("no-file", 2, "cannot be read"),
         ("no-option", 2, "--out"),
         ("no-such-kind-of-device", 2, "--device gpu0: give cpu, cuda, or"),
@@ -168,6 +169,11 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     if problem == "full":
         out.mkdir()
         (out / "precious").write_text("")
+    if problem == "quantised":
+        model = shutil.copytree(model, tmp_path / "model")
+        described = json.loads((model / "config.json").read_bytes())
+        described["quantization_config"] = {"quant_method": "fp8"}
+        (model / "config.json").write_text(json.dumps(described))
     there = sorted(tmp_path.rglob("*"))
     arguments = {
         "no-model": [file, "--model", tmp_path, "--out", out],

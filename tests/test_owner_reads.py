@@ -7,6 +7,7 @@ on a GPU is tested in test_arena_ipc.py.
 import pytest
 
 from hogwild.errors import ArenaError
+from hogwild.trainer import Trainer
 from studio import DEADLINE_S, Studio, model
 from support import wait_until
 
@@ -87,3 +88,23 @@ def test_no_example_is_blamed_for_weights_that_are_gone(studio, owner):
     assert not studio.ledger.guards.suspects()
     for one in studio.ledger.pending(9):
         assert {strike["guard"] for strike in studio.ledger.guards.strikes(one.example_id)} <= {"crash"}
+
+
+def test_no_example_is_blamed_for_an_error_that_weights_being_gone_has_made(studio, owner, monkeypatch):
+    """Memory that is unmapped under a kernel is an illegal access, for a GPU."""
+    studio.train(passes=2)
+    owner.lives = False
+
+    def step(_trainer: Trainer, _items: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Trainer, "step", step)
+    studio.learner.start()
+    wait_until(lambda: studio.learner.failure, "the trainer ends", DEADLINE_S)
+    assert [one.crashes for one in studio.ledger.pending(9)] == [0, 0]
+    owner.lives = True
+    with pytest.raises(RuntimeError):
+        studio.learner.turn.take(
+            studio.learner.trainers[0], 0, studio.learner.curriculum.take(timeout=1, step=9)
+        )
+    assert 3 in [one.crashes for one in studio.ledger.pending(9)], "one that the step itself has made"

@@ -20,7 +20,7 @@ from families import Truth
 from hogwild import apollo, coverage, protection, skeleton
 from hogwild.apollo import Optimizer
 from hogwild.arena.client import Arena
-from hogwild.backward import TiedHead
+from hogwild.backward import TiedHead, TrainedLinear
 from hogwild.drift import Drift
 from hogwild.encoding import Encoded
 from hogwild.errors import LossError
@@ -339,6 +339,54 @@ def test_a_step_that_is_refused_late_writes_nothing(case, passes, bad):
     after = refused.snapshot()
     assert all(torch.equal(after[name], tensor) for name, tensor in never.snapshot().items())
     assert any(not torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("passes", ["one pass", "two passes"])
+def test_an_expert_that_context_alone_reaches_is_left_alone_by_a_refused_step(tmp_path, passes, monkeypatch):
+    """Nothing of the loss gets there, NaN neither; and what an earlier pass sent to it is good."""
+    mixture = next(one for one in ARCHITECTURES if one.name == "Qwen3-MoE")
+    setting, without = Case(mixture, tmp_path).setting("frozen", experts=True), list[str]()
+    trainer, receive = setting.trainer, TrainedLinear.receive
+
+    def noted(linear: TrainedLinear, x: torch.Tensor, d: torch.Tensor) -> None:
+        if linear.stack and not trainer._gather.more and not d.any():
+            without.append(linear.name)
+        receive(linear, x, d)
+
+    monkeypatch.setattr(TrainedLinear, "receive", noted)
+    trainer.stream.waits = True
+    split(trainer, passes)
+    items = [Item(example(1, 63, 2))]
+    if passes != "one pass":
+        items.insert(0, Item(example(3, 5, 50), weight=-1.0))
+    trainer.step([Item(example(4, 0, 60))])
+    without.clear()
+    before, trainer._max_loss = setting.snapshot(), 0.0
+    with pytest.raises(LossError):
+        trainer.step(items)
+    assert without, "what this is about"
+    after = setting.snapshot()
+    assert {name for name, tensor in before.items() if not torch.equal(after[name], tensor)} == set()
+
+
+def test_an_embedding_that_protected_tokens_alone_reach_is_left_alone_by_a_refused_step(tmp_path):
+    """Of the last pass; what an earlier one has kept is good."""
+    llama = next(one for one in ARCHITECTURES if one.name == "Llama")
+    setting, refused = Case(llama, tmp_path).setting("frozen", embeddings=True), example(1, 63, 2)
+    trainer, items = setting.trainer, [Item(example(3, 5, 50), weight=-1.0), Item(refused)]
+    trainer.stream.waits = True
+    split(trainer, "two passes")
+    table = skeleton.table_name(trainer.model)
+    trainer.protect({table: torch.tensor(sorted(set(refused.ids[62:64])))})
+    trainer.step(items)
+    before, trainer._max_loss = setting.snapshot(), 0.0
+    with pytest.raises(LossError):
+        trainer.step(items)
+    after = setting.snapshot()
+    assert {name for name, tensor in before.items() if not torch.equal(after[name], tensor)} == set()
+    trainer._max_loss = math.inf
+    trainer.step(items)
+    assert not torch.equal(setting.snapshot()[f"{table}.weight"], before[f"{table}.weight"]), "it is trained"
 
 
 LOOKS = {"Jamba", "GPT-2"}

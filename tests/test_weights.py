@@ -55,6 +55,22 @@ def test_an_arena_equals_the_checkpoint_it_was_loaded_from(weights, folder):
     assert weights.nbytes == sum(tensor.nbytes for tensor in stored.values())
 
 
+def test_what_is_no_weight_by_its_type_has_no_place_in_an_arena(weights, folder):
+    change(folder, **{"model.position_ids": torch.arange(5), "model.causal": torch.ones(4).bool()})
+    found = Weights(load_arena(folder))
+    assert found.names == weights.names
+    assert found.arena.layout.frozen == {"model.position_ids": "of int64", "model.causal": "of bool"}
+    verify_bits(found, folder)
+
+
+def test_numbers_that_no_checkpoint_of_ours_can_hold_are_named(folder):
+    few = torch.ones(4, 4).to(torch.float8_e4m3fn)
+    change(folder, **{UP: few, DOWN: few.clone(), "model.position_ids": torch.arange(5)})
+    with pytest.raises(CheckpointError) as caught:
+        load_arena(folder)
+    assert str(caught.value).splitlines()[1:] == [f"  - {name}: float8_e4m3fn" for name in (UP, DOWN)]
+
+
 def test_every_mismatch_is_named_at_once(weights, folder):
     held = load_file(folder / "model.safetensors")
     flipped = held[UP].clone()

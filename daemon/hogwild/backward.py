@@ -109,7 +109,8 @@ class TrainedLinear(torch.nn.Module):
         kept.rows.append((x, d))
         kept.pending -= 1
         if kept.pending == 0 and not self.gather.more and not self.waits:
-            self.update()
+            # Of the last pass an expert may have constants alone, which no refused loss reaches.
+            self.update(self.gather.factor if self.stack else None)
 
     def take(self, factor: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor] | None:
         """X (T, n) without its protected part and D (T, m), times `factor`, of every forward pass since the last,
@@ -176,6 +177,7 @@ class Gather:
         embedding: the input embedding, if it is trained.
         itemsize: bytes of a number in the rows; 0: as of the weight, which activations may be wider than.
         scale: how many times too large the gradients of this step are, for 16 bits that have no small numbers (fp16).
+        factor: () of all passes so far, see `finish`.
         frozen: what is not trained: name -> why.
     """
 
@@ -186,6 +188,7 @@ class Gather:
         self.linears: list[TrainedLinear] = []
         self.embedding: TrainedEmbedding | None = None
         self.itemsize, self.scale = 0, 1.0
+        self.factor: torch.Tensor | None = None
         self.small: dict[str, Callable[[torch.Tensor | None], None]] = {}
         self.drops: list[Callable[[], None]] = []
         self.frozen: dict[str, str] = {}
@@ -202,7 +205,7 @@ class Gather:
 
     def begin(self, scale: float = 1.0) -> None:
         """Before the first forward pass of a step."""
-        self.more, self.rows, self.context, self.scale = False, (0, None), 0, scale
+        self.more, self.rows, self.context, self.scale, self.factor = False, (0, None), 0, scale, None
         for linear in self.linears:
             linear.forget()
         if self.embedding is not None:
@@ -210,7 +213,11 @@ class Gather:
 
     def unscaled(self, x: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors of a gradient of this step as they should be, which then takes more than 16 bits."""
-        return (x, d) if self.scale == 1.0 else (x.float(), d.float() / self.scale)
+        if self.scale == 1.0:
+            return x, d
+        return x.float(), d.to(torch.float32, copy=True).div_(
+            self.scale
+        )  # of a head it is the largest of all
 
     def of_pass(self, x: torch.Tensor) -> torch.Tensor | None:
         """Which rows of a layer's input (..., T, n) are of trained tokens; None: all."""

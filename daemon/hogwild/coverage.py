@@ -137,6 +137,11 @@ def examine(
             scores=text.num_attention_heads
             if attends and model.config._attn_implementation == "eager"
             else 0,
+            uses={
+                f"{linear.name}.weight": times
+                for linear in gather.linears
+                if (times := math.ceil(linear.rows) or linear.uses) > 1
+            },
         ),
     )
 

@@ -31,10 +31,12 @@ class Head(Protocol):
 
 
 class Waits(Protocol):
-    """More backward passes come before anything is updated; gradients are so many times too large."""
+    """More backward passes come before anything is updated; gradients are so many times too large; and what all of them
+    are multiplied by, see `Gather.finish`."""
 
     more: bool
     scale: float
+    factor: Tensor | None
 
 
 class TrainedEmbedding:
@@ -79,15 +81,17 @@ class TrainedEmbedding:
     def update(self, factor: Tensor | None = None) -> None:
         """One update from every backward pass since the last one; none if nothing reached the weight.
 
-        `factor`: see `Gather.finish`.
+        `factor`: of what the heads have kept, see `Gather.finish`.
         """
         grad, self._weight.grad = self._weight.grad, None
         tokens, rows = self._touched(grad)
-        rows = rows if factor is None else rows * factor
         taken = [one for head in self.heads if (one := head.take(factor)) is not None]
         weight = self._weight.data
         whole = self._gather()
         scale = 1.0 if whole is None else whole.scale
+        if whole is not None and whole.factor is not None:
+            # Of the last pass there may be rows of protected tokens alone, which are left out.
+            rows = rows * whole.factor
         if not taken:
             if len(tokens):
                 rows = rows if scale == 1.0 else rows.float() / scale

@@ -8,7 +8,7 @@ Imports no torch.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from hogwild.settings import Config
 
@@ -52,6 +52,7 @@ class Model:
         repeats: how often attention writes each of them out, for query heads that share it.
         softcaps: bounds its logits, which keeps them in more than one form.
         waits: bytes of one token that layers with a weight in common keep until the end of a step.
+        uses: of weights that get several inputs for each token, such as those that layers share: how many.
         scans: has recurrent layers.
         scan: numbers in fp32 that the scan of one of them makes of one token, at most; 0: it has none, or none whose
             sizes could be seen.
@@ -71,6 +72,7 @@ class Model:
     scans: bool = False
     scan: int = 0
     scores: int = 0
+    uses: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,14 @@ def predict(model: Model, config: Config) -> Needs:
         logits=threads * max(logits - again, 0),
         update=threads
         * (
-            max((_update(m, n, rows, rank, model.itemsize) for m, n in linears), default=0)
+            max(
+                (
+                    _update(*shape, rows * model.uses.get(name, 1), rank, model.itemsize)
+                    for name, shape in model.trained.items()
+                    if len(shape) == 2
+                ),
+                default=0,
+            )
             + _TUNING
             + _DRIFT * bool(protects and replay.protected_every)
         ),
@@ -176,7 +185,7 @@ def left(total: int, arguments: Sequence[str]) -> int:
     share = VLLM_SHARE
     for position, argument in enumerate(arguments):
         name, _, given = argument.partition("=")
-        if name == "--gpu-memory-utilization":
+        if name.replace("_", "-") == "--gpu-memory-utilization":  # vLLM takes either
             given = given or next(iter(arguments[position + 1 :]), "")
             try:
                 share = float(given)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from hogwild import log as logs
 from hogwild import metrics
+from hogwild.errors import ArenaError
 from hogwild.groups import Group
 from hogwild.judge import Judge
 from hogwild.ledger import GuardName, Ledger, Pass, Pending, Trip
@@ -87,7 +88,12 @@ class Guard:
 
     def died(self, examples: Iterable[Pending], error: BaseException) -> None:
         """A step with these has ended with an error of its own: nobody outside has done that, so it counts as often as
-        a death that may be anybody's doing has to come."""
+        a death that may be anybody's doing has to come. Unless its weights were gone: a GPU calls that an error."""
+        try:
+            self.judge.ensure_alive()
+        except ArenaError:
+            self.tried(examples)
+            return
         ids = [one.example_id for one in examples]
         about = {"step": self.judge.progress.steps, "error": f"{error!r:.200}"}
         self.ledger.guards.strike("crash", about, ids, times=_DEATHS - 1)  # `trying` has noted the first

@@ -46,6 +46,11 @@ class Region:
         return _DTYPES[self.dtype]
 
     @property
+    def trainable(self) -> bool:
+        """Is it of a type that updates are made for? No other may lie in an arena."""
+        return self.dtype in _DTYPES
+
+    @property
     def end(self) -> int:
         """First byte after the last element."""
         if 0 in self.shape:

@@ -88,8 +88,22 @@ def _refuse(files: Sequence[Path], model: Path, out: Path) -> None:
             raise UsageError(f"{path}: cannot be read: {why}")
     if not (model / "config.json").is_file():
         raise UsageError(f"--model {model}: no config.json there; give the folder of a Hugging Face model")
+    if _quantised(model):
+        raise UsageError(
+            f"--model {model}: its weights are quantised; give the model that they were made from, in bf16 or fp16"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: is there already; give a folder that is not, or an empty one")
+
+
+def _quantised(model: Path) -> bool:
+    try:
+        described = json.loads((model / "config.json").read_bytes())
+        return any(
+            part.get("quantization_config") for part in (described, described.get("text_config") or {})
+        )
+    except (OSError, ValueError, AttributeError):
+        return False  # whoever loads the model says what is wrong with it
 
 
 def _refuse_lines(files: Sequence[Path], config: Config, console: Console) -> None:

@@ -210,7 +210,7 @@ class Trainer:
         if not noted:
             losses.note(group, found)
         pairs = zip(group, losses.gated(found), strict=True)
-        share = self._gather.scale / items
+        self._gather.factor, share = losses.factor, self._gather.scale / items
         summands = [bounded_loss(nll, one.weight * share, self._unlearning_limit) for one, nll in pairs]
         torch.stack(summands).sum().backward()  # type: ignore[no-untyped-call]
 

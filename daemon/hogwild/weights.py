@@ -28,6 +28,7 @@ from hogwild.arena.client import Arena
 from hogwild.arena.control import ControlPage
 from hogwild.errors import CheckpointError, VerificationError
 from hogwild.layout import Layout, Region, Source, weight_files
+from hogwild.tensor_file import TORCH_DTYPES
 
 _BITS = {2: torch.int16, 4: torch.int32}
 
@@ -169,22 +170,30 @@ def digest(folder: Path) -> str:
 
 
 def load_arena(folder: Path, device: torch.device | str = "cpu") -> Arena:
-    """Make an arena straight from a checkpoint, without a server: one tensor after the other, nothing fused.
+    """Make an arena straight from a checkpoint, without a server: one tensor after the other, nothing fused. What is no
+    weight by its type (a mask, places of tokens) has no place in it.
 
     Raises:
         ArenaError: there is no room for it on `device`.
-        CheckpointError: there is no checkpoint, or it is damaged.
+        CheckpointError: there is no checkpoint, or it is damaged, or of a type that none of ours could hold.
     """
-    regions, offset = {}, 0
+    regions, frozen, unknown, offset = dict[str, Region](), dict[str, str](), list[str](), 0
     for name, tensor in read_tensors(folder):
-        regions[name] = replace(
-            Region.of(tensor, tensor.data_ptr() - offset), stride=tensor.contiguous().stride()
-        )
-        offset = -(-(offset + tensor.nbytes) // 256) * 256
+        region = Region.of(tensor, tensor.data_ptr() - offset)
+        if region.trainable:
+            regions[name] = replace(region, stride=tensor.contiguous().stride())
+            offset = -(-(offset + tensor.nbytes) // 256) * 256
+        elif tensor.dtype in TORCH_DTYPES.values():
+            frozen[name] = f"of {region.dtype}"
+        else:
+            unknown.append(f"{name}: {region.dtype}")
+    if unknown:
+        heading = f"{folder} holds other numbers than bf16, fp16 and fp32 ones ({len(unknown)} found):"
+        raise CheckpointError("\n  - ".join([heading, *unknown]))
     nbytes = -(-max(offset, 1) // 4096) * 4096
     held = devices.allocate(nbytes, torch.device(device))
     source = Source.of(folder, weight_files(folder))
-    layout = Layout(nbytes, regions, {}, regions, source, device=held.device_id, parts=held.parts)
+    layout = Layout(nbytes, regions, frozen, regions, source, device=held.device_id, parts=held.parts)
     arena = Arena(held, ControlPage.create(layout.fingerprint()), layout)
     Weights(arena).write(folder)
     return arena

@@ -191,8 +191,11 @@ class _Plan:
             self.by_row, config.rounding == "stochastic",
         )  # fmt: skip
         if self.write is None:
-            self.write = work.launch_with(_fastest(work))
-        self.write.start(work, stream)
+            write = work.launch_with(_fastest(work))
+            write.start(work, stream)
+            self.write = write  # now that it is compiled: whoever sees it goes on without the lock, from bare addresses
+        else:
+            self.write.start(work, stream)
         return UpdateResult.on_device(numbers)
 
 

@@ -50,7 +50,7 @@ def project(
     block = tl.program_id(1)
     begin = tl.program_id(2) * chunk
     end = tl.minimum(begin + chunk, size)
-    width = rank + tokens
+    width = tl.full((), rank + tokens, tl.int64)  # times many tokens
     here = parts + tl.program_id(2).to(tl.int64) * tokens * width + t[:, None] * width
     place = y + t[:, None].to(tl.int64) * y_token
     total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
@@ -85,7 +85,7 @@ def collect(
     PLANES: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The sum of the parts, always in the same order."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, count, DEPTH):
         part = start + tl.arange(0, DEPTH)
@@ -176,7 +176,7 @@ def channels(
     """R = (Y P^T)^T Z and the channel norms of steps (3) and (4); |G_j|^2 by the Gram matrix, see reference.py. The
     moments are only read. The program that is done last does `_finish`."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    width = rank + tokens
+    width = tl.full((), rank + tokens, tl.int64)  # times many tokens
     place = z + c[None, :].to(tl.int64) * z_channel
     normals = tl.zeros((BLOCK_C,), tl.float32)
     raws = tl.zeros((BLOCK_C,), tl.float32)

@@ -73,10 +73,12 @@ def _for_cpu() -> bool:
 
 def _option(arguments: Sequence[str], name: str) -> str | None:
     for position, argument in enumerate(arguments):
-        if argument == name and position + 1 < len(arguments):
-            return arguments[position + 1]
-        if argument.startswith(f"{name}="):
-            return argument.split("=", 1)[1]
+        given, has_value, value = argument.partition("=")
+        if given.replace("_", "-") == name:  # vLLM takes either
+            if has_value:
+                return value
+            if position + 1 < len(arguments):
+                return arguments[position + 1]
     return None
 
 
