@@ -146,6 +146,17 @@ def test_a_port_that_somebody_else_has(service: Service) -> None:
     assert "port is free" in service.found("server", "ok")["found"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "url"),
+    [('["--port=81"]', "http://127.0.0.1:81"), ('["--port", "80", "--host", "::1"]', "http://[::1]:80")],
+)
+def test_the_server_is_looked_for_where_its_arguments_put_it(
+    service: Service, arguments: str, url: str
+) -> None:
+    found = service.found("server", "ok", HOGWILD_SERVER__ARGUMENTS=arguments)["found"]
+    assert found == f"nobody listens on {url}: the port is free"
+
+
 def test_a_socket_of_a_daemon_with_another_state_folder(service: Service) -> None:
     path = service.root / "run" / "arena.sock"
     path.parent.mkdir()

@@ -19,7 +19,7 @@ from hogwild.arena.client import Arena
 from hogwild.errors import ArenaError
 from hogwild.vllm_plugin import launch, orphan, page
 from hogwild.vllm_plugin.middleware import Generation
-from hogwild.vllm_plugin.names import PAGE_VARIABLE, SERVER_PID_VARIABLE
+from hogwild.vllm_plugin.names import PAGE_VARIABLE, SERVER_PID_VARIABLE, URL_VARIABLE
 from hogwild.weights import load_arena
 from test_permissions import unprivileged
 from tiny import Child, llama
@@ -217,6 +217,23 @@ def test_the_launcher_names_the_middleware_and_the_state_folder():
     assert first[PAGE_VARIABLE] != second[PAGE_VARIABLE]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "url"),
+    [
+        ([], "http://127.0.0.1:8000"),
+        (["--host", "0.0.0.0", "--port=9000"], "http://127.0.0.1:9000"),
+        (["--host", "::1", "--port", "9000"], "http://[::1]:9000"),
+        (
+            ["--host", "127.0.0.1", "--port", "8000", "--port", "9000", "--host=10.0.0.1"],
+            "http://10.0.0.1:9000",
+        ),
+    ],
+)
+def test_the_daemon_is_told_where_the_server_listens(arguments, url):
+    """Those of the command line come after those of the configuration, and vLLM goes by the last."""
+    assert launch.environment(Path("s"), Path("d"), arguments, {}, base_weights=False)[URL_VARIABLE] == url
+
+
 def test_the_launcher_leaves_memory_to_the_daemon():
     def cache(*arguments: str, available: int = 8 << 30) -> str:
         found = launch.command("model", arguments, available=available)
@@ -225,4 +242,5 @@ def test_the_launcher_leaves_memory_to_the_daemon():
 
     assert cache() == cache("--port", "1") == f"--kv-cache-memory-bytes {2 << 30}"
     assert cache(available=0) == cache("--gpu-memory-utilization=0.5") == cache("--config", "x.yaml") == ""
+    assert cache("--gpu_memory_utilization", "0.5") == ""
     assert cache("--kv-cache-memory-bytes", "1G") == "--kv-cache-memory-bytes 1G"

@@ -13,6 +13,7 @@ from typing import Any
 
 from hogwild import doctor_machine, installation
 from hogwild.doctor import UNIT, Finding, Subject, fail, ok, warn
+from hogwild.vllm_plugin import launch
 
 _ASK_PLUGIN = """
 from vllm.plugins import load_general_plugins
@@ -26,10 +27,8 @@ print(json.dumps(patches.report()))
 
 
 def server(subject: Subject) -> Iterator[Finding]:
-    arguments = list(subject.config.server.arguments)
-    port = int(arguments[arguments.index("--port") + 1]) if "--port" in arguments[:-1] else 8000
     attached = subject.status.get("server") or {}
-    url = subject.config.server.url or attached.get("url") or f"http://127.0.0.1:{port}"
+    url = subject.config.server.url or attached.get("url") or launch.url(subject.config.server.arguments)
     about = _ask(f"{url}/hogwild/status", os.environ.get(subject.config.server.api_key_env, ""))
     if isinstance(about, dict):
         yield ok(

@@ -49,18 +49,22 @@ def environment(
     Args:
         base_weights: begin with the model as it came, whatever checkpoints there are.
     """
-    host = _option(arguments, "--host") or "127.0.0.1"
-    reachable = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    port = _option(arguments, "--port") or "8000"
     ours = {
         SOCKET_VARIABLE: str(socket),
         STATE_VARIABLE: str(state_dir),
-        URL_VARIABLE: f"http://{reachable}:{port}",
+        URL_VARIABLE: url(arguments),
         BASE_VARIABLE: "1" if base_weights else "0",
         PAGE_VARIABLE: f"hogwild-page-{secrets.token_hex(16)}",
     }
     kept = {key: value for key, value in base.items() if key != "PYTHONDONTWRITEBYTECODE"}
     return {**openmp.PASSIVE, **kept, **ours}
+
+
+def url(arguments: Sequence[str]) -> str:
+    """Where this machine reaches a server with these arguments."""
+    host = _option(arguments, "--host") or "127.0.0.1"
+    host = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"http://{host}:{_option(arguments, '--port') or '8000'}"
 
 
 def _for_cpu() -> bool:
@@ -72,12 +76,13 @@ def _for_cpu() -> bool:
 
 
 def _option(arguments: Sequence[str], name: str) -> str | None:
+    """As vLLM reads it: what is said last counts, and names may have underscores."""
+    found = None
     for position, argument in enumerate(arguments):
-        if argument == name and position + 1 < len(arguments):
-            return arguments[position + 1]
-        if argument.startswith(f"{name}="):
-            return argument.split("=", 1)[1]
-    return None
+        given, equals, value = argument.partition("=")
+        if given.replace("_", "-") == name:
+            found = value if equals else next(iter(arguments[position + 1 :]), found)
+    return found
 
 
 def _provide_vllm_metadata() -> None:
