@@ -114,6 +114,19 @@ def test_a_socket_path_that_the_kernel_cannot_take_is_refused_before_it_is_used(
 
 
 @pytest.mark.parametrize(
+    "url", ["localhost:8000", "127.0.0.1:8000", "http://", "http://::1:8000", "http://a:port"]
+)
+def test_a_url_of_the_server_that_cannot_be_asked_is_refused(tmp_path, url):
+    path = write(tmp_path, f'[server]\nurl = "{url}"\n')
+    with pytest.raises(
+        ConfigError, match=f"server.url: must be like http://127.0.0.1:8000, not '{re.escape(url)}'"
+    ):
+        load(path)
+    for good in ("http://127.0.0.1:8000", "https://[::1]/behind/a/proxy"):
+        assert load(None, {"server.url": good}).server.url == good
+
+
+@pytest.mark.parametrize(
     ("text", "problem"),
     [
         ("model = ", "is not TOML"),

@@ -6,6 +6,7 @@
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -34,6 +35,17 @@ def _fits_sockaddr(socket: Path) -> Path:
             f"{socket} is {length} bytes long, Unix sockets allow {SUN_PATH_BYTES}; choose a shorter path"
         )
     return socket
+
+
+def _is_http(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # brackets, or the port
+        good = False
+    if url and not good:
+        raise ValueError("must be like http://127.0.0.1:8000")
+    return url
 
 
 class Table(BaseModel):
@@ -220,7 +232,7 @@ class ServerConfig(Table):
     """What `hogwild vllm` serves if its command line does not say: a folder, or a name on the hub. Empty: `model`."""
     arguments: Texts = ()
     """Arguments of `vllm serve`, before those of the command line."""
-    url: str = ""
+    url: Annotated[str, AfterValidator(_is_http)] = ""
     """Base URL of the vLLM server. Empty: as announced by the server's plugin."""
     api_key_env: str = "HOGWILD_API_KEY"
     """Environment variable that holds the server's API key, if it wants one. The key is never in a file."""
