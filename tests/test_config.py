@@ -113,6 +113,20 @@ def test_a_socket_path_that_the_kernel_cannot_take_is_refused_before_it_is_used(
         load(overrides={"socket": just_fits + "a", "model": 3})
 
 
+@pytest.mark.parametrize("key", ["state_dir", "socket", "spool.dir", "probes.file"])
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("~nobody-at-all/x", "nobody knows the home folder ~nobody-at-all"),
+        ("/a\0b", "a path has no NUL in it"),
+    ],
+)
+def test_a_path_that_cannot_be_one_is_refused_with_its_key(key, path, says):
+    with pytest.raises(ConfigError) as caught:
+        load(None, {key: path})
+    assert f"(1 found):\n  - command line: {key}: {says}" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "url", ["localhost:8000", "127.0.0.1:8000", "http://", "http://::1:8000", "http://a:port"]
 )

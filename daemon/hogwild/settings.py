@@ -23,8 +23,18 @@ SUN_PATH_BYTES = 107  # sockaddr_un.sun_path is 108 bytes on Linux, the last one
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _is_a_path(path: Path) -> Path:
+    if str(path).startswith("~"):  # `_absolute` has expanded every other one
+        raise ValueError(f"nobody knows the home folder {path.parts[0]}")
+    if "\0" in str(path):
+        raise ValueError("a path has no NUL in it")
+    return path
+
+
 # TOML has neither paths nor tuples: a text stands for the one, an array for the other.
-AnyPath = Annotated[Path, Field(strict=False)]
+AnyPath = Annotated[Path, Field(strict=False), AfterValidator(_is_a_path)]
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 
 
@@ -278,7 +288,7 @@ class Config(Table):
         state_dir = _absolute(data.get("state_dir")) or default_state_dir()
         data["state_dir"] = state_dir
         if not isinstance(state_dir, Path):
-            return data  # of the wrong type, which pydantic is about to say
+            return data  # no path, which pydantic is about to say
         data["socket"] = _absolute(data.get("socket")) or default_socket(state_dir)
         spool = data.get("spool", {})
         if isinstance(spool, SpoolConfig):
@@ -322,7 +332,12 @@ def default_socket(state_dir: Path) -> Path:
 
 
 def _absolute(value: Any) -> Any:
-    """None for an empty path; a value of another type is left for pydantic to refuse."""
+    """None for an empty path; what is no path, or in a home that nobody knows, is left for pydantic to refuse."""
     if value is None or value in ("", Path()):
         return None
-    return Path(value).expanduser().absolute() if isinstance(value, str | Path) else value
+    if not isinstance(value, str | Path) or "\0" in str(value):
+        return value
+    try:
+        return Path(value).expanduser().absolute()
+    except RuntimeError:
+        return value
