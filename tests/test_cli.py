@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from hogwild import __version__, openmp, state_lock
 from hogwild.cli import app
-from hogwild.errors import ConfigError, HogwildError
+from hogwild.errors import ConfigError, HogwildError, UsageError
 from hogwild.vllm_plugin import launch
 from support import environment
 from tiny import Child, llama, tokenizer
@@ -121,6 +121,13 @@ def test_a_model_that_is_named_after_options_is_asked_for_before_them(monkeypatc
     assert not reached
     assert isinstance(ran.exception, ConfigError)
     assert "before any option of vLLM" in str(ran.exception)
+
+
+def test_a_server_whose_weights_could_not_be_trained_is_not_started(monkeypatch):
+    reached, ran = vllm(monkeypatch, "m", "--load_format=auto")
+    assert not reached
+    assert isinstance(ran.exception, UsageError)
+    assert "--load-format auto: nothing could be trained" in str(ran.exception)
 
 
 @pytest.mark.parametrize("command", ["serve", "checkpoint"])

@@ -94,6 +94,7 @@ def vllm(
         raise ConfigError(
             "no model: name its folder, before any option of vLLM, or set `model` in the configuration"
         )
+    launch.refuse(arguments)
     said = "VLLM_CPU_KVCACHE_SPACE" in os.environ  # vLLM's own variable
     command = launch.command(model, arguments, available=0 if said else heap.available())
     environment = launch.environment(

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hogwild import openmp
+from hogwild.errors import UsageError
 from hogwild.vllm_plugin import orphan, ready
 from hogwild.vllm_plugin.names import (
     BASE_VARIABLE,
@@ -21,11 +22,21 @@ from hogwild.vllm_plugin.names import (
     URL_VARIABLE,
 )
 
+LOAD_FORMAT = "hogwild"
 MIDDLEWARE = "hogwild.vllm_plugin.middleware.Generation"
 
 
 CACHE_SHARE = 4  # of the free memory, one part in so many is vLLM's cache of keys and values
 _CACHE_OPTIONS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization", "--config")
+
+
+def refuse(arguments: Sequence[str]) -> None:
+    """Raises UsageError for what would take the weights out of the daemon's reach."""
+    loader = _option(arguments, "--load-format")
+    if loader not in (None, LOAD_FORMAT):
+        raise UsageError(
+            f"--load-format {loader}: nothing could be trained; leave it out, hogwild loads safetensors itself"
+        )
 
 
 def command(model: str, arguments: Sequence[str], *, available: int = 0) -> list[str]:
@@ -34,7 +45,7 @@ def command(model: str, arguments: Sequence[str], *, available: int = 0) -> list
     Args:
         available: bytes of memory that are free, of which vLLM gets its part where nobody said how much; 0: not known.
     """
-    extra = ["--load-format", "hogwild", "--middleware", MIDDLEWARE]
+    extra = ["--load-format", LOAD_FORMAT, "--middleware", MIDDLEWARE]
     if available and _for_cpu() and all(_option(arguments, name) is None for name in _CACHE_OPTIONS):
         # vLLM itself would take nearly all there is, and the daemon would train out of swap.
         extra += ["--kv-cache-memory-bytes", str(available // CACHE_SHARE)]
