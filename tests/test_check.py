@@ -10,6 +10,7 @@ from chat_families import tokenizer_of
 from hogwild.check import Checker, tokenizer_in
 from hogwild.config import load
 from hogwild.errors import UsageError
+from tiny import tokenizer
 
 LINES = (
     '{"messages": [{"role": "user", "content": "[b]Who?"}, {"role": "assistant", "content": "[/b] Ada."}]}\n'
@@ -136,3 +137,16 @@ def test_a_folder_without_a_tokenizer_is_one_line(tmp_path):
     with pytest.raises(UsageError, match="no tokenizer there: ") as caught:
         tokenizer_in(tmp_path)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["NewKind", None])
+def test_a_tokenizer_that_cannot_be_read_is_one_line(tmp_path, kind):
+    """Of a newer version, say; or half of it."""
+    tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["type"] = kind
+    path.write_text(json.dumps(content if kind else {}))
+    with pytest.raises(UsageError, match="no tokenizer there: ") as caught:
+        tokenizer_in(tmp_path)
+    assert "\n" not in str(caught.value)
