@@ -125,6 +125,16 @@ def test_what_a_line_says_for_itself_is_shown(tmp_path):
     assert [record["id"] for record in records] == ["old-address", None]
 
 
+def test_a_line_cannot_speak_to_the_terminal(tmp_path):
+    """Names and fields are shown as what the text is: without what moves a cursor or sets colours."""
+    path = tmp_path / "\x1b[41mfacts.jsonl"
+    path.write_text('{"id": "\\u001b[2Ja", "text": "a"}\n{"\\u001b[31mred": 1, "text": "a"}\n')
+    _, text = checked([path])
+    assert "\x1b" not in text
+    assert "ok  \\x1b[41mfacts.jsonl:1 \\x1b[2Ja\n" in text
+    assert "\\x1b[31mred: unknown field" in text
+
+
 def test_a_file_that_cannot_be_read_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match=r"absent\.jsonl: cannot be read"):
         checked([tmp_path / "absent.jsonl"])

@@ -147,6 +147,17 @@ def test_the_screen_says_what_is_learned_how_fast_and_what_is_wrong(width):
             assert part in said, part
 
 
+def test_names_of_files_cannot_speak_to_the_terminal():
+    console = Console(width=160, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115
+    shown = status(warnings=["\x1b[2Jb in incoming/ is not taken"])
+    shown["learning"]["files"][0]["name"] = "\x1b[2Ja.jsonl"
+    console.print(screen(shown))
+    said = console.export_text()
+    assert "\x1b" not in said
+    assert r"\x1b[2Ja.jsonl" in said
+    assert r"! \x1b[2Jb" in said
+
+
 def test_a_probe_that_is_no_number_is_shown_as_that():
     console = Console(width=160, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115
     probes = {**status()["probes"], "newest": {"step": 1, "losses": {"own": None}, "right": {"own": 0.0}}}

@@ -19,6 +19,7 @@ from hogwild.ledger_records import BadLine, GoodLine
 from hogwild.lines import SUFFIXES, DamagedFileError, read_lines
 from hogwild.plural import counted
 from hogwild.settings import Config
+from hogwild.terminal import plain
 
 Record = dict[str, object]
 
@@ -169,7 +170,7 @@ class Checker:
         return record
 
     def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(plain(text), highlight=False, soft_wrap=True)
 
 
 def _settings(example: Example, sequences: int) -> list[str]:

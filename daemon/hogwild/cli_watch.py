@@ -133,7 +133,7 @@ def quarantine(
         table.add_column(heading, justify="right" if right else "left", overflow="fold")
     for one in found:
         cells = (one.example_id, one.file, one.line_no, one.name or "", one.guard, one.at[:19], one.reason)
-        table.add_row(*(Text(str(cell)) for cell in (*cells, _measured(one))))
+        table.add_row(*(Text(terminal.plain(cell)) for cell in (*cells, _measured(one))))
     terminal.console().print(table)
 
 

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hogwild.plural import counted
+from hogwild.terminal import plain
 
 _MIB = 1024 * 1024
 
@@ -33,7 +34,7 @@ def _waiting(status: dict[str, Any]) -> RenderableType:
 
 
 def _warnings(status: dict[str, Any]) -> list[RenderableType]:
-    found = [Text(f"! {warning}", style="bold yellow") for warning in status["warnings"]]
+    found = [Text(f"! {plain(warning)}", style="bold yellow") for warning in status["warnings"]]
     return [Text(), *found] if found else []
 
 
@@ -143,7 +144,7 @@ def _files(status: dict[str, Any]) -> Table:
     for file in status["learning"]["files"]:
         counts = ("examples", "pending", "trained", "durable", "quarantined", "undone")
         table.add_row(
-            Text(file["name"], overflow="ellipsis"),
+            Text(plain(file["name"]), overflow="ellipsis"),
             *(str(file[key]) for key in counts),
             str(file["failed"] + file["rejected"]),
             (file["accepted_at"] or "")[:16].replace("T", " "),
