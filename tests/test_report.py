@@ -147,6 +147,31 @@ def test_the_screen_says_what_is_learned_how_fast_and_what_is_wrong(width):
             assert part in said, part
 
 
+@pytest.mark.parametrize(
+    ("width", "left_out"), [(140, set()), (80, {"accepted"}), (60, {"accepted", "undone", "quarantined"})]
+)
+def test_no_digit_of_what_became_of_a_file_is_cut(width, left_out):
+    console = Console(width=width, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115
+    shown = status()
+    shown["learning"]["files"][0] |= {
+        "name": "a" * 60,
+        "examples": 123456,
+        "pending": 23456,
+        "durable": 100000,
+    }
+    console.print(screen(shown))
+    heading, file = (
+        re.split(r" {2,}", line.strip("│ "))
+        for line in console.export_text().splitlines()
+        if line.startswith(("│  file ", "│  aaa"))
+    )
+    row = dict(zip(heading, file, strict=True))
+    assert {key: row.get(key) for key in ("examples", "pending", "trained", "durable", "bad")} == {
+        "examples": "123456", "pending": "23456", "trained": "1", "durable": "100000", "bad": "2",
+    }  # fmt: skip
+    assert left_out == {"accepted", "undone", "quarantined"} - set(row)
+
+
 def test_names_of_files_cannot_speak_to_the_terminal():
     console = Console(width=160, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115
     shown = status(warnings=["\x1b[2Jb in incoming/ is not taken"])
