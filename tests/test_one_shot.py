@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hogwild import one_shot
+from hogwild import one_shot, train_command
 from hogwild.checkpoint import Checkpoints
 from hogwild.ledger import Ledger
+from hogwild.one_shot import FileResult, Result
 from hogwild.settings import Config
 from support import environment, wait_until
 from tiny import llama, tokenizer
@@ -329,3 +330,17 @@ def passes(state: Path) -> int:
     except Exception:
         time.sleep(0.1)  # it is being made
         return 0
+
+
+@pytest.mark.parametrize("columns", [None, "60"])
+def test_the_report_names_each_file_in_full(capsys, monkeypatch, columns):
+    """In a pipe on one line; where there is no room for that, on several."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    path = f"/home/{'x' * 80}/facts.jsonl"
+    files = [FileResult(path, 3, 1, 0, 3, 1.25, 0.5), FileResult("b.jsonl", 3, 0, same_as=path)]
+    train_command._report(Result("/out", files, 9, 9, 3.0, interrupted=False))
+    said = capsys.readouterr().out
+    assert said.count("x") == 161  # and one in the heading
+    assert columns or f"b.jsonl (the same as {path})" in said

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from hogwild import terminal
 from hogwild.check import Checker, tokenizer_in
 from hogwild.encoding import context_length
 from hogwild.errors import HogwildError, UsageError
@@ -72,7 +73,7 @@ def run(
     if as_json:
         sys.stdout.write(json.dumps(asdict(result)) + "\n")
     else:
-        _report(result, Console())
+        _report(result)
     return 0
 
 
@@ -187,10 +188,11 @@ class _Bar:
         )
 
 
-def _report(result: "Result", console: Console) -> None:
+def _report(result: "Result") -> None:
+    console = terminal.console()
     table = Table(box=None, pad_edge=False)
     for heading in ("file", "examples", "wrong", "loss before", "after", "measured on"):
-        table.add_column(heading, justify="left" if heading == "file" else "right")
+        table.add_column(heading, justify="left" if heading == "file" else "right", overflow="fold")
     for one in result.files:
         losses = ["" if loss is None else f"{loss:.3f}" for loss in (one.loss_before, one.loss_after)]
         name = f"{one.file} (the same as {one.same_as})" if one.same_as else one.file
