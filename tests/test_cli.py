@@ -225,6 +225,9 @@ def test_the_running_daemon_is_asked_and_reported(tmp_path):
     assert f"the daemon on {tmp_path / 'arena.sock'} cannot be asked" in ran.stderr
     said = json.loads(hogwild("status", "--json", state_dir=tmp_path).stdout)
     assert said == {"pid": daemon.pid, "training": False}, "what an earlier daemon wrote is not reported"
+    for half in ("", '{"pid": '):  # what a power cut may leave of it
+        (tmp_path / "status.json").write_text(half)
+        assert json.loads(hogwild("status", "--json", state_dir=tmp_path).stdout) == said
     (tmp_path / "status.json").write_text(json.dumps({"pid": daemon.pid, "step": 6}))
     assert json.loads(hogwild("status", "--json", state_dir=tmp_path).stdout)["step"] == 6
     assert "6" in hogwild("status", state_dir=tmp_path).stdout

@@ -75,7 +75,7 @@ class Subject:
         try:
             pid = self.daemon()
             return running.status(self.config.state_dir, pid) if pid is not None else {}
-        except (OSError, ValueError, HogwildError):
+        except (OSError, HogwildError):
             return {}
 
     def may(self, path: Path, mode: int) -> bool:
