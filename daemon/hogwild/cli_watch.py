@@ -74,8 +74,19 @@ def report(
     from hogwild.report import page
 
     settings = configuration.load(config)
-    owner.become(settings.state_dir)
-    out.write_text(page(settings), encoding="utf-8")
+    there = out.exists()
+    try:
+        with out.open("a", encoding="utf-8") as file:  # by who asks, who may be root: the page is theirs
+            owner.become(settings.state_dir)
+            text = page(settings)
+            with contextlib.suppress(OSError):  # a pipe has nothing to cut
+                file.truncate(0)
+            file.write(text)
+    except BaseException:
+        if not there:
+            with contextlib.suppress(OSError):
+                out.unlink()
+        raise
     typer.echo(str(out))
 
 
