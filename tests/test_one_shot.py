@@ -1,6 +1,7 @@
 """`hogwild train`: from files and a model folder to another model folder, in processes of its own."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -109,6 +110,18 @@ def test_it_learns_reports_and_writes_a_plain_model(model: Path, tmp_path: Path)
             with torch.no_grad():
                 losses.append(float(loaded(torch.tensor([ids]), labels=labels).loss))
         assert sum(losses) / 3 == pytest.approx(first[key], abs=0.02)
+
+
+def test_a_file_may_have_any_name(model: Path, tmp_path: Path) -> None:
+    """As in the spool: bytes that are no UTF-8 are replaced where it is written down."""
+    file = Path(os.fsdecode(os.fsencode(tmp_path / "a") + b"\xff.jsonl"))
+    write(file, TEACH[:1])
+    for name in ("one", "two"):  # the second goes on in the state folder of the first, whose file this is
+        told = ["--state", tmp_path / "state", "--out", tmp_path / name, "--passes", 1, "--json"]
+        ran = train(file, "--model", model, *told)
+        assert ran.returncode == 0, ran.stderr
+        (found,) = json.loads(ran.stdout)["files"]
+        assert (found["file"], found["examples"], found["same_as"]) == (str(file), 1, None)
 
 
 def test_strict_trains_nothing_beside_a_bad_line(model: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from hogwild.learner import Learner
 from hogwild.ledger import FileRecord, GoodLine, Ledger
 from hogwild.lines import DamagedFileError, content_hash, read_lines
 from hogwild.settings import Config, ProbesConfig
+from hogwild.spool_files import printable
 from hogwild.weights import load_arena
 
 _TURN_S = 0.1
@@ -183,13 +184,14 @@ class OneShot:
 
     def _accept(self, path: Path, ledger: Ledger) -> tuple[FileRecord, str | None]:
         """The file in the ledger, and the name of another with the same content that was there before."""
+        name = printable(str(path))
         try:
             digest, length = content_hash(path)
             lines = read_lines(path, self.config.spool.max_line_bytes)
             passes = self.config.training.passes
-            record = ledger.accept_file(str(path), digest, lines, passes=passes, content_bytes=length)
+            record = ledger.accept_file(name, digest, lines, passes=passes, content_bytes=length)
         except AlreadyAccepted as known:  # or an earlier run in this state folder did it, and we go on
-            same = Path(known.name).resolve() == path.resolve()
+            same = known.name == name or Path(known.name).resolve() == path.resolve()
             return ledger.file(known.file_id), None if same else known.name
         except (DamagedFileError, OSError) as error:
             raise UsageError(f"{path}: cannot be read: {error}") from error
