@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from hogwild import state_lock
 from support import Daemon, environment, free_port, wait_until
 from tiny import llama, tokenizer
 from world import World
@@ -130,20 +131,46 @@ def test_a_quantised_model(service: Service) -> None:
     assert "quantised" in service.found("model", "fail")["found"]
 
 
-def test_a_port_that_somebody_else_has(service: Service) -> None:
-    class Other(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_error(404)
+@pytest.fixture
+def answering(service: Service) -> Iterator[Callable[[int], None]]:
+    """Has every request to the server's port answered with one status."""
+    others: list[HTTPServer] = []
 
-        def log_message(self, *_: Any) -> None:
-            pass
+    def answer(code: int) -> None:
+        class Other(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_error(code)
 
-    other = HTTPServer(("127.0.0.1", service.port), Other)
-    threading.Thread(target=other.serve_forever, daemon=True).start()
-    assert "something else answers" in service.found("server", "fail")["found"]
-    other.shutdown()
-    other.server_close()
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        others.append(HTTPServer(("127.0.0.1", service.port), Other))
+        threading.Thread(target=others[0].serve_forever, daemon=True).start()
+
+    yield answer
+    for other in others:
+        other.shutdown()
+        other.server_close()
+
+
+def test_a_port_that_somebody_else_has(service: Service, answering: Callable[[int], None]) -> None:
     assert "port is free" in service.found("server", "ok")["found"]
+    answering(404)
+    assert "something else answers" in service.found("server", "fail")["found"]
+
+
+def test_a_key_that_the_daemon_has_and_whoever_asks_has_not(
+    service: Service, answering: Callable[[int], None]
+) -> None:
+    """docs/operations.md has the key put where only the service reads it."""
+    answering(401)
+    assert "wants an API key" in service.found("server", "warn")["found"]
+    lock, status = state_lock.take(service.root / "state"), service.root / "state" / "status.json"
+    refused = "the server could not be asked whether it serves what is trained: 401"
+    for training, warnings, level in ((False, [], "warn"), (True, [refused], "warn"), (True, [], "ok")):
+        status.write_text(json.dumps({"pid": os.getpid(), "training": training, "warnings": warnings}))
+        assert "wants an API key" in service.found("server", level)["found"]
+    os.close(lock)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,8 @@ def server(subject: Subject) -> Iterator[Finding]:
         )
         if not about["daemon"]["alive"]:
             yield warn("server", "no daemon trains its weights", "systemctl start hogwild, or hogwild serve")
+    elif about == 401 and _asks(subject.status):
+        yield ok("server", f"{url} wants an API key, and the daemon has it")
     elif about == 401:
         yield warn(
             "server",
@@ -169,6 +171,12 @@ def _daemon(pid: int, path: Path, status: dict[str, Any]) -> Finding:
             "hogwild vllm MODEL, or systemctl start hogwild-vllm",
         )
     return ok("daemon", f"process {pid} listens on {path}")
+
+
+def _asks(status: dict[str, Any]) -> bool:
+    """Does this daemon get answers from its server? What it has not seen to be served, it does not train."""
+    unasked = [one for one in status.get("warnings", ()) if one.startswith("the server could not be asked")]
+    return bool(status.get("training")) and not unasked
 
 
 def _ask(url: str, key: str) -> Any:
