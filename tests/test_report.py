@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -181,6 +182,22 @@ def test_names_of_files_cannot_speak_to_the_terminal():
     assert "\x1b" not in said
     assert r"\x1b[2Ja.jsonl" in said
     assert r"! \x1b[2Jb" in said
+
+
+@pytest.mark.parametrize("more", [{}, {"learning": None}], ids=["trains", "waits"])
+def test_what_was_said_long_ago_is_not_shown_as_what_is(more):
+    """`status.json` cannot be written on a full disk."""
+
+    def said(ago: float) -> str:
+        console = Console(width=160, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115
+        shown = {**status(), "at": time.time() - ago}
+        if more:
+            del shown["learning"]
+        console.print(screen(shown))
+        return console.export_text().splitlines()[0]
+
+    assert "process 7, as of 1 h 1 min ago" in said(3660.5)
+    assert "as of" not in said(5.0)
 
 
 def test_a_probe_that_is_no_number_is_shown_as_that():

@@ -1,5 +1,7 @@
 """The status on one screen. Imports no torch."""
 
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,7 @@ from hogwild.plural import counted
 from hogwild.terminal import plain
 
 _MIB = 1024 * 1024
+_OLD_S = 30.0  # it is written every few seconds
 _NAME_COLUMNS = 11  # of a file's name, at least
 
 
@@ -38,7 +41,8 @@ def _waiting(status: dict[str, Any]) -> RenderableType:
         waits = counted(status["pending"], "example waits", "examples wait")
         parts.append(Text(f"{waits}, {_bad(status)}{_in_spool(status)}"))
         parts += _warnings(status)
-    return Panel(Group(*parts), title=f"hogwild, process {status['pid']}", title_align="left", padding=(1, 2))
+    title = f"hogwild, process {status['pid']}{_as_of(status)}"
+    return Panel(Group(*parts), title=title, title_align="left", padding=(1, 2))
 
 
 def _warnings(status: dict[str, Any]) -> list[RenderableType]:
@@ -65,7 +69,14 @@ def _title(status: dict[str, Any]) -> Text:
     )
     if status["training"] and not status["learning"]["passes_left"]:
         state = Text("idle, all is learned", style="bold green")
-    return Text.assemble("hogwild  ", state, f"  up {_span(status['uptime_s'])}, process {status['pid']}")
+    said = f"  up {_span(status['uptime_s'])}, process {status['pid']}{_as_of(status)}"
+    return Text.assemble("hogwild  ", state, said)
+
+
+def _as_of(status: dict[str, Any]) -> str:
+    """Of a daemon that is at something long, or cannot write (a full disk), what it said last is shown."""
+    age = time.time() - status.get("at", math.inf)
+    return f", as of {_span(age)} ago" if age > _OLD_S else ""
 
 
 def _facts(status: dict[str, Any]) -> Table:
