@@ -176,7 +176,7 @@ def _release(settings: "Config", examples: list[int] | None, file: str | None) -
     from hogwild import log
     from hogwild.ledger import Ledger
 
-    log.configure("error", settings.log.format)
+    log.configure("error", settings.log.format, sys.stderr)
     lock = state_lock.take(settings.state_dir)
     try:
         with Ledger(settings.state_dir / "ledger.sqlite") as ledger:
