@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hogwild import one_shot, train_command
 from hogwild.checkpoint import Checkpoints
+from hogwild.config import load
+from hogwild.learner import Learner
 from hogwild.ledger import Ledger
-from hogwild.one_shot import FileResult, Result
+from hogwild.one_shot import FileResult, OneShot, Result
 from hogwild.settings import Config
 from support import environment, wait_until
 from tiny import llama, tokenizer
@@ -291,6 +293,34 @@ def test_a_model_that_somebody_gives_up_while_it_is_written_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         one_shot.OneShot(Config(), model, out)._publish(checkpoints)
     assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["the first", "a later one"])
+def test_a_run_that_ends_between_its_last_pass_and_the_checkpoint_is_done_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bool
+) -> None:
+    """A kill, or a full disk."""
+    first, second = write(tmp_path / "a.jsonl", TEACH[:1]), write(tmp_path / "b.jsonl", TEACH[1:2])
+    config = load(overrides={"training.threads": 1, "training.passes": 1, "replay.self_texts": 0})
+
+    def run(out: str) -> Result:
+        return OneShot(config, model, tmp_path / out, tmp_path / "state").run([first, second][: 1 + saved])
+
+    if saved:
+        OneShot(config, model, tmp_path / "before", tmp_path / "state").run([first])
+    with monkeypatch.context() as full:
+        full.setattr(Learner, "save", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            run("lost")
+    result = run("out")
+    assert result.steps >= 1 + saved
+    assert not torch.equal(weights(tmp_path / "out"), weights(model))
+    with Ledger(tmp_path / "state" / "ledger.sqlite") as ledger:
+        assert ledger.counts().durable == 1 + saved
+
+
+def weights(folder: Path) -> torch.Tensor:
+    return torch.cat([one.flatten() for one in load_file(folder / "model.safetensors").values()])
 
 
 def test_an_out_that_could_not_be_written_is_written_by_the_same_command_again(

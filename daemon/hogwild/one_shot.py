@@ -27,6 +27,7 @@ from hogwild.settings import Config, ProbesConfig
 from hogwild.spool_files import printable
 from hogwild.weights import load_arena
 
+_NOTHING = "there is nothing to train: no good line that has not been trained before"
 _TURN_S = 0.1
 _STOP_TIMEOUT_S = 600.0
 MEASURED, MEASURED_OF_A_FILE = 256, 32  # examples whose loss is measured before and after
@@ -111,12 +112,11 @@ class OneShot:
             with Ledger(state / "ledger.sqlite") as ledger:
                 records = {path: self._accept(path, ledger) for path in files}
                 checkpoints = Checkpoints(state / "checkpoints", config.checkpoint.keep)
-                if ledger.is_idle() and checkpoints.current() is not None and not ledger.has_passes_to_save():
+                lost = ledger.has_passes_to_save()  # by a run that ended before it had saved them
+                if ledger.is_idle() and checkpoints.current() is not None and not lost:
                     return self._publish_again(checkpoints, ledger, records, began)
-                if ledger.is_idle():
-                    raise HogwildError(
-                        "there is nothing to train: no good line that has not been trained before"
-                    )
+                if ledger.is_idle() and not lost:
+                    raise HogwildError(_NOTHING)
                 curriculum = Curriculum(
                     ledger,
                     config.replay,
@@ -125,6 +125,10 @@ class OneShot:
                 )
                 arena = load_arena(self.model, self.device)
                 learner = recovery.take(arena, config, ledger, checkpoints, curriculum).learner
+                if (
+                    ledger.is_idle()
+                ):  # what was lost is not to be trained again: guards have set it aside since
+                    raise HogwildError(_NOTHING)
                 results = _results(records)
                 most = max(min(MEASURED_OF_A_FILE, MEASURED // len(files)), 1)
                 samples = [
