@@ -126,6 +126,20 @@ def test_a_file_may_have_any_name(model: Path, tmp_path: Path) -> None:
         assert (found["file"], found["examples"], found["same_as"]) == (str(file), 1, None)
 
 
+def test_a_model_that_is_ruined_is_not_written(model: Path, tmp_path: Path) -> None:
+    """A rate that no weight survives; with another one the same state folder begins again."""
+    file, out = write(tmp_path / "a.jsonl", TEACH[:1]), tmp_path / "out"
+    told = [file, "--model", model, "--state", tmp_path / "state", "--out", out, "--passes", 1, "--json"]
+    ran = train(*told, "--lr", 1e38)
+    assert ran.returncode == 1
+    assert "a.jsonl: its loss is not a number any more" in ran.stderr
+    assert "optimizer.lr than 1e+38" in ran.stderr
+    assert not out.exists()
+    ran = train(*told, "--lr", 1e-3)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["files"][0]["loss_after"] > 0
+
+
 def test_strict_trains_nothing_beside_a_bad_line(model: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", TEACH, "{")
     ran = train(file, "--model", model, "--out", tmp_path / "out", "--strict")

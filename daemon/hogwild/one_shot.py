@@ -5,6 +5,7 @@ arena is made here, from the model's own files, and what comes out is a plain mo
 """
 
 import contextlib
+import math
 import os
 import shutil
 import tempfile
@@ -100,7 +101,7 @@ class OneShot:
 
         Raises:
             ArenaError: there is no room on `device`, or no such device.
-            HogwildError: a trainer failed, nothing could be trained, or the model could not be written.
+            HogwildError: a trainer failed, nothing could be trained, the model is ruined or could not be written.
         """
         began = time.monotonic()
         with self._state_folder() as state:
@@ -141,6 +142,11 @@ class OneShot:
                 self._train(learner, ledger, on_progress)
                 for result, groups in zip(results, samples, strict=True):
                     result.loss_after = _mean_loss(learner, groups)
+                    if not math.isfinite(result.loss_after or 0.0):
+                        raise HogwildError(
+                            f"{result.file}: its loss is not a number any more: the model is ruined, and nothing was "
+                            f"written; train with a smaller optimizer.lr than {config.optimizer.lr:g}"
+                        )
                     result.failed = (
                         0 if result.same_as else ledger.file(records[Path(result.file)][0].file_id).failed
                     )
