@@ -309,11 +309,14 @@ def test_a_model_that_somebody_gives_up_while_it_is_written_leaves_nothing(
     assert list(out.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "where", [(Learner, "save"), (Ledger, "complete_checkpoint")], ids=["before", "after"]
+)
 @pytest.mark.parametrize("saved", [False, True], ids=["the first", "a later one"])
-def test_a_run_that_ends_between_its_last_pass_and_the_checkpoint_is_done_again(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bool
+def test_a_run_that_ends_between_its_last_pass_and_the_checkpoint_is_gone_on_with(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bool, where: tuple[type, str]
 ) -> None:
-    """A kill, or a full disk."""
+    """A kill, or a full disk: before the checkpoint is there, or before the ledger knows of it."""
     first, second = write(tmp_path / "a.jsonl", TEACH[:1]), write(tmp_path / "b.jsonl", TEACH[1:2])
     config = load(overrides={"training.threads": 1, "training.passes": 1, "replay.self_texts": 0})
 
@@ -323,7 +326,7 @@ def test_a_run_that_ends_between_its_last_pass_and_the_checkpoint_is_done_again(
     if saved:
         OneShot(config, model, tmp_path / "before", tmp_path / "state").run([first])
     with monkeypatch.context() as full:
-        full.setattr(Learner, "save", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        full.setattr(*where, lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
         with pytest.raises(OSError, match="full"):
             run("lost")
     result = run("out")

@@ -28,7 +28,6 @@ from hogwild.settings import Config, ProbesConfig
 from hogwild.spool_files import printable
 from hogwild.weights import load_arena
 
-_NOTHING = "there is nothing to train: no good line that has not been trained before"
 _TURN_S = 0.1
 _STOP_TIMEOUT_S = 600.0
 MEASURED, MEASURED_OF_A_FILE = 256, 32  # examples whose loss is measured before and after
@@ -113,11 +112,9 @@ class OneShot:
             with Ledger(state / "ledger.sqlite") as ledger:
                 records = {path: self._accept(path, ledger) for path in files}
                 checkpoints = Checkpoints(state / "checkpoints", config.checkpoint.keep)
-                lost = ledger.has_passes_to_save()  # by a run that ended before it had saved them
-                if ledger.is_idle() and checkpoints.current() is not None and not lost:
+                # What counts and is in no checkpoint a run that was killed has lost: `recovery.take` queues it again.
+                if ledger.is_idle() and not ledger.has_passes_to_save():
                     return self._publish_again(checkpoints, ledger, records, began)
-                if ledger.is_idle() and not lost:
-                    raise HogwildError(_NOTHING)
                 curriculum = Curriculum(
                     ledger,
                     config.replay,
@@ -126,10 +123,9 @@ class OneShot:
                 )
                 arena = load_arena(self.model, self.device)
                 learner = recovery.take(arena, config, ledger, checkpoints, curriculum).learner
-                if (
-                    ledger.is_idle()
-                ):  # what was lost is not to be trained again: guards have set it aside since
-                    raise HogwildError(_NOTHING)
+                if ledger.is_idle():  # it had saved it, and only the ledger did not know yet
+                    learner.stop(_STOP_TIMEOUT_S)
+                    return self._publish_again(checkpoints, ledger, records, began)
                 results = _results(records)
                 most = max(min(MEASURED_OF_A_FILE, MEASURED // len(files)), 1)
                 samples = [
@@ -165,10 +161,15 @@ class OneShot:
     def _publish_again(
         self, checkpoints: Checkpoints, ledger: Ledger, records: Records, began: float
     ) -> Result:
-        """An earlier run in this state folder has trained all of it, and may not have been able to write `out`."""
-        self._publish(checkpoints)
+        """An earlier run in this state folder has trained all of it, and may not have been able to write `out`.
+
+        Raises:
+            HogwildError: there is none that has saved anything, and nothing to train; or `out` cannot be written.
+        """
         current = checkpoints.current()
-        assert current is not None
+        if current is None:
+            raise HogwildError("there is nothing to train: no good line that has not been trained before")
+        self._publish(checkpoints)
         steps = generation.read_state(current)["step"]
         seconds = round(time.monotonic() - began, 1)
         return Result(
