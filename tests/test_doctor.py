@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from hogwild import state_lock
+from hogwild import doctor, doctor_model, state_lock
 from support import Daemon, environment, free_port, wait_until
 from tiny import llama, tokenizer
 from world import World
@@ -116,6 +116,22 @@ def test_a_model_that_is_not_whole(service: Service, damage: Any, says: str) -> 
     code, findings = service.examine()
     assert code == 1
     assert any(one["what"] == "model" and says in one["found"] for one in findings)
+
+
+def test_a_look_at_a_model_that_is_killed_is_no_success(
+    service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For want of memory, the kernel says nothing to it."""
+
+    def ended(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        if module == "hogwild.vllm_plugin.try_model":
+            Path(str(arguments[0])).write_text('{"layout": {}}')
+            return subprocess.CompletedProcess([], 0, "", "")
+        return subprocess.CompletedProcess([], -9, "", "")
+
+    monkeypatch.setattr(doctor_model, "_python", ended)
+    assert doctor.examine(service.config, quick=True, as_json=True, model=service.model) == 1
+    assert json.loads(capsys.readouterr().out)[-1]["found"] == "what builds the trainers' model ended with -9"
 
 
 @pytest.mark.skipif(bool(list(Path("/dev").glob("nvidia[0-9]*"))), reason="about a machine without a GPU")
