@@ -154,6 +154,11 @@ def test_a_file_of_the_wrong_shape_is_one_clear_error(tmp_path, text, problem):
         load(write(tmp_path, text), {"spool.settle_s": 1})
 
 
+def test_a_file_of_an_editor_that_begins_it_with_a_byte_order_mark_is_read(tmp_path):
+    path = write(tmp_path, '\ufeffmodel = "m"\n')
+    assert load(path).model == "m"
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.toml: cannot be read: No such file"):
         load(tmp_path / "nowhere.toml")
