@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hogwild import cli_watch, doctor, doctor_folders
+from hogwild import cli_watch, doctor, doctor_folders, state_lock
 from hogwild.errors import HogwildError
 from hogwild.ledger import Ledger
 from hogwild.settings import Config, SpoolConfig
@@ -157,6 +157,14 @@ def test_the_doctor_does_not_guess_what_another_user_may_do(place):
     assert "level='warn'" in said
     assert f"{place}/state: what user hogwild may do there, only root can say" in said
     assert "fix='sudo hogwild doctor'" in said
+
+
+def test_who_may_not_see_the_daemon_is_told_who_may(place):
+    os.close(state_lock.take(place))
+    (place / state_lock.NAME).chmod(0o000)
+    assert unprivileged(lambda: state_lock.holder(place)).endswith(
+        "Permission denied: run it as the owner of that, or as root"
+    )
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="about what root asks for")
