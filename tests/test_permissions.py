@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hogwild import cli_watch, doctor, doctor_folders, state_lock
+from hogwild import cli_watch, doctor, doctor_folders, doctor_service, state_lock
 from hogwild.errors import HogwildError
 from hogwild.ledger import Ledger
 from hogwild.settings import Config, SpoolConfig
@@ -165,6 +165,11 @@ def test_who_may_not_see_the_daemon_is_told_who_may(place):
     assert unprivileged(lambda: state_lock.holder(place)).endswith(
         "Permission denied: run it as the owner of that, or as root"
     )
+    config = Config(state_dir=place, socket=place / "arena.sock")
+    subject = doctor.Subject(config, pwd.getpwuid(NOBODY), quick=True)
+    said = unprivileged(lambda: doctor.look(doctor_service.arena_socket, subject))
+    assert f"could not be looked at: {place / state_lock.NAME} cannot be read" in said
+    assert "fix='sudo hogwild doctor'" in said
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="about what root asks for")
