@@ -123,11 +123,18 @@ def test_a_model_that_is_named_after_options_is_asked_for_before_them(monkeypatc
     assert "before any option of vLLM" in str(ran.exception)
 
 
-def test_a_server_whose_weights_could_not_be_trained_is_not_started(monkeypatch):
-    reached, ran = vllm(monkeypatch, "m", "--load_format=auto")
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("--load_format=auto", "--load-format auto: nothing could be trained"),
+        ("--uds=/run/vllm.sock", "--uds: the daemon asks the server over TCP"),
+    ],
+)
+def test_a_server_whose_weights_could_not_be_trained_is_not_started(monkeypatch, argument, says):
+    reached, ran = vllm(monkeypatch, "m", argument)
     assert not reached
     assert isinstance(ran.exception, UsageError)
-    assert "--load-format auto: nothing could be trained" in str(ran.exception)
+    assert says in str(ran.exception)
 
 
 @pytest.mark.parametrize("command", ["serve", "checkpoint"])

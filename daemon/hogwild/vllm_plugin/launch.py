@@ -31,11 +31,15 @@ _CACHE_OPTIONS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization", "--conf
 
 
 def refuse(arguments: Sequence[str]) -> None:
-    """Raises UsageError for what would take the weights out of the daemon's reach."""
+    """Raises UsageError for what would take the weights, or the server, out of the daemon's reach."""
     loader = _option(arguments, "--load-format")
     if loader not in (None, LOAD_FORMAT):
         raise UsageError(
             f"--load-format {loader}: nothing could be trained; leave it out, hogwild loads safetensors itself"
+        )
+    if _option(arguments, "--uds"):
+        raise UsageError(
+            "--uds: the daemon asks the server over TCP whether it serves what is trained; give --port"
         )
 
 
