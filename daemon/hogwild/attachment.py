@@ -163,7 +163,10 @@ class Attachment:
         server = self._api
         asked = self.must_check
         self.must_check = False  # first: a server that comes meanwhile has to be asked, too
-        if not server.ready() or not self._take_frequencies(learner):
+        answers = server.ready()
+        if asked:
+            self.unasked = "" if answers else f"GET {url}/health is not answered"
+        if not answers or not self._take_frequencies(learner):
             # Still starting, or gone: asked again in the next turn, or when it comes back.
             if asked:
                 self.must_check = True
