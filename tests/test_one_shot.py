@@ -400,7 +400,10 @@ def test_the_report_names_each_file_in_full(capsys, monkeypatch, columns):
         monkeypatch.setenv("COLUMNS", columns)
     path = f"/home/{'x' * 80}/facts.jsonl"
     files = [FileResult(path, 3, 1, 0, 3, 1.25, 0.5), FileResult("b.jsonl", 3, 0, same_as=path)]
-    train_command._report(Result("/out", files, 9, 9, 3.0, interrupted=False))
+    files.append(FileResult("[en].jsonl", 1, 0))
+    train_command._report(Result("/out[/a]", files, 9, 9, 3.0, interrupted=False))
     said = capsys.readouterr().out
     assert said.count("x") == 161  # and one in the heading
     assert columns or f"b.jsonl (the same as {path})" in said
+    assert "[en].jsonl" in said
+    assert "/out[/a]" in said

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -196,12 +197,15 @@ def _report(result: "Result") -> None:
     for one in result.files:
         losses = ["" if loss is None else f"{loss:.3f}" for loss in (one.loss_before, one.loss_after)]
         name = f"{one.file} (the same as {one.same_as})" if one.same_as else one.file
-        table.add_row(name, str(one.examples), str(one.rejected + one.failed), *losses, str(one.measured))
+        table.add_row(
+            escape(name), str(one.examples), str(one.rejected + one.failed), *losses, str(one.measured)
+        )
     console.print(table, highlight=False)
     what = "stopped early after" if result.interrupted else "finished after"
     done = f"{counted(result.passes, 'pass', 'passes')} in {counted(result.steps, 'step')}"
     console.print(
         f"{what} {done}, {result.seconds:.0f} s: {result.out}",
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )
