@@ -10,6 +10,7 @@ from chat_families import tokenizer_of
 from hogwild.check import Checker, tokenizer_in
 from hogwild.config import load
 from hogwild.errors import UsageError
+from tiny import tokenizer
 
 LINES = (
     '{"messages": [{"role": "user", "content": "[b]Who?"}, {"role": "assistant", "content": "[/b] Ada."}]}\n'
@@ -124,6 +125,16 @@ def test_what_a_line_says_for_itself_is_shown(tmp_path):
     assert [record["id"] for record in records] == ["old-address", None]
 
 
+def test_a_line_cannot_speak_to_the_terminal(tmp_path):
+    """Names and fields are shown as what the text is: without what moves a cursor or sets colours."""
+    path = tmp_path / "\x1b[41mfacts.jsonl"
+    path.write_text('{"id": "\\u001b[2Ja", "text": "a"}\n{"\\u001b[31mred": 1, "text": "a"}\n')
+    _, text = checked([path])
+    assert "\x1b" not in text
+    assert "ok  \\x1b[41mfacts.jsonl:1 \\x1b[2Ja\n" in text
+    assert "\\x1b[31mred: unknown field" in text
+
+
 def test_a_file_that_cannot_be_read_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match=r"absent\.jsonl: cannot be read"):
         checked([tmp_path / "absent.jsonl"])
@@ -136,3 +147,16 @@ def test_a_folder_without_a_tokenizer_is_one_line(tmp_path):
     with pytest.raises(UsageError, match="no tokenizer there: ") as caught:
         tokenizer_in(tmp_path)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["NewKind", None])
+def test_a_tokenizer_that_cannot_be_read_is_one_line(tmp_path, kind):
+    """Of a newer version, say; or half of it."""
+    tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["type"] = kind
+    path.write_text(json.dumps(content if kind else {}))
+    with pytest.raises(UsageError, match="no tokenizer there: ") as caught:
+        tokenizer_in(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from hogwild import __version__, openmp, state_lock
 from hogwild.cli import app
-from hogwild.errors import ConfigError, HogwildError
+from hogwild.errors import ConfigError, HogwildError, UsageError
+from hogwild.vllm_plugin import launch
 from support import environment
 from tiny import Child, llama, tokenizer
 
@@ -89,6 +90,51 @@ def test_a_wrong_command_line_is_exit_2(arguments):
     assert ran.returncode == 2
     assert "Traceback" not in ran.stderr
     assert ran.stderr.strip()
+
+
+def vllm(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[list[str], Result]:
+    """What of these arguments reaches `vllm serve`, the model first; and how the command ended."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    reached: list[str] = []
+    monkeypatch.setattr(os, "execve", lambda _program, command, _environment: reached.extend(command[4:]))
+    ran = CliRunner().invoke(app, ["vllm", *arguments])
+    ours = launch.command("", [])[5:]
+    assert reached[1 : 1 + len(ours)] == ours[: len(reached)]
+    return [one for one in reached if one not in ours], ran
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-cc", '{"mode": 0}'], ["-cc.mode=0"], ["-ac", "{}"], ["-tp", "1", "-dph", "x"], ["-O3", "-q", "fp8"],
+        ["--port=1", "--x", "-1.5"],
+    ],
+)  # fmt: skip
+def test_every_argument_of_vllm_is_passed_on(monkeypatch, tmp_path, arguments):
+    (config := tmp_path / "hogwild.toml").write_text('model = "/m"\n')
+    assert vllm(monkeypatch, "m", *arguments, "-c", str(config))[0] == ["m", *arguments]
+    assert vllm(monkeypatch, "-c", str(config), *arguments)[0] == ["/m", *arguments]
+
+
+def test_a_model_that_is_named_after_options_is_asked_for_before_them(monkeypatch):
+    reached, ran = vllm(monkeypatch, "--port", "8000", "m")
+    assert not reached
+    assert isinstance(ran.exception, ConfigError)
+    assert "before any option of vLLM" in str(ran.exception)
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("--load_format=auto", "--load-format auto: nothing could be trained"),
+        ("--uds=/run/vllm.sock", "--uds: the daemon asks the server over TCP"),
+    ],
+)
+def test_a_server_whose_weights_could_not_be_trained_is_not_started(monkeypatch, argument, says):
+    reached, ran = vllm(monkeypatch, "m", argument)
+    assert not reached
+    assert isinstance(ran.exception, UsageError)
+    assert says in str(ran.exception)
 
 
 @pytest.mark.parametrize("command", ["serve", "checkpoint"])
@@ -186,6 +232,9 @@ def test_the_running_daemon_is_asked_and_reported(tmp_path):
     assert f"the daemon on {tmp_path / 'arena.sock'} cannot be asked" in ran.stderr
     said = json.loads(hogwild("status", "--json", state_dir=tmp_path).stdout)
     assert said == {"pid": daemon.pid, "training": False}, "what an earlier daemon wrote is not reported"
+    for half in ("", '{"pid": '):  # what a power cut may leave of it
+        (tmp_path / "status.json").write_text(half)
+        assert json.loads(hogwild("status", "--json", state_dir=tmp_path).stdout) == said
     (tmp_path / "status.json").write_text(json.dumps({"pid": daemon.pid, "step": 6}))
     assert json.loads(hogwild("status", "--json", state_dir=tmp_path).stdout)["step"] == 6
     assert "6" in hogwild("status", state_dir=tmp_path).stdout

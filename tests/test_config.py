@@ -113,6 +113,33 @@ def test_a_socket_path_that_the_kernel_cannot_take_is_refused_before_it_is_used(
         load(overrides={"socket": just_fits + "a", "model": 3})
 
 
+@pytest.mark.parametrize("key", ["state_dir", "socket", "spool.dir", "probes.file"])
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("~nobody-at-all/x", "nobody knows the home folder ~nobody-at-all"),
+        ("/a\0b", "a path has no NUL in it"),
+    ],
+)
+def test_a_path_that_cannot_be_one_is_refused_with_its_key(key, path, says):
+    with pytest.raises(ConfigError) as caught:
+        load(None, {key: path})
+    assert f"(1 found):\n  - command line: {key}: {says}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "127.0.0.1:8000", "http://", "http://::1:8000", "http://a:port"]
+)
+def test_a_url_of_the_server_that_cannot_be_asked_is_refused(tmp_path, url):
+    path = write(tmp_path, f'[server]\nurl = "{url}"\n')
+    with pytest.raises(
+        ConfigError, match=f"server.url: must be like http://127.0.0.1:8000, not '{re.escape(url)}'"
+    ):
+        load(path)
+    for good in ("http://127.0.0.1:8000", "https://[::1]/behind/a/proxy"):
+        assert load(None, {"server.url": good}).server.url == good
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -125,6 +152,11 @@ def test_a_socket_path_that_the_kernel_cannot_take_is_refused_before_it_is_used(
 def test_a_file_of_the_wrong_shape_is_one_clear_error(tmp_path, text, problem):
     with pytest.raises(ConfigError, match=problem):
         load(write(tmp_path, text), {"spool.settle_s": 1})
+
+
+def test_a_file_of_an_editor_that_begins_it_with_a_byte_order_mark_is_read(tmp_path):
+    path = write(tmp_path, '\ufeffmodel = "m"\n')
+    assert load(path).model == "m"
 
 
 def test_a_missing_file_is_named(tmp_path):

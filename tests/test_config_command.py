@@ -51,6 +51,13 @@ def test_what_it_prints_can_be_read_back(tmp_path: Path) -> None:
     assert load(path) == load()
 
 
+def test_a_path_with_any_character_can_be_read_back(tmp_path: Path) -> None:
+    (path := tmp_path / "hogwild.toml").write_text(presets.file(None, {("model",): "/srv/😀/模型"}), "utf-8")
+    assert load(path).model == "/srv/😀/模型"
+    path.write_text(run("-c", path), "utf-8")
+    assert load(path).model == "/srv/😀/模型"
+
+
 def test_check_says_nothing_or_exits_with_78(tmp_path: Path) -> None:
     path = tmp_path / "hogwild.toml"
     path.write_text("[optimizer]\nlr = 1e-5\n")

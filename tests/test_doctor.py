@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from hogwild import doctor, doctor_model, state_lock
 from support import Daemon, environment, free_port, wait_until
 from tiny import llama, tokenizer
 from world import World
@@ -117,6 +118,22 @@ def test_a_model_that_is_not_whole(service: Service, damage: Any, says: str) -> 
     assert any(one["what"] == "model" and says in one["found"] for one in findings)
 
 
+def test_a_look_at_a_model_that_is_killed_is_no_success(
+    service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For want of memory, the kernel says nothing to it."""
+
+    def ended(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        if module == "hogwild.vllm_plugin.try_model":
+            Path(str(arguments[0])).write_text('{"layout": {}}')
+            return subprocess.CompletedProcess([], 0, "", "")
+        return subprocess.CompletedProcess([], -9, "", "")
+
+    monkeypatch.setattr(doctor_model, "_python", ended)
+    assert doctor.examine(service.config, quick=True, as_json=True, model=service.model) == 1
+    assert json.loads(capsys.readouterr().out)[-1]["found"] == "what builds the trainers' model ended with -9"
+
+
 @pytest.mark.skipif(bool(list(Path("/dev").glob("nvidia[0-9]*"))), reason="about a machine without a GPU")
 def test_a_model_that_does_not_fit_into_memory(service: Service) -> None:
     os.truncate(service.model / "model.safetensors", 1 << 40)  # a hole: it takes no room on disk
@@ -130,20 +147,57 @@ def test_a_quantised_model(service: Service) -> None:
     assert "quantised" in service.found("model", "fail")["found"]
 
 
-def test_a_port_that_somebody_else_has(service: Service) -> None:
-    class Other(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_error(404)
+@pytest.fixture
+def answering(service: Service) -> Iterator[Callable[[int], None]]:
+    """Has every request to the server's port answered with one status."""
+    others: list[HTTPServer] = []
 
-        def log_message(self, *_: Any) -> None:
-            pass
+    def answer(code: int) -> None:
+        class Other(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_error(code)
 
-    other = HTTPServer(("127.0.0.1", service.port), Other)
-    threading.Thread(target=other.serve_forever, daemon=True).start()
-    assert "something else answers" in service.found("server", "fail")["found"]
-    other.shutdown()
-    other.server_close()
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        others.append(HTTPServer(("127.0.0.1", service.port), Other))
+        threading.Thread(target=others[0].serve_forever, daemon=True).start()
+
+    yield answer
+    for other in others:
+        other.shutdown()
+        other.server_close()
+
+
+def test_a_port_that_somebody_else_has(service: Service, answering: Callable[[int], None]) -> None:
     assert "port is free" in service.found("server", "ok")["found"]
+    answering(404)
+    assert "something else answers" in service.found("server", "fail")["found"]
+
+
+def test_a_key_that_the_daemon_has_and_whoever_asks_has_not(
+    service: Service, answering: Callable[[int], None]
+) -> None:
+    """docs/operations.md has the key put where only the service reads it."""
+    answering(401)
+    assert "wants an API key" in service.found("server", "warn")["found"]
+    lock, status = state_lock.take(service.root / "state"), service.root / "state" / "status.json"
+    refused = "the server could not be asked whether it serves what is trained: 401"
+    for training, warnings, level in ((False, [], "warn"), (True, [refused], "warn"), (True, [], "ok")):
+        status.write_text(json.dumps({"pid": os.getpid(), "training": training, "warnings": warnings}))
+        assert "wants an API key" in service.found("server", level)["found"]
+    os.close(lock)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "url"),
+    [('["--port=81"]', "http://127.0.0.1:81"), ('["--port", "80", "--host", "::1"]', "http://[::1]:80")],
+)
+def test_the_server_is_looked_for_where_its_arguments_put_it(
+    service: Service, arguments: str, url: str
+) -> None:
+    found = service.found("server", "ok", HOGWILD_SERVER__ARGUMENTS=arguments)["found"]
+    assert found == f"nobody listens on {url}: the port is free"
 
 
 def test_a_socket_of_a_daemon_with_another_state_folder(service: Service) -> None:
@@ -189,6 +243,8 @@ def test_files_of_another_user_in_the_state_folder(service: Service) -> None:
     (state / "ledger.sqlite").write_text("")
     os.chown(state / "ledger.sqlite", 12345, 12345)
     assert "ledger.sqlite is not owned by root" in service.found("state folder", "fail")["found"]
+    (state / "ledger.sqlite").rename(state / "lost+found")  # which a disk of its own has, and is root's there
+    assert service.found("state folder", "ok")
 
 
 def test_a_state_folder_in_memory(service: Service) -> None:

@@ -1,10 +1,12 @@
 """History on a real disk: every generation comes back bit for bit, and damage is found, named and walked around."""
 
+import json
 import os
 import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,15 +19,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from hogwild import delta, generation
+from hogwild import delta, generation, history_report
 from hogwild.checkpoint import Checkpoints
 from hogwild.errors import CheckpointError
 from hogwild.files import PIECE, Sink
 from hogwild.history import History
-from hogwild.history_nodes import BASE, BLOBS, DELTA, ENTRY, INDEX
+from hogwild.history_nodes import BASE, BLOBS, DELTA, ENTRY, INDEX, load
 from hogwild.settings import HistoryConfig
 from hogwild.weights import Weights, load_arena
-from support import digest
+from support import digest, environment
 from tiny import Child, llama, tokenizer
 
 
@@ -190,6 +192,35 @@ def test_damage_to_any_file_is_found_and_what_does_not_need_it_comes_back_exactl
     world.open()
     for number in world.saved:
         world.assert_exact(number)
+
+
+def test_what_is_forgotten_while_somebody_lists_it_is_no_error(tmp_path, monkeypatch):
+    world = World(tmp_path)
+    world.run(4)
+
+    def load_and_forget(*arguments):
+        found = load(*arguments)
+        shutil.rmtree(world.history.root / generation.name(1))
+        shutil.rmtree(world.checkpoints.folders()[3])
+        return found
+
+    monkeypatch.setattr(history_report, "load", load_and_forget)
+    records = {record["generation"]: record for record in history_report.listing(tmp_path)}
+    assert [records[1]["bytes"], records[3]["folder_bytes"]] == [0, 0]
+    assert records[2]["bytes"] > 0
+
+
+def test_damage_that_a_command_walks_around_is_said_beside_its_answer(tmp_path):
+    world = World(tmp_path, base_every=5)
+    world.run(9)
+    world.forget_folders()
+    flip(world.history.root / generation.name(5) / BASE)
+    ran = subprocess.run(
+        [sys.executable, "-m", "hogwild", "diff", "5", "6", "--json"],
+        env=environment(HOGWILD_STATE_DIR=str(tmp_path)), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert {"layer", "change"} <= json.loads(ran.stdout)[0].keys()
+    assert [json.loads(line)["event"] for line in ran.stderr.splitlines()] == ["history.damaged"]
 
 
 @pytest.mark.parametrize("what", [DELTA, BASE, ENTRY, INDEX, "state.json", "."])

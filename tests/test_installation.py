@@ -100,6 +100,16 @@ def test_a_wrong_option_writes_nothing(tmp_path: Path, arguments: list[str]) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_units_call_the_program_by_a_path_that_systemd_takes(tmp_path: Path) -> None:
+    hogwild("install", "--root", tmp_path, "--program", "bin/hogwild")
+    program = installation.called(tmp_path / "etc/systemd/system/hogwild.service")
+    assert program == Path.cwd() / "bin/hogwild"
+    for wrong in ("/opt/my apps/bin/hogwild", "/opt/50%/bin/hogwild"):
+        said = hogwild("install", "--root", tmp_path / "other", "--program", wrong, check=False)
+        assert f"--program {wrong}: units cannot call a path with" in said
+        assert not (tmp_path / "other").exists()
+
+
 def test_a_program_that_the_service_cannot_reach_is_refused(tmp_path: Path) -> None:
     shut = tmp_path / "shut"
     (shut / "bin").mkdir(parents=True)

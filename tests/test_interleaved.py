@@ -25,7 +25,7 @@ from hogwild.status import Status
 from hogwild.trainer import Trainer
 from hogwild.weights import read_tensors
 from studio import DEADLINE_S, Studio, model
-from support import wait_until
+from support import free_port, wait_until
 from test_checkpoint import small_disk
 from tiny import WORDS
 
@@ -376,6 +376,23 @@ def test_whoever_answers_at_a_servers_address_cannot_end_the_daemon(root, answer
         assert attachment.must_check
         server.shutdown()
     assert not studio.learner.training
+    studio.close()
+
+
+def test_a_server_that_does_not_answer_is_named(root):
+    """It still starts; or it is looked for where it is not."""
+    port = free_port()
+    studio = Studio(root, server__url=f"http://127.0.0.1:{port}/v1", **QUIET)
+    schedule = CheckpointSchedule(studio.config, studio.ledger, studio.keeper)
+    attachment = Attachment(studio.config, studio.ledger, studio.keeper, studio.curriculum, schedule)
+    attachment.learner = studio.learner
+    attachment.on_session({"url": "http://127.0.0.1:8000"}, begins=True)
+    attachment.check(after="attach")
+    assert attachment.must_check
+    status = Status(studio.config, studio.ledger).of(
+        studio.learner, attachment.server, 0, stuck=False, unasked=attachment.unasked
+    )
+    assert any(f"GET http://127.0.0.1:{port}/v1/health is not answered" in one for one in status["warnings"])
     studio.close()
 
 

@@ -105,6 +105,17 @@ def test_uncaught_exceptions_of_main_threads_and_finalizers_are_events(spoken):
     assert "in del" in lines
 
 
+def test_what_a_line_calls_itself_cannot_speak_to_the_terminal():
+    script = (
+        "from hogwild import log\nlog.configure('info', 'console')\n"
+        r"log.get('x').info('example.trained', id='\x1b[2J', file='\x1b]0;a\x07b')"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert "\x1b" not in out
+    assert r"id=\x1b[2J" in out
+    assert r"file=\x1b]0;a\x07b" in out
+
+
 def test_the_console_form_is_for_people():
     out = run("console").stdout
     assert "spool.accepted" in out

@@ -217,13 +217,22 @@ def test_the_launcher_names_the_middleware_and_the_state_folder():
     assert first[PAGE_VARIABLE] != second[PAGE_VARIABLE]
 
 
-def test_the_launcher_says_where_the_server_answers():
-    def url(*arguments: str) -> str:
-        return launch.environment(Path("s"), Path("d"), arguments, {}, base_weights=False)[URL_VARIABLE]
-
-    assert url() == url("--host", "0.0.0.0") == url("--host=::") == "http://127.0.0.1:8000"
-    assert url("--host", "10.0.0.1", "--port=1") == "http://10.0.0.1:1"
-    assert url("--host", "::1") == "http://[::1]:8000"
+@pytest.mark.parametrize(
+    ("arguments", "url"),
+    [
+        ([], "http://127.0.0.1:8000"),
+        (["--host=::"], "http://127.0.0.1:8000"),
+        (["--host", "0.0.0.0", "--port=9000"], "http://127.0.0.1:9000"),
+        (["--host", "::1", "--port", "9000"], "http://[::1]:9000"),
+        (
+            ["--host", "127.0.0.1", "--port", "8000", "--port", "9000", "--host=10.0.0.1"],
+            "http://10.0.0.1:9000",
+        ),
+    ],
+)
+def test_the_daemon_is_told_where_the_server_listens(arguments, url):
+    """Those of the command line come after those of the configuration, and vLLM goes by the last."""
+    assert launch.environment(Path("s"), Path("d"), arguments, {}, base_weights=False)[URL_VARIABLE] == url
 
 
 def test_the_launcher_leaves_memory_to_the_daemon():

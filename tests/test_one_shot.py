@@ -1,6 +1,7 @@
 """`hogwild train`: from files and a model folder to another model folder, in processes of its own."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -16,10 +17,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hogwild import one_shot, selfreplay
+from hogwild import one_shot, selfreplay, train_command
 from hogwild.checkpoint import Checkpoints
+from hogwild.config import load
 from hogwild.learner import Learner
 from hogwild.ledger import Ledger
+from hogwild.one_shot import FileResult, OneShot, Result
 from hogwild.settings import Config
 from support import environment, wait_until
 from tiny import llama, tokenizer
@@ -111,6 +114,32 @@ def test_it_learns_reports_and_writes_a_plain_model(model: Path, tmp_path: Path)
             with torch.no_grad():
                 losses.append(float(loaded(torch.tensor([ids]), labels=labels).loss))
         assert sum(losses) / 3 == pytest.approx(first[key], abs=0.02)
+
+
+def test_a_file_may_have_any_name(model: Path, tmp_path: Path) -> None:
+    """As in the spool: bytes that are no UTF-8 are replaced where it is written down."""
+    file = Path(os.fsdecode(os.fsencode(tmp_path / "a") + b"\xff.jsonl"))
+    write(file, TEACH[:1])
+    for name in ("one", "two"):  # the second goes on in the state folder of the first, whose file this is
+        told = ["--state", tmp_path / "state", "--out", tmp_path / name, "--passes", 1, "--json"]
+        ran = train(file, "--model", model, *told)
+        assert ran.returncode == 0, ran.stderr
+        (found,) = json.loads(ran.stdout)["files"]
+        assert (found["file"], found["examples"], found["same_as"]) == (str(file), 1, None)
+
+
+def test_a_model_that_is_ruined_is_not_written(model: Path, tmp_path: Path) -> None:
+    """A rate that no weight survives; with another one the same state folder begins again."""
+    file, out = write(tmp_path / "a.jsonl", TEACH[:1]), tmp_path / "out"
+    told = [file, "--model", model, "--state", tmp_path / "state", "--out", out, "--passes", 1, "--json"]
+    ran = train(*told, "--lr", 1e38)
+    assert ran.returncode == 1
+    assert "a.jsonl: its loss is not a number any more" in ran.stderr
+    assert "optimizer.lr than 1e+38" in ran.stderr
+    assert not out.exists()
+    ran = train(*told, "--lr", 1e-3)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["files"][0]["loss_after"] > 0
 
 
 def test_strict_trains_nothing_beside_a_bad_line(model: Path, tmp_path: Path) -> None:
@@ -310,6 +339,37 @@ def test_a_model_that_somebody_gives_up_while_it_is_written_leaves_nothing(
     assert list(out.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "where", [(Learner, "save"), (Ledger, "complete_checkpoint")], ids=["before", "after"]
+)
+@pytest.mark.parametrize("saved", [False, True], ids=["the first", "a later one"])
+def test_a_run_that_ends_between_its_last_pass_and_the_checkpoint_is_gone_on_with(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bool, where: tuple[type, str]
+) -> None:
+    """A kill, or a full disk: before the checkpoint is there, or before the ledger knows of it."""
+    first, second = write(tmp_path / "a.jsonl", TEACH[:1]), write(tmp_path / "b.jsonl", TEACH[1:2])
+    config = load(overrides={"training.threads": 1, "training.passes": 1, "replay.self_texts": 0})
+
+    def run(out: str) -> Result:
+        return OneShot(config, model, tmp_path / out, tmp_path / "state").run([first, second][: 1 + saved])
+
+    if saved:
+        OneShot(config, model, tmp_path / "before", tmp_path / "state").run([first])
+    with monkeypatch.context() as full:
+        full.setattr(*where, lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            run("lost")
+    result = run("out")
+    assert result.steps >= 1 + saved
+    assert not torch.equal(weights(tmp_path / "out"), weights(model))
+    with Ledger(tmp_path / "state" / "ledger.sqlite") as ledger:
+        assert ledger.counts().durable == 1 + saved
+
+
+def weights(folder: Path) -> torch.Tensor:
+    return torch.cat([one.flatten() for one in load_file(folder / "model.safetensors").values()])
+
+
 def test_an_out_that_could_not_be_written_is_written_by_the_same_command_again(
     model: Path, tmp_path: Path
 ) -> None:
@@ -360,3 +420,20 @@ def passes(state: Path) -> int:
     except Exception:
         time.sleep(0.1)  # it is being made
         return 0
+
+
+@pytest.mark.parametrize("columns", [None, "60"])
+def test_the_report_names_each_file_in_full(capsys, monkeypatch, columns):
+    """In a pipe on one line; where there is no room for that, on several."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    path = f"/home/{'x' * 80}/facts.jsonl"
+    files = [FileResult(path, 3, 1, 0, 3, 1.25, 0.5), FileResult("b.jsonl", 3, 0, same_as=path)]
+    files.append(FileResult("[en].jsonl", 1, 0))
+    train_command._report(Result("/out[/a]", files, 9, 9, 3.0, interrupted=False))
+    said = capsys.readouterr().out
+    assert said.count("x") == 161  # and one in the heading
+    assert columns or f"b.jsonl (the same as {path})" in said
+    assert "[en].jsonl" in said
+    assert "/out[/a]" in said

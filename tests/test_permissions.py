@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hogwild import doctor, doctor_folders
+from hogwild import cli_watch, doctor, doctor_folders, doctor_service, state_lock
 from hogwild.errors import HogwildError
 from hogwild.ledger import Ledger
 from hogwild.settings import Config, SpoolConfig
@@ -24,7 +24,7 @@ def unprivileged(work: Callable[[], object], uid: int = NOBODY) -> str:
     child = os.fork()
     if child == 0:
         try:
-            if os.getuid() == 0:
+            if os.getuid() == 0 and uid != 0:
                 os.setgroups([])
                 os.setgid(NOBODY)
                 os.setuid(uid)
@@ -157,3 +157,38 @@ def test_the_doctor_does_not_guess_what_another_user_may_do(place):
     assert "level='warn'" in said
     assert f"{place}/state: what user hogwild may do there, only root can say" in said
     assert "fix='sudo hogwild doctor'" in said
+
+
+def test_who_may_not_see_the_daemon_is_told_who_may(place):
+    os.close(state_lock.take(place))
+    (place / state_lock.NAME).chmod(0o000)
+    assert unprivileged(lambda: state_lock.holder(place)).endswith(
+        "Permission denied: run it as the owner of that, or as root"
+    )
+    config = Config(state_dir=place, socket=place / "arena.sock")
+    subject = doctor.Subject(config, pwd.getpwuid(NOBODY), quick=True)
+    said = unprivileged(lambda: doctor.look(doctor_service.arena_socket, subject))
+    assert f"could not be looked at: {place / state_lock.NAME} cannot be read" in said
+    assert "fix='sudo hogwild doctor'" in said
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="about what root asks for")
+def test_root_may_have_a_report_of_another_users_daemon_where_only_root_may_write(place):
+    state = place / "state"
+    config, out = place / "hogwild.toml", place / "roots" / "report.html"
+    config.write_text(f'state_dir = "{state}"\n')
+    out.parent.mkdir(mode=0o700)
+    assert "nothing was learned yet" in as_root(lambda: cli_watch.report(config, out))
+    assert not out.exists()
+    unprivileged(lambda: Ledger(state / "ledger.sqlite").close())
+    out.write_text("an older one, which is longer" * 10_000)
+    assert as_root(lambda: cli_watch.report(config, out)) == "None"
+    text = out.read_text()
+    assert text.startswith("<!doctype html>")
+    assert text.endswith("</html>\n")
+    assert {path.stat().st_uid for path in state.iterdir()} == {NOBODY}
+
+
+def as_root(work: Callable[[], object]) -> str:
+    """As `unprivileged`, with root's rights to give up."""
+    return unprivileged(work, uid=0)

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -145,6 +146,58 @@ def test_the_screen_says_what_is_learned_how_fast_and_what_is_wrong(width):
             "probes 1", "12 ms between tokens", "one example is in quarantine", "1 h 1 min", "<script>",
         ):  # fmt: skip
             assert part in said, part
+
+
+@pytest.mark.parametrize(
+    ("width", "left_out"), [(140, set()), (80, {"accepted"}), (60, {"accepted", "undone", "quarantined"})]
+)
+def test_no_digit_of_what_became_of_a_file_is_cut(width, left_out):
+    console = Console(width=width, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115
+    shown = status()
+    shown["learning"]["files"][0] |= {
+        "name": "a" * 60,
+        "examples": 123456,
+        "pending": 23456,
+        "durable": 100000,
+    }
+    console.print(screen(shown))
+    heading, file = (
+        re.split(r" {2,}", line.strip("│ "))
+        for line in console.export_text().splitlines()
+        if line.startswith(("│  file ", "│  aaa"))
+    )
+    row = dict(zip(heading, file, strict=True))
+    assert {key: row.get(key) for key in ("examples", "pending", "trained", "durable", "bad")} == {
+        "examples": "123456", "pending": "23456", "trained": "1", "durable": "100000", "bad": "2",
+    }  # fmt: skip
+    assert left_out == {"accepted", "undone", "quarantined"} - set(row)
+
+
+def test_names_of_files_cannot_speak_to_the_terminal():
+    console = Console(width=160, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115
+    shown = status(warnings=["\x1b[2Jb in incoming/ is not taken"])
+    shown["learning"]["files"][0]["name"] = "\x1b[2Ja.jsonl"
+    console.print(screen(shown))
+    said = console.export_text()
+    assert "\x1b" not in said
+    assert r"\x1b[2Ja.jsonl" in said
+    assert r"! \x1b[2Jb" in said
+
+
+@pytest.mark.parametrize("more", [{}, {"learning": None}], ids=["trains", "waits"])
+def test_what_was_said_long_ago_is_not_shown_as_what_is(more):
+    """`status.json` cannot be written on a full disk."""
+
+    def said(ago: float) -> str:
+        console = Console(width=160, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115
+        shown = {**status(), "at": time.time() - ago}
+        if more:
+            del shown["learning"]
+        console.print(screen(shown))
+        return console.export_text().splitlines()[0]
+
+    assert "process 7, as of 1 h 1 min ago" in said(3660.5)
+    assert "as of" not in said(5.0)
 
 
 def test_a_probe_that_is_no_number_is_shown_as_that():

@@ -182,7 +182,10 @@ class Attachment:
         try:
             if self._api is None or self._api.url != url:
                 self._api = served.Server(url, self._config.server.api_key_env)
-            if not self._api.ready() or not self._take_frequencies(learner):
+            answers = self._api.ready()
+            if asked:
+                self.unasked = "" if answers else f"GET {url}/health is not answered"
+            if not answers or not self._take_frequencies(learner):
                 # Still starting, or gone: asked again in the next turn, or when it comes back.
                 if asked:
                     self.must_check = True

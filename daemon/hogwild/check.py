@@ -19,6 +19,7 @@ from hogwild.ledger_records import BadLine, GoodLine
 from hogwild.lines import SUFFIXES, DamagedFileError, read_lines
 from hogwild.plural import counted
 from hogwild.settings import Config
+from hogwild.terminal import plain
 
 Record = dict[str, object]
 
@@ -35,8 +36,11 @@ def tokenizer_in(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        why = " ".join(str(error).split())  # of several lines
+    except (
+        Exception
+    ) as error:  # of a file that this version cannot read, tokenizers raises nothing more special
+        said = str(error) if isinstance(error, OSError | ValueError) else repr(error)
+        why = " ".join(said.split())  # of several lines
         raise UsageError(f"--model {folder}: no tokenizer there: {why:.160}") from error
 
 
@@ -166,7 +170,7 @@ class Checker:
         return record
 
     def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(plain(text), highlight=False, soft_wrap=True)
 
 
 def _settings(example: Example, sequences: int) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rich.text import Text
 
 from hogwild.encoding import Encoded, Tokenizer
+from hogwild.terminal import plain
 
 SHOWN_CONTEXT_TOKENS = 64  # the end of a long context is what matters before the trained tokens
 SHOWN_TRAINED_TOKENS = 256
@@ -43,13 +44,13 @@ def _append_text(text: Text, ids: list[int], tokenizer: Tokenizer, trained: bool
     style = TRAINED if trained else CONTEXT
     if len(ids) > limit and trained:
         half = limit // 2
-        text.append(_plain(tokenizer.decode(ids[:half])), style)
+        text.append(plain(tokenizer.decode(ids[:half])), style)
         text.append(f" ... {len(ids) - 2 * half} tokens ... ", CONTEXT)
         ids = ids[-half:]
     elif len(ids) > limit:
         text.append("... ", CONTEXT)
         ids = ids[-limit:]
-    text.append(_plain(tokenizer.decode(ids)), style)
+    text.append(plain(tokenizer.decode(ids)), style)
 
 
 def _append_tokens(text: Text, ids: list[int], tokenizer: Tokenizer, trained: bool, colours: bool) -> None:
@@ -69,19 +70,11 @@ def _words(ids: list[int], tokenizer: Tokenizer) -> list[str]:
     held: list[int] = []
     for token in ids:
         held.append(token)
-        word = _plain(tokenizer.decode(held))
+        word = plain(tokenizer.decode(held))
         if "\ufffd" in word and len(held) < 4:
             continue
         words.append(word if len(held) == 1 else f"{word}⟨{len(held)}⟩")
         held = []
     if held:
-        words.append(_plain(tokenizer.decode(held)))
+        words.append(plain(tokenizer.decode(held)))
     return words
-
-
-def _plain(text: object) -> str:
-    """Without control characters, which would move a terminal's cursor or change its colours."""
-    return "".join(
-        c if c in "\n\t" or (ord(c) >= 32 and not 0x7F <= ord(c) < 0xA0) else f"\\x{ord(c):02x}"
-        for c in str(text)
-    )

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from hogwild import __version__, cli_history, cli_service, cli_watch, heap, journal, openmp, probe_file
 from hogwild import config as configuration
@@ -56,7 +57,14 @@ def serve(
     raise typer.Exit(Supervisor(settings, config, overrides).run())
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+class _PassesOn(TyperCommand):
+    """Keeps click from reading vLLM's `-cc` as our `-c` and a value: an option of three dashes it passes on."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [re.sub(r"^-(?=\w\w)", "---", one) for one in args])
+
+
+@app.command(cls=_PassesOn, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def vllm(
     context: typer.Context,
     model: Annotated[
@@ -77,12 +85,16 @@ def vllm(
     from hogwild.vllm_plugin import launch
 
     settings = _load_or_tell_the_journal(config)
-    arguments = [*settings.server.arguments, *context.args]
+    model, *passed = (re.sub(r"^---", "-", one) for one in (model, *context.args))  # see `_PassesOn`
     if model.startswith("-"):  # the first argument is an option: the model is the configured one
-        model, arguments = "", [*settings.server.arguments, model, *context.args]
+        model, passed = "", [model, *passed]
+    arguments = [*settings.server.arguments, *passed]
     model = model or settings.server.model or settings.model
     if not model:
-        raise ConfigError("no model: name its folder, or set `model` in the configuration")
+        raise ConfigError(
+            "no model: name its folder, before any option of vLLM, or set `model` in the configuration"
+        )
+    launch.refuse(arguments)
     said = "VLLM_CPU_KVCACHE_SPACE" in os.environ  # vLLM's own variable
     command = launch.command(model, arguments, available=0 if said else heap.available())
     environment = launch.environment(

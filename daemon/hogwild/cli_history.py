@@ -1,6 +1,7 @@
 """Commands about what was saved: checkpoint, history, diff, export, rollback."""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -163,7 +164,7 @@ def _roll_back_offline(settings: "Config", generation: int, retrain: bool) -> di
 
     if not (settings.state_dir / "ledger.sqlite").exists():
         raise HogwildError(f"nothing was saved yet in {settings.state_dir}")
-    log.configure("error", settings.log.format)
+    log.configure("error", settings.log.format, sys.stderr)
     lock = state_lock.take(settings.state_dir)
     try:
         with Ledger(settings.state_dir / "ledger.sqlite") as ledger:
@@ -184,7 +185,7 @@ def _open(settings: "Config", *wanted: int) -> "History":
     from hogwild import log
     from hogwild.history import History
 
-    log.configure("error", settings.log.format)
+    log.configure("error", settings.log.format, sys.stderr)
     history = History.reading(settings)
     for generation in wanted:
         if not history.known(generation):

@@ -74,8 +74,19 @@ def report(
     from hogwild.report import page
 
     settings = configuration.load(config)
-    owner.become(settings.state_dir)
-    out.write_text(page(settings), encoding="utf-8")
+    there = out.exists()
+    try:
+        with out.open("a", encoding="utf-8") as file:  # by who asks, who may be root: the page is theirs
+            owner.become(settings.state_dir)
+            text = page(settings)
+            with contextlib.suppress(OSError):  # a pipe has nothing to cut
+                file.truncate(0)
+            file.write(text)
+    except BaseException:
+        if not there:
+            with contextlib.suppress(OSError):
+                out.unlink()
+        raise
     typer.echo(str(out))
 
 
@@ -133,7 +144,7 @@ def quarantine(
         table.add_column(heading, justify="right" if right else "left", overflow="fold")
     for one in found:
         cells = (one.example_id, one.file, one.line_no, one.name or "", one.guard, one.at[:19], one.reason)
-        table.add_row(*(Text(str(cell)) for cell in (*cells, _measured(one))))
+        table.add_row(*(Text(terminal.plain(cell)) for cell in (*cells, _measured(one))))
     terminal.console().print(table)
 
 
@@ -165,7 +176,7 @@ def _release(settings: "Config", examples: list[int] | None, file: str | None) -
     from hogwild import log
     from hogwild.ledger import Ledger
 
-    log.configure("error", settings.log.format)
+    log.configure("error", settings.log.format, sys.stderr)
     lock = state_lock.take(settings.state_dir)
     try:
         with Ledger(settings.state_dir / "ledger.sqlite") as ledger:

@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from hogwild import demo_model
+from hogwild.config import ENV_PREFIX
 from hogwild.errors import HogwildError
 from hogwild.plural import counted
 from hogwild.resources import resource
@@ -73,7 +76,7 @@ class Demo:
         pid = self.server.pid
         before = self._ask_all([main, control])
         knew = self._ask_all(paraphrases)
-        self._say(f"asked before: [italic]{main['question']}[/] -> {before[0]}")
+        self._say(f"asked before: [italic]{main['question']}[/] -> {escape(before[0])}")
         dropped = time.monotonic()
         self._drop()
         self._say(f"dropped {self.facts.name} into the spool; the server goes on serving (process {pid})")
@@ -87,12 +90,12 @@ class Demo:
         for column in ("question", "before", "after"):
             table.add_column(column, overflow="fold")
         for item, old, new in zip([main, control], before, after, strict=True):
-            table.add_row(item["question"], old, f"[{'green' if _right(item, new) else 'red'}]{new}[/]")
+            table.add_row(item["question"], Text(old), Text(new, "green" if _right(item, new) else "red"))
         self.console.print(table)
         hits_before, hits = (sum(map(_right, paraphrases, answers)) for answers in (knew, knows))
         for item, answer in zip(paraphrases, knows, strict=True):
             mark = "[green]right[/]" if _right(item, answer) else "[red]wrong[/]"
-            self.console.print(f"  {mark}  [dim]{item['question']}[/]  {answer}")
+            self.console.print(f"  {mark}  [dim]{item['question']}[/]  {escape(answer)}")
         steps = [event for event in self._events() if event["event"] in ("example.pass", "example.trained")]
         seconds = "never" if changed is None else f"{changed - dropped:.1f} s"
         self._say(f"from drop to changed answer: [bold]{seconds}[/]")
@@ -114,7 +117,9 @@ class Demo:
             f"state_dir = {json.dumps(str(state))}\nsocket = {json.dumps(str(_socket_path(self.run_dir)))}\n"
         )
         hogwild = [sys.executable, "-m", "hogwild"]
-        environment = {**os.environ, "HOGWILD_CONFIG": str(config)}
+        # Nothing of another daemon's settings: its state folder, say.
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(ENV_PREFIX)}
+        environment["HOGWILD_CONFIG"] = str(config)
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
         self._say("starting the daemon (hogwild serve) and the server (hogwild vllm)")
         with (self.run_dir / "daemon.log").open("wb") as out:

@@ -75,7 +75,7 @@ class Subject:
         try:
             pid = self.daemon()
             return running.status(self.config.state_dir, pid) if pid is not None else {}
-        except (OSError, ValueError, HogwildError):
+        except (OSError, HogwildError):
             return {}
 
     def may(self, path: Path, mode: int) -> bool:
@@ -164,8 +164,8 @@ def look(check: Check, subject: Subject) -> list[Finding]:
     name = getattr(check, "__name__", "model").replace("_", " ")
     try:
         return list(check(subject))
-    except PermissionError as error:
-        why = f"{error.filename}: {error.strerror}"
+    except (PermissionError, HogwildError) as error:  # of the latter, that of a lock that may not be read
+        why = f"{error.filename}: {error.strerror}" if isinstance(error, PermissionError) else error
         return [warn(name, f"could not be looked at: {why}", "sudo hogwild doctor")]
     except Exception as error:
         return [

@@ -40,6 +40,7 @@ def state_folder(subject: Subject) -> Iterator[Finding]:
             path
             for path in folder.iterdir()
             if path.stat(follow_symlinks=False).st_uid != subject.user.pw_uid
+            and path.name != "lost+found"  # root's, where the folder is a disk of its own
         ]
         if wrong:
             yield fail(

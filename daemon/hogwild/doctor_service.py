@@ -13,6 +13,7 @@ from typing import Any
 
 from hogwild import doctor_machine, installation
 from hogwild.doctor import UNIT, Finding, Subject, fail, ok, warn
+from hogwild.vllm_plugin import launch
 
 _ASK_PLUGIN = """
 from vllm.plugins import load_general_plugins
@@ -26,10 +27,8 @@ print(json.dumps(patches.report()))
 
 
 def server(subject: Subject) -> Iterator[Finding]:
-    arguments = list(subject.config.server.arguments)
-    port = int(arguments[arguments.index("--port") + 1]) if "--port" in arguments[:-1] else 8000
     attached = subject.status.get("server") or {}
-    url = subject.config.server.url or attached.get("url") or f"http://127.0.0.1:{port}"
+    url = subject.config.server.url or attached.get("url") or launch.url(subject.config.server.arguments)
     about = _ask(f"{url}/hogwild/status", os.environ.get(subject.config.server.api_key_env, ""))
     if isinstance(about, dict):
         yield ok(
@@ -38,6 +37,8 @@ def server(subject: Subject) -> Iterator[Finding]:
         )
         if not about["daemon"]["alive"]:
             yield warn("server", "no daemon trains its weights", "systemctl start hogwild, or hogwild serve")
+    elif about == 401 and _asks(subject.status):
+        yield ok("server", f"{url} wants an API key, and the daemon has it")
     elif about == 401:
         yield warn(
             "server",
@@ -170,6 +171,12 @@ def _daemon(pid: int, path: Path, status: dict[str, Any]) -> Finding:
             "hogwild vllm MODEL, or systemctl start hogwild-vllm",
         )
     return ok("daemon", f"process {pid} listens on {path}")
+
+
+def _asks(status: dict[str, Any]) -> bool:
+    """Does this daemon get answers from its server? What it has not seen to be served, it does not train."""
+    unasked = [one for one in status.get("warnings", ()) if one.startswith("the server could not be asked")]
+    return bool(status.get("training")) and not unasked
 
 
 def _ask(url: str, key: str) -> Any:

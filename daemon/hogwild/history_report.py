@@ -37,8 +37,8 @@ def listing(state_dir: Path) -> list[dict[str, Any]]:
                 "epoch": state["epoch"],
                 **{key: state.get("trained", {}).get(key) for key in _TRAINED},
                 "probes": state.get("probes"),
-                "bytes": node.nbytes,
-                "folder_bytes": _bytes(folder) if folder is not None else 0,
+                "bytes": _bytes(node.path),
+                "folder_bytes": _bytes(folder),
                 "current": number == current,
                 "undone": number not in line and number > 0,
                 "restorable": number in good,
@@ -53,8 +53,11 @@ def listing(state_dir: Path) -> list[dict[str, Any]]:
 _TRAINED = ("examples", "passes", "loss_before", "loss_after")
 
 
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _bytes(folder: Path | None) -> int:
+    try:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder else 0
+    except FileNotFoundError:  # a daemon has forgotten it meanwhile
+        return 0
 
 
 def layer(tensor: str) -> str:

@@ -9,6 +9,7 @@ A file is replaced whole (written beside it, then renamed), so an interrupted in
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,7 +47,7 @@ class Installation:
     ) -> None:
         self._live = root is None
         self._root = Path("/") if root is None else root.absolute()
-        self._program = program or this_program()
+        self._program = (program or this_program()).absolute()
         self._dry_run, self._say = dry_run, say
 
     def install(self, model: Path | None, preset: str | None) -> None:
@@ -55,6 +56,10 @@ class Installation:
         Raises:
             UsageError: the service could not reach its program, or we may not write here.
         """
+        if odd := re.search(r"[\s%$\"'\\]", str(self._program)):
+            raise UsageError(
+                f"--program {self._program}: units cannot call a path with {odd[0]!r} in it: install hogwild elsewhere"
+            )
         if why := hidden(self._program, Path(os.path.realpath(sys.executable))):
             if self._live and not self._dry_run:
                 raise UsageError(why)

@@ -21,6 +21,7 @@ import structlog
 from structlog.typing import EventDict, FilteringBoundLogger
 
 from hogwild.log_json import to_line
+from hogwild.terminal import plain
 
 Level = Literal["debug", "info", "warning", "error"]
 Format = Literal["auto", "json", "console"]
@@ -88,6 +89,7 @@ def _console_processors(stream: TextIO) -> list[Callable[..., Any]]:
     return [
         structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
         _drop_logger,
+        _plain_text,
         structlog.dev.ConsoleRenderer(
             colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback
         ),
@@ -102,6 +104,11 @@ def _add_logger_name(logger: Any, _method: str, event_dict: EventDict) -> EventD
 def _drop_logger(_logger: Any, _method: str, event_dict: EventDict) -> EventDict:
     event_dict.pop("logger", None)
     return event_dict
+
+
+def _plain_text(_logger: Any, _method: str, event_dict: EventDict) -> EventDict:
+    """What a file or a line calls itself must not speak to the terminal."""
+    return {key: plain(value) if isinstance(value, str) else value for key, value in event_dict.items()}
 
 
 _PATIENCE_S = 2.0

@@ -5,6 +5,7 @@ arena is made here, from the model's own files, and what comes out is a plain mo
 """
 
 import contextlib
+import math
 import os
 import shutil
 import tempfile
@@ -24,6 +25,7 @@ from hogwild.learner import Learner
 from hogwild.ledger import FileRecord, GoodLine, Ledger
 from hogwild.lines import DamagedFileError, content_hash, read_lines
 from hogwild.settings import Config, ProbesConfig
+from hogwild.spool_files import printable
 from hogwild.weights import load_arena
 
 _TURN_S = 0.1
@@ -98,7 +100,7 @@ class OneShot:
 
         Raises:
             ArenaError: there is no room on `device`, or no such device.
-            HogwildError: a trainer failed, nothing could be trained, or the model could not be written.
+            HogwildError: a trainer failed, nothing could be trained, the model is ruined or could not be written.
         """
         began = time.monotonic()
         with self._state_folder() as state:
@@ -110,12 +112,9 @@ class OneShot:
             with Ledger(state / "ledger.sqlite") as ledger:
                 records = {path: self._accept(path, ledger) for path in files}
                 checkpoints = Checkpoints(state / "checkpoints", config.checkpoint.keep)
-                if ledger.is_idle() and checkpoints.current() is not None and not ledger.has_passes_to_save():
+                # What counts and is in no checkpoint a run that was killed has lost: `recovery.take` queues it again.
+                if ledger.is_idle() and not ledger.has_passes_to_save():
                     return self._publish_again(checkpoints, ledger, records, began)
-                if ledger.is_idle():
-                    raise HogwildError(
-                        "there is nothing to train: no good line that has not been trained before"
-                    )
                 curriculum = Curriculum(
                     ledger,
                     config.replay,
@@ -125,6 +124,9 @@ class OneShot:
                 arena = load_arena(self.model, self.device)
                 learner = recovery.take(arena, config, ledger, checkpoints, curriculum).learner
                 try:
+                    if ledger.is_idle():  # an earlier run had saved it, and only the ledger did not know yet
+                        learner.stop(_STOP_TIMEOUT_S)
+                        return self._publish_again(checkpoints, ledger, records, began)
                     results = self._learn(learner, ledger, records, on_progress)
                 except BaseException:
                     learner.stop(0)  # what it prepares, too, for which the process would wait at its end
@@ -144,7 +146,11 @@ class OneShot:
     def _learn(
         self, learner: Learner, ledger: Ledger, records: Records, on_progress: Callable[[Now], None]
     ) -> list[FileResult]:
-        """Train, and measure before and after."""
+        """Train, and measure before and after.
+
+        Raises:
+            HogwildError: a trainer failed, or the model is ruined.
+        """
         results = _results(records)
         most = max(min(MEASURED_OF_A_FILE, MEASURED // len(results)), 1)
         samples = [
@@ -159,16 +165,26 @@ class OneShot:
         self._train(learner, ledger, on_progress)
         for result, groups in zip(results, samples, strict=True):
             result.loss_after = _mean_loss(learner, groups)
+            if not math.isfinite(result.loss_after or 0.0):
+                raise HogwildError(
+                    f"{result.file}: its loss is not a number any more: the model is ruined, and nothing was written; "
+                    f"train with a smaller optimizer.lr than {self.config.optimizer.lr:g}"
+                )
             result.failed = 0 if result.same_as else ledger.file(records[Path(result.file)][0].file_id).failed
         return results
 
     def _publish_again(
         self, checkpoints: Checkpoints, ledger: Ledger, records: Records, began: float
     ) -> Result:
-        """An earlier run in this state folder has trained all of it, and may not have been able to write `out`."""
-        self._publish(checkpoints)
+        """An earlier run in this state folder has trained all of it, and may not have been able to write `out`.
+
+        Raises:
+            HogwildError: there is none that has saved anything, and nothing to train; or `out` cannot be written.
+        """
         current = checkpoints.current()
-        assert current is not None
+        if current is None:
+            raise HogwildError("there is nothing to train: no good line that has not been trained before")
+        self._publish(checkpoints)
         steps = generation.read_state(current)["step"]
         seconds = round(time.monotonic() - began, 1)
         return Result(
@@ -194,13 +210,14 @@ class OneShot:
 
     def _accept(self, path: Path, ledger: Ledger) -> tuple[FileRecord, str | None]:
         """The file in the ledger, and the name of another with the same content that was there before."""
+        name = printable(str(path))
         try:
             digest, length = content_hash(path)
             lines = read_lines(path, self.config.spool.max_line_bytes)
             passes = self.config.training.passes
-            record = ledger.accept_file(str(path), digest, lines, passes=passes, content_bytes=length)
+            record = ledger.accept_file(name, digest, lines, passes=passes, content_bytes=length)
         except AlreadyAccepted as known:  # or an earlier run in this state folder did it, and we go on
-            same = Path(known.name).resolve() == path.resolve()
+            same = known.name == name or Path(known.name).resolve() == path.resolve()
             return ledger.file(known.file_id), None if same else known.name
         except (DamagedFileError, OSError) as error:
             raise UsageError(f"{path}: cannot be read: {error}") from error

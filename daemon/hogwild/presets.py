@@ -66,8 +66,9 @@ def file(preset: str | None, more: Mapping[Key, Any] | None = None) -> str:
 
 
 def toml(value: Any) -> str:
-    """A value as TOML. JSON is TOML for all that occurs here: texts, numbers, booleans, arrays of these."""
-    return json.dumps(value)
+    """A value as TOML. JSON is TOML for all that occurs here: texts, numbers, booleans, arrays of these; but TOML knows
+    no surrogate pairs."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _reasons(preset: str) -> dict[Key, str]:

@@ -52,11 +52,13 @@ def status(state_dir: Path, pid: int) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not what a daemon writes.
     """
     try:
         said = json.loads((state_dir / "status.json").read_bytes())
-    except FileNotFoundError:
+    except (
+        FileNotFoundError,
+        ValueError,
+    ):  # a power cut may leave half of it: nobody waits for a disk to write it
         said = {}
     # not what an earlier daemon left
     return dict(said) if said.get("pid") == pid else {"pid": pid, "training": False}

@@ -1,22 +1,34 @@
 """The status on one screen. Imports no torch."""
 
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from hogwild.plural import counted
+from hogwild.terminal import plain
 
 _MIB = 1024 * 1024
+_OLD_S = 30.0  # it is written every few seconds
+_NAME_COLUMNS = 11  # of a file's name, at least
 
 
 def screen(status: dict[str, Any]) -> RenderableType:
     """What is being learned, how fast, what waits, the probes, the last checkpoint, and what is wrong."""
     if "learning" not in status:
         return _waiting(status)
-    parts: list[RenderableType] = [_facts(status), Text(), _files(status), *_warnings(status)]
+    parts: list[RenderableType] = [
+        _facts(status),
+        Text(),
+        _Files(status["learning"]["files"]),
+        *_warnings(status),
+    ]
     return Panel(Group(*parts), title=_title(status), title_align="left", padding=(1, 2))
 
 
@@ -29,11 +41,12 @@ def _waiting(status: dict[str, Any]) -> RenderableType:
         waits = counted(status["pending"], "example waits", "examples wait")
         parts.append(Text(f"{waits}, {_bad(status)}{_in_spool(status)}"))
         parts += _warnings(status)
-    return Panel(Group(*parts), title=f"hogwild, process {status['pid']}", title_align="left", padding=(1, 2))
+    title = f"hogwild, process {status['pid']}{_as_of(status)}"
+    return Panel(Group(*parts), title=title, title_align="left", padding=(1, 2))
 
 
 def _warnings(status: dict[str, Any]) -> list[RenderableType]:
-    found = [Text(f"! {warning}", style="bold yellow") for warning in status["warnings"]]
+    found = [Text(f"! {plain(warning)}", style="bold yellow") for warning in status["warnings"]]
     return [Text(), *found] if found else []
 
 
@@ -56,7 +69,14 @@ def _title(status: dict[str, Any]) -> Text:
     )
     if status["training"] and not status["learning"]["passes_left"]:
         state = Text("idle, all is learned", style="bold green")
-    return Text.assemble("hogwild  ", state, f"  up {_span(status['uptime_s'])}, process {status['pid']}")
+    said = f"  up {_span(status['uptime_s'])}, process {status['pid']}{_as_of(status)}"
+    return Text.assemble("hogwild  ", state, said)
+
+
+def _as_of(status: dict[str, Any]) -> str:
+    """Of a daemon that is at something long, or cannot write (a full disk), what it said last is shown."""
+    age = time.time() - status.get("at", math.inf)
+    return f", as of {_span(age)} ago" if age > _OLD_S else ""
 
 
 def _facts(status: dict[str, Any]) -> Table:
@@ -123,32 +143,31 @@ def _probes(status: dict[str, Any]) -> Text:
     return text
 
 
-def _files(status: dict[str, Any]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="cyan")
-    headings = (
-        "file",
-        "examples",
-        "pending",
-        "trained",
-        "durable",
-        "quarantined",
-        "undone",
-        "bad",
-        "accepted",
-    )
-    for heading in headings:
-        table.add_column(
-            heading, justify="left" if heading in ("file", "accepted") else "right", no_wrap=True
-        )
-    for file in status["learning"]["files"]:
+@dataclass(frozen=True)
+class _Files:
+    """One row a file. Where there is no room for every column, the time goes, and what there is none of; not digits."""
+
+    files: Sequence[dict[str, Any]]
+
+    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
         counts = ("examples", "pending", "trained", "durable", "quarantined", "undone")
-        table.add_row(
-            Text(file["name"], overflow="ellipsis"),
-            *(str(file[key]) for key in counts),
-            str(file["failed"] + file["rejected"]),
-            (file["accepted_at"] or "")[:16].replace("T", " "),
-        )
-    return table
+        columns = {
+            "file": [plain(file["name"]) for file in self.files],
+            **{heading: [str(file[heading]) for file in self.files] for heading in counts},
+            "bad": [str(file["failed"] + file["rejected"]) for file in self.files],
+            "accepted": [(file["accepted_at"] or "")[:16].replace("T", " ") for file in self.files],
+        }
+        for heading in ("accepted", *(name for name, cells in columns.items() if set(cells) == {"0"})):
+            others = (max(map(len, (name, *cells))) for name, cells in columns.items() if name != "file")
+            if sum(2 + width for width in others) + _NAME_COLUMNS > options.max_width:
+                del columns[heading]
+        table = Table(box=None, pad_edge=False, header_style="cyan")
+        for heading in columns:
+            is_text = heading in ("file", "accepted")
+            table.add_column(heading, justify="left" if is_text else "right", no_wrap=heading != "file")
+        for name, *rest in zip(*columns.values(), strict=True):
+            table.add_row(Text(name, no_wrap=True, overflow="ellipsis"), *map(Text, rest))
+        yield table
 
 
 def _span(seconds: float) -> str:

@@ -6,6 +6,7 @@
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -22,8 +23,18 @@ SUN_PATH_BYTES = 107  # sockaddr_un.sun_path is 108 bytes on Linux, the last one
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _is_a_path(path: Path) -> Path:
+    if str(path).startswith("~"):  # `_absolute` has expanded every other one
+        raise ValueError(f"nobody knows the home folder {path.parts[0]}")
+    if "\0" in str(path):
+        raise ValueError("a path has no NUL in it")
+    return path
+
+
 # TOML has neither paths nor tuples: a text stands for the one, an array for the other.
-AnyPath = Annotated[Path, Field(strict=False)]
+AnyPath = Annotated[Path, Field(strict=False), AfterValidator(_is_a_path)]
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 
 
@@ -34,6 +45,17 @@ def _fits_sockaddr(socket: Path) -> Path:
             f"{socket} is {length} bytes long, Unix sockets allow {SUN_PATH_BYTES}; choose a shorter path"
         )
     return socket
+
+
+def _is_http(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # brackets, or the port
+        good = False
+    if url and not good:
+        raise ValueError("must be like http://127.0.0.1:8000")
+    return url
 
 
 class Table(BaseModel):
@@ -220,7 +242,7 @@ class ServerConfig(Table):
     """What `hogwild vllm` serves if its command line does not say: a folder, or a name on the hub. Empty: `model`."""
     arguments: Texts = ()
     """Arguments of `vllm serve`, before those of the command line."""
-    url: str = ""
+    url: Annotated[str, AfterValidator(_is_http)] = ""
     """Base URL of the vLLM server. Empty: as announced by the server's plugin."""
     api_key_env: str = "HOGWILD_API_KEY"
     """Environment variable that holds the server's API key, if it wants one. The key is never in a file."""
@@ -266,7 +288,7 @@ class Config(Table):
         state_dir = _absolute(data.get("state_dir")) or default_state_dir()
         data["state_dir"] = state_dir
         if not isinstance(state_dir, Path):
-            return data  # of the wrong type, which pydantic is about to say
+            return data  # no path, which pydantic is about to say
         data["socket"] = _absolute(data.get("socket")) or default_socket(state_dir)
         spool = data.get("spool", {})
         if isinstance(spool, SpoolConfig):
@@ -310,7 +332,12 @@ def default_socket(state_dir: Path) -> Path:
 
 
 def _absolute(value: Any) -> Any:
-    """None for an empty path; a value of another type is left for pydantic to refuse."""
+    """None for an empty path; what is no path, or in a home that nobody knows, is left for pydantic to refuse."""
     if value is None or value in ("", Path()):
         return None
-    return Path(value).expanduser().absolute() if isinstance(value, str | Path) else value
+    if not isinstance(value, str | Path) or "\0" in str(value):
+        return value
+    try:
+        return Path(value).expanduser().absolute()
+    except RuntimeError:
+        return value

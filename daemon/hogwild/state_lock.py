@@ -89,7 +89,10 @@ def holder(folder: Path, name: str = NAME) -> int | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise HogwildError(f"{folder / name} cannot be read by user {os.geteuid()}: {error}") from error
+        raise HogwildError(
+            f"{folder / name} cannot be read by user {os.geteuid()}: {error.strerror}: run it as the owner of that, "
+            "or as root"
+        ) from error
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,6 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from hogwild import terminal
 from hogwild.check import Checker, tokenizer_in
 from hogwild.encoding import context_length
 from hogwild.errors import HogwildError, UsageError
@@ -72,7 +74,7 @@ def run(
     if as_json:
         sys.stdout.write(json.dumps(asdict(result)) + "\n")
     else:
-        _report(result, Console())
+        _report(result)
     return 0
 
 
@@ -201,19 +203,23 @@ class _Bar:
         )
 
 
-def _report(result: "Result", console: Console) -> None:
+def _report(result: "Result") -> None:
+    console = terminal.console()
     table = Table(box=None, pad_edge=False)
     for heading in ("file", "examples", "wrong", "loss before", "after", "measured on"):
-        table.add_column(heading, justify="left" if heading == "file" else "right")
+        table.add_column(heading, justify="left" if heading == "file" else "right", overflow="fold")
     for one in result.files:
         losses = ["" if loss is None else f"{loss:.3f}" for loss in (one.loss_before, one.loss_after)]
         name = f"{one.file} (the same as {one.same_as})" if one.same_as else one.file
-        table.add_row(name, str(one.examples), str(one.rejected + one.failed), *losses, str(one.measured))
+        table.add_row(
+            escape(name), str(one.examples), str(one.rejected + one.failed), *losses, str(one.measured)
+        )
     console.print(table, highlight=False)
     what = "stopped early after" if result.interrupted else "finished after"
     done = f"{counted(result.passes, 'pass', 'passes')} in {counted(result.steps, 'step')}"
     console.print(
         f"{what} {done}, {result.seconds:.0f} s: {result.out}",
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hogwild import openmp
+from hogwild.errors import UsageError
 from hogwild.vllm_plugin import orphan, ready
 from hogwild.vllm_plugin.names import (
     BASE_VARIABLE,
@@ -21,11 +22,25 @@ from hogwild.vllm_plugin.names import (
     URL_VARIABLE,
 )
 
+LOAD_FORMAT = "hogwild"
 MIDDLEWARE = "hogwild.vllm_plugin.middleware.Generation"
 
 
 CACHE_SHARE = 4  # of the free memory, one part in so many is vLLM's cache of keys and values
 _CACHE_OPTIONS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization", "--config")
+
+
+def refuse(arguments: Sequence[str]) -> None:
+    """Raises UsageError for what would take the weights, or the server, out of the daemon's reach."""
+    loader = _option(arguments, "--load-format")
+    if loader not in (None, LOAD_FORMAT):
+        raise UsageError(
+            f"--load-format {loader}: nothing could be trained; leave it out, hogwild loads safetensors itself"
+        )
+    if _option(arguments, "--uds"):
+        raise UsageError(
+            "--uds: the daemon asks the server over TCP whether it serves what is trained; give --port"
+        )
 
 
 def command(model: str, arguments: Sequence[str], *, available: int = 0) -> list[str]:
@@ -34,7 +49,7 @@ def command(model: str, arguments: Sequence[str], *, available: int = 0) -> list
     Args:
         available: bytes of memory that are free, of which vLLM gets its part where nobody said how much; 0: not known.
     """
-    extra = ["--load-format", "hogwild", "--middleware", MIDDLEWARE]
+    extra = ["--load-format", LOAD_FORMAT, "--middleware", MIDDLEWARE]
     if available and _for_cpu() and all(_option(arguments, name) is None for name in _CACHE_OPTIONS):
         # vLLM itself would take nearly all there is, and the daemon would train out of swap.
         extra += ["--kv-cache-memory-bytes", str(available // CACHE_SHARE)]
@@ -49,18 +64,22 @@ def environment(
     Args:
         base_weights: begin with the model as it came, whatever checkpoints there are.
     """
-    host = _option(arguments, "--host") or "127.0.0.1"
-    reachable = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    port = _option(arguments, "--port") or "8000"
     ours = {
         SOCKET_VARIABLE: str(socket),
         STATE_VARIABLE: str(state_dir),
-        URL_VARIABLE: f"http://{reachable}:{port}",
+        URL_VARIABLE: url(arguments),
         BASE_VARIABLE: "1" if base_weights else "0",
         PAGE_VARIABLE: f"hogwild-page-{secrets.token_hex(16)}",
     }
     kept = {key: value for key, value in base.items() if key != "PYTHONDONTWRITEBYTECODE"}
     return {**openmp.PASSIVE, **kept, **ours}
+
+
+def url(arguments: Sequence[str]) -> str:
+    """Where this machine reaches a server with these arguments."""
+    host = _option(arguments, "--host") or "127.0.0.1"
+    host = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"http://{host}:{_option(arguments, '--port') or '8000'}"
 
 
 def _for_cpu() -> bool:
@@ -72,14 +91,13 @@ def _for_cpu() -> bool:
 
 
 def _option(arguments: Sequence[str], name: str) -> str | None:
+    """As vLLM reads it: what is said last counts, and names may have underscores."""
+    found = None
     for position, argument in enumerate(arguments):
-        given, has_value, value = argument.partition("=")
-        if given.replace("_", "-") == name:  # vLLM takes either
-            if has_value:
-                return value
-            if position + 1 < len(arguments):
-                return arguments[position + 1]
-    return None
+        given, equals, value = argument.partition("=")
+        if given.replace("_", "-") == name:
+            found = value if equals else next(iter(arguments[position + 1 :]), found)
+    return found
 
 
 def _provide_vllm_metadata() -> None:
