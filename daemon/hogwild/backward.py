@@ -215,9 +215,8 @@ class Gather:
         """Factors of a gradient of this step as they should be, which then takes more than 16 bits."""
         if self.scale == 1.0:
             return x, d
-        return x.float(), d.to(torch.float32, copy=True).div_(
-            self.scale
-        )  # of a head it is the largest of all
+        # In place: D of a head is the largest of all.
+        return x.float(), d.to(torch.float32, copy=True).div_(self.scale)
 
     def of_pass(self, x: torch.Tensor) -> torch.Tensor | None:
         """Which rows of a layer's input (..., T, n) are of trained tokens; None: all."""

@@ -36,9 +36,7 @@ def tokenizer_in(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (
-        Exception
-    ) as error:  # of a file that this version cannot read, tokenizers raises nothing more special
+    except Exception as error:  # nothing more special is raised by tokenizers for a file of another version
         said = str(error) if isinstance(error, OSError | ValueError) else repr(error)
         why = " ".join(said.split())  # of several lines
         raise UsageError(f"--model {folder}: no tokenizer there: {why:.160}") from error

@@ -131,9 +131,7 @@ def field_paths(table: type[BaseModel] = Config, prefix: tuple[str, ...] = ()) -
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(
-            path.read_text("utf-8").removeprefix("\ufeff")
-        )  # what some editors begin a file with
+        return tomllib.loads(path.read_text("utf-8-sig"))  # some editors begin a file with a byte order mark
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -49,11 +49,9 @@ def model(folder: Path, subject: Subject) -> Iterator[Finding]:
         chosen = [option for option, wanted in options.items() if wanted]
         asked = _python("hogwild.coverage", folder.absolute(), out, *chosen)
         if asked.returncode:
-            said = asked.stderr.strip().splitlines()[
-                -1:
-            ]  # nothing of one that was killed, for want of memory say
-            ended = f"what builds the trainers' model ended with {asked.returncode}"
-            yield fail("refused", (said or [ended])[0], "report it, with the model's config.json")
+            ended = f"what builds the trainers' model ended with {asked.returncode}"  # killed for want of memory, say
+            *_, said = ended, *asked.stderr.strip().splitlines()
+            yield fail("refused", said, "report it, with the model's config.json")
             return
         about = json.loads(asked.stdout)
         yield from _covered(about)

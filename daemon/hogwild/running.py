@@ -58,7 +58,7 @@ def status(state_dir: Path, pid: int) -> dict[str, Any]:
     except (
         FileNotFoundError,
         ValueError,
-    ):  # a power cut may leave half of it: nobody waits for a disk to write it
+    ):  # half of it after a power cut: nobody waits for the disk to have it
         said = {}
     # not what an earlier daemon left
     return dict(said) if said.get("pid") == pid else {"pid": pid, "training": False}
