@@ -321,6 +321,19 @@ def test_a_wrong_configuration_is_no_restart_loop(story: Story) -> None:
     machine.write(CONFIG, text)
 
 
+def test_a_server_that_ends_by_itself_is_started_again(story: Story) -> None:
+    """As vLLM's API server does when its engine has died: with exit code 0 (vLLM 0.32)."""
+    machine, folder = story.machine, "/etc/systemd/system/hogwild-vllm.service.d"
+    machine.write(f"{folder}/test.conf", "[Service]\nType=exec\nExecStart=\nExecStart=/bin/sleep 1\n")
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "restart", "hogwild-vllm")
+    restarts = int(machine.show("hogwild-vllm", "NRestarts"))
+    wait_until(lambda: int(machine.show("hogwild-vllm", "NRestarts")) > restarts, "it is started again")
+    machine.run("systemctl", "stop", "hogwild-vllm")
+    machine.run("rm", "-r", folder)
+    machine.run("systemctl", "daemon-reload")
+
+
 def test_uninstall_keeps_what_was_learned(story: Story) -> None:
     machine = story.machine
     ran = machine.run("hogwild", "uninstall")

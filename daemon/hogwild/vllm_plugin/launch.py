@@ -7,9 +7,11 @@ import contextlib
 import importlib.metadata
 import os
 import secrets
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hogwild import openmp
 from hogwild.errors import UsageError
@@ -27,6 +29,7 @@ MIDDLEWARE = "hogwild.vllm_plugin.middleware.Generation"
 
 
 CACHE_SHARE = 4  # of the free memory, one part in so many is vLLM's cache of keys and values
+_TOLD = 128 + signal.SIGTERM  # as a shell says it of a process that TERM has ended
 _CACHE_OPTIONS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization", "--config")
 
 
@@ -118,6 +121,29 @@ def _provide_vllm_metadata() -> None:
     importlib.metadata.version = version
 
 
+def _end_when_told() -> None:
+    """TERM ends a server that is loading, as it ends one that serves.
+
+    vLLM makes a KeyboardInterrupt of it, which it swallows while it waits for its engine (vllm/utils/network_utils.py:
+    zmq_socket_ctx, vLLM 0.32); then it waits for ten minutes for an engine that waits for it. Can go when it does not.
+    """
+    from vllm.v1.engine import utils
+
+    real = getattr(utils, "zmq_socket_ctx", None)
+    if real is None:
+        return
+
+    @contextlib.contextmanager
+    def context(*given: Any, **named: Any) -> Iterator[Any]:
+        with real(*given, **named) as socket:
+            try:
+                yield socket
+            except KeyboardInterrupt:
+                sys.exit(_TOLD)
+
+    utils.zmq_socket_ctx = context
+
+
 def run() -> None:
     """Be the server: vLLM's command line, with the arguments of this process."""
     sys.argv[0] = "vllm"
@@ -126,6 +152,7 @@ def run() -> None:
     ready.report(os.environ.get(URL_VARIABLE, ""))
     from vllm.entrypoints.cli.main import main
 
+    _end_when_told()
     main()
 
 
