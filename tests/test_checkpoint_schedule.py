@@ -51,6 +51,20 @@ def restarted(studio: Studio, arena: Arena) -> tuple[CheckpointSchedule, Attachm
     return schedule, attachment
 
 
+def test_the_servers_key_is_in_no_checkpoint(root):
+    """docs/operations.md has it put into `server.arguments`; a checkpoint is read by others, and given away."""
+    studio = Studio(root, server__arguments=["--api-key", "hunter2"], **QUIET)
+    schedule = CheckpointSchedule(studio.config, studio.ledger, studio.keeper)
+    studio.drop("a", 2)
+    studio.train()
+    assert schedule.save(studio.learner)
+    studio.keeper.history.record()
+    studio.close()
+    written = [path for path in studio.config.state_dir.rglob("*") if path.is_file()]
+    assert len([path for path in written if path.name == "state.json"]) >= 2
+    assert not [path for path in written if b"hunter2" in path.read_bytes()]
+
+
 def test_the_ledger_is_not_asked_again_and_again_while_nothing_trains(root):
     studio = Studio(root, checkpoint__interval_s=1.0, **QUIET)
     schedule = CheckpointSchedule(studio.config, studio.ledger, studio.keeper)

@@ -296,6 +296,19 @@ def test_check_is_0_when_every_line_is_good_and_1_when_one_is_not(files):
     assert "bad.jsonl:2 txet: unknown field; did you mean `text`?" in both.stdout
 
 
+@pytest.mark.parametrize(
+    "arguments", [["check", "good.jsonl"], ["check", "--json", "good.jsonl"], ["config", "--json"]]
+)
+def test_a_full_disk_below_stdout_is_told_as_that(files, arguments):
+    with Path("/dev/full").open("w") as full:
+        ran = subprocess.run(
+            [sys.executable, "-m", "hogwild", *arguments], cwd=files[0].parent, env=environment(),
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert ran.returncode == 1
+    assert ran.stderr == "hogwild: No space left on device: what was written is not complete\n"
+
+
 def test_check_prints_one_json_object_a_line_and_nothing_else(files):
     ran = hogwild("check", "--json", *files)
     assert ran.returncode == 1

@@ -154,6 +154,14 @@ def test_a_file_of_the_wrong_shape_is_one_clear_error(tmp_path, text, problem):
         load(write(tmp_path, text), {"spool.settle_s": 1})
 
 
+def test_a_model_in_ones_home_is_found_there_and_one_on_the_hub_keeps_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    config = load(write(tmp_path, 'model = "~/models/m"\n[server]\nmodel = "~/models/n"\n'))
+    assert (config.model, config.server.model) == ("/home/ann/models/m", "/home/ann/models/n")
+    config = load(None, {"model": "org/m"})
+    assert (config.model, config.server.model) == ("org/m", "")
+
+
 def test_a_file_of_an_editor_that_begins_it_with_a_byte_order_mark_is_read(tmp_path):
     path = write(tmp_path, '\ufeffmodel = "m"\n')
     assert load(path).model == "m"

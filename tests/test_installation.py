@@ -79,6 +79,15 @@ def test_install_twice_then_uninstall(tmp_path: Path) -> None:
     assert hogwild("uninstall", "--root", tmp_path), "twice is no error"
 
 
+@pytest.mark.parametrize("asked", [["--model", "/srv/other"], ["--preset", "gpu-24gb"]], ids=" ".join)
+def test_who_asks_for_settings_that_are_not_written_is_told(tmp_path: Path, asked: list[str]) -> None:
+    assert "note: --model" not in hogwild("install", "--root", tmp_path, *asked)
+    before = (tmp_path / installation.CONFIG).read_text()
+    said = hogwild("install", "--root", tmp_path, *asked)
+    assert "note: --model and --preset begin a configuration: what this one says stays" in said
+    assert (tmp_path / installation.CONFIG).read_text() == before
+
+
 def test_somebody_elses_link_is_left_alone(tmp_path: Path) -> None:
     link = tmp_path / installation.LINK
     link.parent.mkdir(parents=True)

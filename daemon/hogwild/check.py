@@ -77,10 +77,13 @@ class Checker:
         for path in files:
             if not path.name.endswith(SUFFIXES):
                 self._say(f"[yellow]{escape(str(path))}[/]: the spool takes only {', '.join(SUFFIXES)} files")
-            try:
-                yield from self._lines(path, read_lines(path, self.config.spool.max_line_bytes))
-            except (DamagedFileError, OSError) as error:
-                raise UsageError(f"{path}: cannot be read: {error}") from error
+            yield from self._lines(path, self._read(path))
+
+    def _read(self, path: Path) -> Iterator[GoodLine | BadLine]:
+        try:
+            yield from read_lines(path, self.config.spool.max_line_bytes)
+        except (DamagedFileError, OSError) as error:
+            raise UsageError(f"{path}: cannot be read: {error}") from error
 
     def sum_up(self) -> None:
         """The last line: how many lines are good."""

@@ -133,6 +133,8 @@ class CheckpointSchedule:
             "base_path": str(learner.folder),
             "base_digest": self._ledger.get_meta("base_digest"),
             "source": asdict(learner.arena.layout.source),
-            "config": self._config.model_dump(mode="json"),
+            "config": self._config.model_dump(
+                mode="json", exclude={"server"}
+            ),  # its arguments may hold a key
             "versions": {"hogwild": __version__, **{name: metadata.version(name) for name in _VERSIONS}},
         }

@@ -1,5 +1,6 @@
 """The command line. Exit codes: 0 ok, 1 failed, 2 usage, 78 bad configuration."""
 
+import errno
 import io
 import json
 import os
@@ -245,6 +246,11 @@ def _run() -> None:
             raise
         hint = ": run it as the owner of that, or as root" if isinstance(error, PermissionError) else ""
         typer.echo(f"hogwild: {error.filename}: {error.strerror}{hint}", err=True)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or sys.argv[1:2] == ["serve"]:
+            raise
+        typer.echo(f"hogwild: {error.strerror}: what was written is not complete", err=True)
         sys.exit(1)
     except HogwildError as error:
         if journal.is_stderr():

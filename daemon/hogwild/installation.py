@@ -73,6 +73,10 @@ class Installation:
             )
         if (self._root / CONFIG).exists():
             self._did("kept", f"{self._shown(CONFIG)}, which is yours", "would keep")
+            if model or preset:
+                self._say(
+                    "note: --model and --preset begin a configuration: what this one says stays as it is"
+                )
         else:
             given: dict[presets.Key, object] = {("state_dir",): STATE_DIR, ("socket",): SOCKET}
             if preset is None:

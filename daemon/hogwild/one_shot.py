@@ -297,7 +297,7 @@ def _about(learner: Learner, config: Config) -> dict[str, Any]:
         "base_path": str(learner.folder),
         "base_digest": learner.ledger.get_meta("base_digest"),
         "version": __version__,
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", exclude={"server"}),  # its arguments may hold a key
     }
 
 

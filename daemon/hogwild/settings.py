@@ -295,6 +295,10 @@ class Config(Table):
             spool = spool.model_dump()
         if isinstance(spool, dict):
             data["spool"] = {**spool, "dir": _absolute(spool.get("dir")) or state_dir / "spool"}
+        data["model"] = _at_home(data.get("model", ""))
+        server = data.get("server", {})
+        if isinstance(server, dict) and "model" in server:
+            data["server"] = {**server, "model": _at_home(server["model"])}
         probes = data.get("probes", {})
         if isinstance(probes, dict) and (file := _absolute(probes.get("file"))) is not None:
             data["probes"] = {**probes, "file": file}
@@ -329,6 +333,11 @@ def default_socket(state_dir: Path) -> Path:
     if xdg := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(xdg) / "hogwild" / "arena.sock"
     return state_dir / "arena.sock"
+
+
+def _at_home(model: Any) -> Any:
+    """With `~` expanded; a name on the hub is no path, and stays as it is."""
+    return os.path.expanduser(model) if isinstance(model, str) else model  # noqa: PTH111  # "" is no Path
 
 
 def _absolute(value: Any) -> Any:
