@@ -119,10 +119,19 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _pieces(tensor: torch.Tensor, buffer: torch.Tensor) -> Iterator[memoryview]:
-    flat = tensor.contiguous().reshape(-1).view(_BITS[tensor.dtype.itemsize])
-    room = buffer.view(flat.dtype)
-    for first in range(0, flat.numel(), room.numel()):
-        part = flat[first : first + room.numel()]
-        copy = room[: part.numel()]
-        copy.copy_(part)
-        yield copy.numpy().data.cast("B")
+    """Its bytes, some at a time in `buffer`. Of a tensor that lies in memory otherwise no whole copy is made: on a GPU
+    there may be no room for one."""
+    if tensor.is_contiguous():
+        parts = torch.split(tensor.reshape(-1), buffer.nbytes // tensor.itemsize)
+    elif tensor.nbytes <= buffer.nbytes:
+        parts = (tensor,)
+    else:
+        rows = buffer.nbytes // tensor[0].nbytes
+        for part in torch.split(tensor, rows) if rows else tensor.unbind():
+            yield from _pieces(part, buffer)
+        return
+    for part in parts:
+        copy = buffer[: part.nbytes].view(_BITS[part.itemsize])
+        copy.view(part.shape).copy_(part.view(copy.dtype))
+        if part.nbytes:
+            yield copy.numpy().data.cast("B")
