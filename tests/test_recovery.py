@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hogwild import leftovers, recovery, resume, selfreplay
+from hogwild import leftovers, probes, recovery, resume
 from hogwild.arena.client import Arena
 from hogwild.arena.control import ControlPage
 from hogwild.arena.hub import Hub
@@ -21,6 +21,7 @@ from hogwild.examples import parse_line
 from hogwild.layout import Source, weight_files
 from hogwild.ledger import Ledger, Pass
 from hogwild.ledger_records import GoodLine
+from hogwild.preparation import Preparation
 from hogwild.settings import Config, ProbesConfig, SpoolConfig
 from hogwild.spool import Spool
 from hogwild.weights import Weights, load_arena
@@ -232,29 +233,33 @@ def test_an_arena_of_another_state_folder_is_refused_and_not_touched(trained, tm
 # --- a server that began with a checkpoint ---------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("trained")
 def test_nothing_is_prepared_for_an_arena_that_is_refused(desk, monkeypatch):
     """It is offered again every few seconds: by and by, all threads and all memory would be at work for it."""
-    began, ended = threading.Event(), threading.Event()
+    began, ended, read = threading.Event(), threading.Event(), probes.read
 
-    def make(*_given: Any, stopped: Any, **_named: Any) -> list[Any]:
-        began.set()
-        wait_until(stopped, "it is told to stop", 60)
-        ended.set()
-        return []
+    def write(self: Preparation, path: Path, *_given: Any) -> None:
+        if path.parent == desk.state:  # not what another test has left
+            began.set()
+            wait_until(self._stopped, "it is told to stop", 60)
+            ended.set()
 
-    monkeypatch.setattr(selfreplay, "make", make)
-    probes = desk.root / "probes.jsonl"
-    probes.write_bytes(
+    def late(*given: Any) -> Any:
+        assert began.wait(60)
+        return read(*given)
+
+    monkeypatch.setattr(Preparation, "_write_own_texts", write)
+    monkeypatch.setattr(probes, "read", late)
+    file = desk.root / "probes.jsonl"
+    file.write_bytes(
         b'{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}\n'
     )
-    desk.config = desk.config.model_copy(update={"probes": ProbesConfig(file=probes)})
+    desk.config = desk.config.model_copy(update={"probes": ProbesConfig(file=file)})
     with pytest.raises(ConfigError, match="wrong"):  # the tokenizer has no chat template
         desk.take(load_arena(desk.model))
-    assert began.is_set()
     assert ended.is_set()
 
 
+@pytest.mark.usefixtures("trained")
 def test_a_server_that_began_with_the_newest_checkpoint_is_taken_without_a_write(desk):
     current = desk.checkpoints.current()
     arena = desk.filled(current)
