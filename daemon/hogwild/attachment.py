@@ -165,7 +165,7 @@ class Attachment:
         self.must_check = False  # first: a server that comes meanwhile has to be asked, too
         answers = server.ready()
         if asked:
-            self.unasked = "" if answers else f"GET {url}/health is not answered"
+            self.unasked = "" if answers else f"GET {url.rstrip('/')}/health is not answered"
         if not answers or not self._take_frequencies(learner):
             # Still starting, or gone: asked again in the next turn, or when it comes back.
             if asked:
