@@ -149,13 +149,20 @@ def test_a_quantised_model(service: Service) -> None:
 
 @pytest.fixture
 def answering(service: Service) -> Iterator[Callable[[int], None]]:
-    """Has every request to the server's port answered with one status."""
+    """Has every request to the server's port answered with one status; 200: as the plugin answers, where it does."""
     others: list[HTTPServer] = []
+    about = {"generation": 3, "epoch": 4, "daemon": {"alive": True}}
 
     def answer(code: int) -> None:
         class Other(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.send_error(code)
+                asked = self.requestline.split()[1]  # `path` has one slash for two
+                if code != 200 or asked != "/hogwild/status":
+                    self.send_error(404 if code == 200 else code)
+                    return
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(json.dumps(about).encode())
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -167,6 +174,15 @@ def answering(service: Service) -> Iterator[Callable[[int], None]]:
     for other in others:
         other.shutdown()
         other.server_close()
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+def test_a_url_of_the_server_may_end_with_a_slash(
+    service: Service, answering: Callable[[int], None], end: str
+) -> None:
+    answering(200)
+    said = service.found("server", "ok", HOGWILD_SERVER__URL=f"http://127.0.0.1:{service.port}{end}")
+    assert "serves generation 3, epoch 4" in said["found"]
 
 
 def test_a_port_that_somebody_else_has(service: Service, answering: Callable[[int], None]) -> None:

@@ -184,7 +184,7 @@ class Attachment:
                 self._api = served.Server(url, self._config.server.api_key_env)
             answers = self._api.ready()
             if asked:
-                self.unasked = "" if answers else f"GET {url}/health is not answered"
+                self.unasked = "" if answers else f"GET {url.rstrip('/')}/health is not answered"
             if not answers or not self._take_frequencies(learner):
                 # Still starting, or gone: asked again in the next turn, or when it comes back.
                 if asked:

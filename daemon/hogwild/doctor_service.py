@@ -29,7 +29,7 @@ print(json.dumps(patches.report()))
 def server(subject: Subject) -> Iterator[Finding]:
     attached = subject.status.get("server") or {}
     url = subject.config.server.url or attached.get("url") or launch.url(subject.config.server.arguments)
-    about = _ask(f"{url}/hogwild/status", os.environ.get(subject.config.server.api_key_env, ""))
+    about = _ask(f"{url.rstrip('/')}/hogwild/status", os.environ.get(subject.config.server.api_key_env, ""))
     if isinstance(about, dict):
         yield ok(
             "server",
