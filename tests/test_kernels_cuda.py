@@ -9,11 +9,13 @@ ahead of time without a device.
 from __future__ import annotations
 
 import importlib.util
+import math
+import mmap
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +239,14 @@ def test_any_layout_is_written_in_place(layout: str) -> None:
         assert int((whole != 0).sum()) <= m * n
 
 
+def sparse(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros, of which those alone take memory that something is written beside, in pages of 4 KiB."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    with suppress(OSError):  # a kernel that knows no other pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
 @interpreted
 @pytest.mark.parametrize("far", ["weight", "x", "d"])
 def test_places_that_32_bits_cannot_count(far: str) -> None:
@@ -248,7 +258,7 @@ def test_places_that_32_bits_cannot_count(far: str) -> None:
     x, d = batch(m, n, 5, torch.bfloat16)
     near = {"weight": torch.randn(m, n).bfloat16(), "x": x, "d": d}
     rows, columns = near[far].shape
-    apart = torch.empty(rows, 2**31 // (rows - 1) + 16, dtype=torch.bfloat16)[:, :columns].copy_(near[far])
+    apart = sparse(rows, 2**31 // (rows - 1) + 16, dtype=torch.bfloat16)[:, :columns].copy_(near[far])
     given = {name: one.clone() for name, one in near.items()} | {far: apart}
     config = ApolloConfig(rank=4, lr=0.01)
     for tensors in (near, given):
@@ -268,7 +278,7 @@ def test_so_many_tokens_that_32_bits_cannot_count_their_products() -> None:
     assert tokens * (rank + tokens) > 2**31
     key = counter.name_key(0, "layer")
     y = torch.randn(1, size)
-    parts, finished = torch.empty(1, tokens, rank + tokens), torch.ones(1, dtype=torch.int32)
+    parts, finished = sparse(1, tokens, rank + tokens), torch.ones(1, dtype=torch.int32)
     kernels.project[(-(-tokens // block), 1, 1)](
         y.expand(tokens, size), 0, 1, parts, torch.tensor([0, 0]), 200, cuda._signed(key[0]), cuda._signed(key[1]),
         counter.gaussian_table(), counter.gaussian_gain(rank), finished, tokens, size, rank, 64,
