@@ -73,6 +73,9 @@ class Arena:
     first_step: int | None = None
     kills: int = 0  # of a daemon that had it
     unrecorded: int = 0  # steps without a pass in the ledger, as of the last kill
+    jumped: set[int] = field(
+        default_factory=set
+    )  # steps that it went past to those of a generation that came back
 
 
 @dataclass
@@ -175,6 +178,8 @@ class Chaos:
         self._log_from = 0
         self._arenas: dict[str, Arena] = {}
         self._least = 0  # generation that a server must be of, if it has come up since it was last set
+        self._daemons_started = 0
+        self._asked: list[tuple[int, int]] = []  # daemon, generation: rollbacks whose end nobody has heard of
         self._greeted = False
         self._since_server = 0  # kills
         self.drops = Drops(self.state / "spool", seed + 1, pause_s=0.8, backlog=self._backlog)
@@ -189,6 +194,7 @@ class Chaos:
             "HOGWILD_SOCKET": str(self.root / "arena.sock"),
         }
         self._log_from = self._log.stat().st_size if self._log.exists() else 0
+        self._daemons_started += 1
         self.daemon = self._daemons.start(["hogwild", "serve"], env, self._log)
 
     def start_server(self) -> None:
@@ -198,8 +204,14 @@ class Chaos:
             self.root / "arena.sock", self.state, arguments, self._base, base_weights=False
         )
         os.environ[PAGE_VARIABLE] = env[PAGE_VARIABLE]
-        self._least, self._greeted, self._since_server = self._current_generation(), False, 0
+        self._least = min(self._current_generation(), *self._may_go_back_to(), 1 << 30)
+        self._greeted, self._since_server = False, 0
         self.server = self._servers.start(["vllm", *command], env, self.root / "server.log")
+
+    def _may_go_back_to(self) -> list[int]:
+        """A rollback that waits for weights to be verified, or that the next daemon has to finish before it starts."""
+        started = any(event["event"] == "daemon.started" for event in self.events())
+        return [target for number, target in self._asked if number == self._daemons_started or not started]
 
     def events(self) -> list[dict[str, Any]]:
         """What the daemon that runs now (or ran last) has logged; its last line may be half-written."""
@@ -348,9 +360,12 @@ class Chaos:
         """To one of the last generations, with what is undone trained again."""
         target = max(self._current_generation() - self._random.randint(1, 4), 0)
         self._least = min(self._least, target)
+        asked = (self._daemons_started, target)
+        self._asked.append(asked)
         try:
             commands.send(self.root / "arena.sock", "rollback", generation=target, retrain=True)
             self.tally.rollbacks["done"] += 1
+            self._asked.remove(asked)
         except HogwildError as error:
             self.tally.rollbacks["refused" if "no generation" in str(error) else "interrupted"] += 1
 
@@ -359,6 +374,7 @@ class Chaos:
         events = self.events()
         names = [event["event"] for event in events]
         self.tally.moments[names[-1] if names else "nothing logged yet"] += killed
+        self._note_jumps(events)
         for event in events:
             if event["event"] in (
                 "trainer.died",
@@ -379,6 +395,28 @@ class Chaos:
                     self._count_steps(event["arena"], arena)
         self._check_checkpoint(self.state / "checkpoints" / "current")
 
+    def _note_jumps(self, events: list[dict[str, Any]]) -> None:
+        """A generation that comes back into an arena brings its counter, if that was further: steps that this arena has
+        not made."""
+        arena, before = None, 0
+        for event in events:
+            if event["event"] == "arena.stale":
+                before = event["step"]
+            elif event["event"] == "arena.attached":
+                arena = self._arenas.get(event["arena"])
+                if arena is not None and event["restored"] and before:
+                    arena.jumped.update(range(before + 1, event["step"] + 1))
+            elif event["event"] == "rollback.started" and event["live"] and arena is not None:
+                made = self._step_of(event["generation"])  # also where a kill left no `rollback.done`
+                arena.jumped.update(range(event["step"] + 1, made + 1))
+
+    def _step_of(self, generation: int) -> int:
+        name = f"generation-{generation:08d}"
+        for path in (self.state / "history" / name, self.state / "checkpoints" / name / "hogwild"):
+            if (path / "state.json").exists():
+                return int(json.loads((path / "state.json").read_bytes())["step"])
+        return 0  # the model as it came
+
     def _count_steps(self, arena_id: str, arena: Arena) -> None:
         """Steps that the arena has made, against those in the ledger: a kill costs one for each thread at most."""
         assert arena.first_step is not None
@@ -386,7 +424,7 @@ class Chaos:
         with self._ledger() as ledger, ledger._db.read() as db:
             rows = db.execute("SELECT DISTINCT step FROM passes WHERE arena = ?", (arena_id,)).fetchall()
         recorded = {step for (step,) in rows}
-        unrecorded = set(range(arena.first_step + 1, steps + 1)) - recorded
+        unrecorded = set(range(arena.first_step + 1, steps + 1)) - recorded - arena.jumped
         if stray := recorded - set(range(arena.first_step + 1, steps + 1)):
             self._violation(
                 f"arena {arena_id}: the ledger has steps that were never made: {sorted(stray)[:5]}"
