@@ -15,6 +15,8 @@ import torch
 from hogwild import config as configuration
 from hogwild import recovery, rollback
 from hogwild.arena.client import Arena
+from hogwild.attachment import Attachment
+from hogwild.checkpoint_schedule import CheckpointSchedule
 from hogwild.curriculum import Curriculum
 from hogwild.examples import parse_line
 from hogwild.keeper import Keeper
@@ -101,6 +103,13 @@ class Studio:
         return rollback.roll_back(
             generation, retrain=retrain, ledger=self.ledger, keeper=self.keeper, learner=self.learner
         )
+
+    def attachment(self) -> Attachment:
+        """What the daemon keeps in mind of its servers, with this learner."""
+        schedule = CheckpointSchedule(self.config, self.ledger, self.keeper)
+        attachment = Attachment(self.config, self.ledger, self.keeper, self.curriculum, schedule)
+        attachment.learner = self.learner
+        return attachment
 
     def bits(self) -> dict[str, bytes]:
         """Every weight and every moment, as they are now."""

@@ -321,9 +321,7 @@ def test_a_server_that_wants_a_key_is_asked_now_and_then_and_the_reason_is_kept(
             pass
 
     studio = Studio(root, **QUIET)
-    schedule = CheckpointSchedule(studio.config, studio.ledger, studio.keeper)
-    attachment = Attachment(studio.config, studio.ledger, studio.keeper, studio.curriculum, schedule)
-    attachment.learner = studio.learner
+    attachment = studio.attachment()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Locked) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
@@ -364,9 +362,7 @@ def test_whoever_answers_at_a_servers_address_cannot_end_the_daemon(root, answer
             pass
 
     studio = Studio(root, **QUIET)
-    schedule = CheckpointSchedule(studio.config, studio.ledger, studio.keeper)
-    attachment = Attachment(studio.config, studio.ledger, studio.keeper, studio.curriculum, schedule)
-    attachment.learner = studio.learner
+    attachment = studio.attachment()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}" if answers else "http://::1:8000"
@@ -383,9 +379,7 @@ def test_a_server_that_does_not_answer_is_named(root):
     """It still starts; or it is looked for where it is not."""
     port = free_port()
     studio = Studio(root, server__url=f"http://127.0.0.1:{port}/v1", **QUIET)
-    schedule = CheckpointSchedule(studio.config, studio.ledger, studio.keeper)
-    attachment = Attachment(studio.config, studio.ledger, studio.keeper, studio.curriculum, schedule)
-    attachment.learner = studio.learner
+    attachment = studio.attachment()
     attachment.on_session({"url": "http://127.0.0.1:8000"}, begins=True)
     attachment.check(after="attach")
     assert attachment.must_check

@@ -14,8 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from hogwild import probes, rope, selfreplay, served, skeleton
 from hogwild.apollo import Optimizer
-from hogwild.attachment import Attachment
-from hogwild.checkpoint_schedule import CheckpointSchedule
 from hogwild.settings import OptimizerConfig
 from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights, load_arena
@@ -124,9 +122,7 @@ def test_a_new_server_on_the_same_weights_brings_its_own(folder, tmp_path, monke
     studio = Studio(tmp_path)
     learner = studio.learner
     learner.wait_for_own_texts()
-    schedule = CheckpointSchedule(studio.config, studio.ledger, studio.keeper)
-    attachment = Attachment(studio.config, studio.ledger, studio.keeper, studio.curriculum, schedule)
-    attachment.learner = learner
+    attachment = studio.attachment()
     models, seen = [learner.reader, *(one.model for one in learner.trainers)], []
     agreed = served.Agreement(0.0, 0.0, 1.0, 1)
     monkeypatch.setattr(served.Server, "ready", lambda _self: True)
@@ -163,10 +159,7 @@ class Bench:
         (root / "probes.jsonl").write_text(json.dumps({"text": " ".join(WORDS[:24])}) + "\n")
         self.settings = {**WATCHED, "probes__file": root / "probes.jsonl"}
         self.studio = Studio(root, **self.settings)
-        studio = self.studio
-        schedule = CheckpointSchedule(studio.config, studio.ledger, studio.keeper)
-        self.attachment = Attachment(studio.config, studio.ledger, studio.keeper, studio.curriculum, schedule)
-        self.attachment.learner = self.learner = studio.learner
+        self.attachment, self.learner = self.studio.attachment(), self.studio.learner
         self.agreed = served.Agreement(0.0, 0.0, 1.0, 1)
         monkeypatch.setattr(served.Server, "ready", lambda _self: True)
         monkeypatch.setattr(self.learner, "check_served", lambda _server: self.agreed)

@@ -113,8 +113,7 @@ class TrainedLinear(torch.nn.Module):
             self.update(self.gather.factor if self.stack else None)
 
     def take(self, factor: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """X (T, n) without its protected part and D (T, m), times `factor`, of every forward pass since the last,
-        once."""
+        """X (T, n) without its protected part and D (T, m), times `factor`, of forward passes since the last, once."""
         kept = self._kept
         if not (rows := kept.rows):
             return None
@@ -213,10 +212,8 @@ class Gather:
 
     def unscaled(self, x: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors of a gradient of this step as they should be, which then takes more than 16 bits."""
-        if self.scale == 1.0:
-            return x, d
         # In place: D of a head is the largest of all.
-        return x.float(), d.to(torch.float32, copy=True).div_(self.scale)
+        return (x, d) if self.scale == 1.0 else (x.float(), d.to(torch.float32, copy=True).div_(self.scale))
 
     def of_pass(self, x: torch.Tensor) -> torch.Tensor | None:
         """Which rows of a layer's input (..., T, n) are of trained tokens; None: all."""
