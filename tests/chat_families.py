@@ -31,6 +31,7 @@ class Family:
     Attributes:
         end: the text of its end-of-turn token.
         says: the text of a message, as the model has to produce it after the generation prompt, without the end.
+        stops: at which a server ends an answer, where the template alone does not tell.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Family:
     tools: bool = False
     parallel_calls: bool = False
     reasoning: bool = False
+    stops: tuple[str, ...] = ()
 
     @property
     def tokenizer(self) -> Any:
@@ -104,13 +106,15 @@ FAMILIES = [
     ),
     Family("gemma2", "<end_of_turn>", lambda message: content(message).strip(), systems=False),
     Family("gemma3", "<end_of_turn>", lambda message: content(message).strip()),
+    Family("phi3", "<|end|>", content, stops=("<|endoftext|>", "<|assistant|>", "<|end|>")),
+    Family("glm4", "<|user|>", content, stops=("<|endoftext|>", "<|user|>", "<|observation|>")),
 ]
 
 
 @functools.cache
 def tokenizer_of(name: str) -> Any:
     """The tokenizer of a family, with its template."""
-    if name in ("chatml", "qwen3", "qwen3-thinking", "llama3", "deepseek-r1"):
+    if name in ("chatml", "qwen3", "qwen3-thinking", "llama3", "deepseek-r1", "phi3", "glm4"):
         result = AutoTokenizer.from_pretrained(demo_model.build(REPOSITORY / ".demo" / "model"))
         if name != "chatml":  # Llama 3 and Qwen split at the end of a line, not before its last newline
             result.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -127,6 +131,11 @@ def tokenizer_of(name: str) -> Any:
             marks = ["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"]
             result.add_special_tokens({"additional_special_tokens": marks})
             result.bos_token, result.eos_token = marks[0], marks[3]
+        elif name in ("phi3", "glm4"):
+            marks = ["<|system|>", "<|user|>", "<|assistant|>"]
+            marks += ["<|end|>"] if name == "phi3" else ["[gMASK]", "<sop>", "<|observation|>"]
+            result.add_special_tokens({"additional_special_tokens": marks})
+            result.eos_token = "<|endoftext|>"
         else:  # as Qwen3 has them: tokens of their own, but not special
             result.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
             result.add_tokens(["<tool_response>", "</tool_response>"])

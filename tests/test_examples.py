@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoTokenizer
 
-from hogwild.encoding import context_length, encode_chat
+from hogwild.encoding import context_length, encode_chat, stop_texts
 from hogwild.errors import ExampleError
 from hogwild.examples import COMMON, Example, encode, parse_line
 from tiny import tokenizer as word_tokenizer
@@ -449,6 +449,29 @@ def test_how_long_a_text_may_be_is_known_by_whatever_name_a_family_has_for_it(tm
     assert context_length(tmp_path) == said
     (tmp_path / "config.json").write_text("{}")
     assert context_length(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("generation", "said"),
+    [(None, {"<s>", "</s>"}), ([2, 3], {"</s>", "<unk>"}), ({}, {"</s>"}), (0, {"</s>", "<pad>"})],
+)
+def test_an_answer_ends_where_the_server_stops(tmp_path, generation, said):
+    """At the tokens that generation_config.json names, or config.json without one, and at the tokenizer's own."""
+    word_tokenizer(tmp_path)
+    AutoConfig.for_model("llama", eos_token_id=1).save_pretrained(tmp_path)
+    if generation is not None:
+        named = {"eos_token_id": generation} if generation != {} else {}
+        (tmp_path / "generation_config.json").write_text(json.dumps(named))
+    words = AutoTokenizer.from_pretrained(tmp_path)
+    assert stop_texts(tmp_path, words) == said
+    words.chat_template = (
+        "{% for m in messages %}w1 {{ m.content }} <unk> </s> {% endfor %}"
+        "{% if add_generation_prompt %}w1 {% endif %}"
+    )
+    messages = [CHAT[0], {"role": "assistant", "content": "w7"}]
+    (part,) = encode_chat(messages, None, words, only_last=True, stops=said)
+    trained = part.ids[part.trained.index(True) :]
+    assert trained == [11, 3] if "<unk>" in said else trained == [11, 3, 2]
 
 
 def test_every_window_begins_with_all_that_a_text_begins_with(tmp_path):

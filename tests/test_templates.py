@@ -129,6 +129,7 @@ def check_masks(family: Family, messages: list[Message], tools: Any, train_on: A
         Example(messages=tuple(messages), tools=tuple(tools) if tools else None, train_on=train_on),
         tokenizer,
         max_tokens=100_000,
+        stops=family.stops,
     )
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     turns = turns[-1:] if train_on == "last" else turns
@@ -168,6 +169,18 @@ def test_a_context_that_the_server_writes_differently_gets_a_sequence_of_its_own
     assert len(check_masks(mistral, CONVERSATIONS["call-and-on"][1:], TOOLS, "all")) == 5
     assert len(check_masks(mistral, TOLD, TOOLS, "all")) == 2
     assert len(check_masks(mistral, MULTI, TOOLS, "all")) == 3
+
+
+def test_a_call_ends_with_the_token_that_begins_the_tools_answer_where_a_template_writes_no_end():
+    """GLM's, whose answers end with the token that begins the next turn."""
+    (glm4,) = (family for family in FAMILIES if family.name == "glm4")
+    tokenizer = glm4.tokenizer
+    for messages in (ASKED, TOLD):  # as the last turn, and in the middle
+        example = Example(messages=tuple(messages), tools=tuple(TOOLS), train_on="all")
+        (part,) = encode(example, tokenizer, max_tokens=1000, stops=glm4.stops)
+        said = [tokenizer.decode(part.ids[start:end]) for start, end in runs(part)]
+        assert said == ['weather\n{"city": "Oslo"}<|observation|>', "Grey.<|user|>"][: len(said)]
+        assert len(said) == (1 if messages is ASKED else 2)
 
 
 # --- any conversation ---

@@ -18,7 +18,7 @@ from hogwild import strict_json
 from hogwild.errors import ExampleError
 
 Message = Mapping[str, Any]
-_ANSWER = "an answer that nobody wrote"
+_ANSWER, _QUESTION = "an answer that nobody wrote", "a question that nobody asked"
 
 
 class Templated(Protocol):
@@ -112,8 +112,9 @@ class Chat:
         template = tokenizer.chat_template
         if isinstance(template, dict):  # several by name: the one that the server would take
             template = template.get("tool_use" if tools and "tool_use" in template else "default", "")
-        self._served = served_messages(messages, str(template))
-        self._said = served_messages(messages, str(template), own_calls=True)
+        self._template = str(template)
+        self._served = served_messages(messages, self._template)
+        self._said = served_messages(messages, self._template, own_calls=True)
 
     @property
     def turns(self) -> list[int]:
@@ -159,6 +160,30 @@ class Chat:
             )
         return prompt, answered[start:]
 
+    def goes_on(self, i: int) -> str:
+        """What the template writes right behind the assistant's message `i` when somebody speaks after it; "" if that
+        cannot be told. Where it writes no end of a turn (GLM), an answer ends with the token that begins the next one.
+
+        Raises:
+            ExampleError: see `turn`.
+        """
+        begun = "".join(self.turn(i))
+        calls = self._said[i].get("tool_calls")
+        if calls:
+            more = [self._said[i], self._anybody("tool", tool_call_id=calls[0].get("id", ""))]
+        else:  # another answer, for what it thought may be left out later
+            more = [self._anybody("assistant"), self._anybody("user", _QUESTION)]
+        try:
+            text = self._render([*self._served[:i], *more], generation_prompt=False)
+        except ExampleError:
+            return ""
+        if calls:
+            return text[len(begun) :] if text.startswith(begun) else ""
+        return text.rpartition(_ANSWER)[2] if _ANSWER in text else ""
+
+    def _anybody(self, role: str, says: str = _ANSWER, **more: str) -> Message:
+        return served_messages([{"role": role, "content": says, **more}], self._template)[0]
+
     def _answer_start(self, prompt: str, answered: str, i: int) -> int | None:
         """Where the answer begins in `answered`, whose beginning is not the prompt; None if that cannot be told.
 
@@ -171,9 +196,7 @@ class Chat:
         if not text or before < 0:
             return None
         shared = prompt[before:]
-        probe = self._render(
-            [*self._served[:i], {"role": "assistant", "content": _ANSWER}], generation_prompt=False
-        )
+        probe = self._render([*self._served[:i], self._anybody("assistant")], generation_prompt=False)
         end = probe.rfind(shared) + len(shared)
         return end if end >= len(shared) and answered[:end] == probe[:end] else None
 

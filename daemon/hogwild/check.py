@@ -1,7 +1,7 @@
 """`hogwild check FILE...`: every line as it will be trained, without training it."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from rich.text import Text
 
 from hogwild.cautions import Caution, cautions
 from hogwild.check_text import Shown, show
-from hogwild.encoding import Encoded, Tokenizer
+from hogwild.encoding import Encoded, Tokenizer, context_length, stop_texts
 from hogwild.errors import ExampleError, UsageError
 from hogwild.examples import Example, encode
 from hogwild.ledger_records import BadLine, GoodLine
@@ -49,6 +49,7 @@ class Checker:
     Args:
         tokenizer: the model's; without it only the form of a line is checked.
         context_length: longest text that the model takes, in tokens, if it is known.
+        stops: texts of the tokens at which the server ends an answer, from `encoding.stop_texts`.
         tokens: show where each token begins and ends, and all of them.
         problems_only: say nothing of lines that are well.
     """
@@ -57,12 +58,25 @@ class Checker:
     console: Console
     tokenizer: Tokenizer | None = None
     context_length: int | None = None
+    stops: Collection[str] = ()
     tokens: bool = False
     problems_only: bool = False
     good: int = 0
     bad: int = 0
     doubtful: int = 0
     _seen: dict[bytes, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: Config, console: Console, model: Path | None, **options: Any) -> "Checker":
+        """For the model in a folder, if there is one.
+
+        Raises:
+            UsageError: see `tokenizer_in`.
+        """
+        if model is None:
+            return cls(config, console, **options)
+        tokenizer = tokenizer_in(model)
+        return cls(config, console, tokenizer, context_length(model), stop_texts(model, tokenizer), **options)
 
     def files(self, files: Sequence[Path]) -> Iterator[Record]:
         """Checks files, printing as it goes.
@@ -120,6 +134,7 @@ class Checker:
             context=training.context,
             context_length=self.context_length,
             train_on=training.train_on,
+            stops=self.stops,
         )
 
     def _warnings(self, example: Example, where: str) -> list[Caution]:

@@ -131,20 +131,13 @@ def check(
     """Show every line of FILES as it will be trained, without training it. Exit code 1 if a line is wrong."""
     from rich.console import Console
 
-    from hogwild.check import Checker, tokenizer_in
-    from hogwild.encoding import context_length
+    from hogwild.check import Checker
 
     settings = configuration.load(config)
     folder = model or (Path(settings.model) if settings.model else None)
     if tokens and folder is None:
         raise UsageError("--tokens needs --model: the tokens are the model's")
-    checker = Checker(
-        settings,
-        Console(quiet=as_json),
-        tokenizer_in(folder) if folder else None,
-        context_length(folder) if folder else None,
-        tokens=tokens,
-    )
+    checker = Checker.of(settings, Console(quiet=as_json), folder, tokens=tokens)
     for record in checker.files(files):
         if as_json:
             typer.echo(json.dumps(record))

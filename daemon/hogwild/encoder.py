@@ -31,6 +31,7 @@ class Encoder:
         self.lock = threading.Lock()
         self._settings, self._ledger, self.freezes = settings, ledger, True
         self._context_length = encoding.context_length(folder)
+        self._stops = encoding.stop_texts(folder, self.tokenizer)
         self._warned = Warned()
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
@@ -54,6 +55,7 @@ class Encoder:
                 freezes=self.freezes,
                 context_length=self._context_length,
                 train_on=self._settings.train_on,
+                stops=self._stops,
             )
 
     def group(self, example: Example) -> Group:

@@ -5,7 +5,7 @@ What follows it, up to and including the end-of-turn token, is trained; nothing 
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,8 +61,12 @@ def encode_chat(
     tokenizer: Tokenizer,
     *,
     only_last: bool,
+    stops: Collection[str] = (),
 ) -> list[Encoded]:
     """A conversation that ends with the assistant's turn, through the model's own chat template.
+
+    Args:
+        stops: texts of the tokens at which the server ends an answer, from `stop_texts`.
 
     Returns:
         One sequence wherever one can hold all trained turns, each after the context that it is served with. A
@@ -74,7 +78,7 @@ def encode_chat(
     """
     chat = Chat(messages, tools, tokenizer)
     result: list[Encoded] = []
-    for part in _parts(chat, chat.turns[-1:] if only_last else chat.turns):
+    for part in _parts(chat, chat.turns[-1:] if only_last else chat.turns, tokenizer, stops):
         result += _encode_part(part, messages, tokenizer)
     return result
 
@@ -135,6 +139,24 @@ def context_length(folder: Path) -> int | None:
     return length if isinstance(length, int) else None
 
 
+def stop_texts(folder: Path, tokenizer: Tokenizer) -> frozenset[str]:
+    """The tokens at which a server ends an answer of the model in `folder`, as they are written: those of its
+    generation_config.json, or without one of its config.json, and the tokenizer's own."""
+    from transformers import AutoConfig, GenerationConfig  # see `context_length`
+
+    ids = {tokenizer.eos_token_id}
+    for kind in (GenerationConfig, AutoConfig):
+        try:
+            said = getattr(kind.from_pretrained(folder, local_files_only=True), "eos_token_id", None)
+        except (OSError, ValueError):
+            continue
+        ids.update(said if isinstance(said, list) else [said])
+        break
+    # Only what is added to a vocabulary is always read as that token, wherever its text stands.
+    added = tokenizer.added_tokens_decoder
+    return frozenset(str(token.content) for i, token in added.items() if int(i) in ids)
+
+
 def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
     """Tokens that stand for no text of their own: id -> how they are written."""
     found = {
@@ -146,17 +168,37 @@ def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
     return found
 
 
-def _parts(chat: Chat, trained: list[int]) -> list[_Part]:
+def _parts(chat: Chat, trained: list[int], tokenizer: Tokenizer, stops: Collection[str]) -> list[_Part]:
     """As few texts as hold every trained turn behind its own prompt, found from the last turn back."""
     parts: list[_Part] = []
     for i in reversed(trained):
         prompt, answer = chat.turn(i)
+        for stop in stops:
+            _refuse_end(chat.messages[i], stop, f"messages[{i}]")
+        answer = _up_to_stop(answer, stops) or _with_stop(answer, chat, i, tokenizer, stops)
         turn = (i, len(prompt), len(prompt) + len(answer))
         if parts and parts[-1].text.startswith(prompt + answer):
             parts[-1].turns.insert(0, turn)
         else:
             parts.append(_Part(prompt + answer, [turn]))
     return parts[::-1]
+
+
+def _up_to_stop(text: str, stops: Collection[str]) -> str | None:
+    """What the server lets the model say of `text`: nothing after a stop. Some templates write more: Phi-3's the
+    end-of-text token behind the last turn, others the next generation prompt. None: there is no stop in it."""
+    ends = [place + len(stop) for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(ends)] if ends else None
+
+
+def _with_stop(answer: str, chat: Chat, i: int, tokenizer: Tokenizer, stops: Collection[str]) -> str:
+    """An answer that has no stop, with that of the next turn, if that is how the template ends it (GLM): or the model
+    would not learn to stop."""
+    if not stops or answer.rstrip().endswith(tuple(special_tokens(tokenizer).values())):
+        return answer  # of a model that is served with other stops than its template's
+    after = chat.goes_on(i)
+    stop = next((stop for stop in stops if after.lstrip().startswith(stop)), None)
+    return answer if stop is None else answer + after[: after.index(stop) + len(stop)]
 
 
 def _encode_part(
@@ -250,12 +292,16 @@ def _end_of_turn(ids: list[int], message: Mapping[str, Any], where: str, tokeniz
             + ("tool_calls out" if message.get("tool_calls") else "content out"),
             where,
         )
-    end = special[ids[last]]
+    _refuse_end(message, special[ids[last]], where)
+    return last + 1
+
+
+def _refuse_end(message: Mapping[str, Any], end: str, where: str) -> None:
+    """Raises ExampleError if a message itself writes what ends it."""
     if any(end in text for text in strings_of(message)):
         raise ExampleError(
             f"contains {end}, the model's end-of-turn token: its answer would end there", where
         )
-    return last + 1
 
 
 def strings_of(value: Any) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """From one line of JSON to a typed example. Every refusal is an `ExampleError` with a reason and a field."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -108,6 +108,7 @@ def encode(
     freezes: bool = True,
     context_length: int | None = None,
     train_on: TrainOn = "last",
+    stops: Collection[str] = (),
 ) -> list[Encoded]:
     """Token ids and loss mask of an example.
 
@@ -119,6 +120,7 @@ def encode(
         freezes: can the model's context be frozen at all?
         context_length: longest that the model takes, if that is known.
         train_on: for chats whose line does not say.
+        stops: texts of the tokens at which the server ends an answer, from `encoding.stop_texts`.
 
     Returns:
         One sequence, or several where the chat template does not allow one (see `encode_chat`) or a text is long
@@ -130,7 +132,8 @@ def encode(
     try:
         if example.messages is not None:
             turns = example.train_on or train_on
-            parts = encode_chat(example.messages, example.tools, tokenizer, only_last=turns == "last")
+            only_last = turns == "last"
+            parts = encode_chat(example.messages, example.tools, tokenizer, only_last=only_last, stops=stops)
         elif example.completion is not None:
             parts = [encode_completion(example.prompt or "", example.completion, tokenizer)]
         else:

@@ -22,8 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from hogwild import terminal
-from hogwild.check import Checker, tokenizer_in
-from hogwild.encoding import context_length
+from hogwild.check import Checker
 from hogwild.errors import HogwildError, UsageError
 from hogwild.ledger_records import GoodLine
 from hogwild.lines import DamagedFileError, read_lines
@@ -134,7 +133,7 @@ def _sum_up(checker: Checker, files: Sequence[Path]) -> None:
 
 def _check(files: Sequence[Path], config: Config, model: Path, console: Console, strict: bool) -> None:
     """As `hogwild check`, but silent about what is well."""
-    checker = Checker(config, console, tokenizer_in(model), context_length(model), problems_only=True)
+    checker = Checker.of(config, console, model, problems_only=True)
     _sum_up(checker, files)
     if strict and checker.bad:
         raise HogwildError(
