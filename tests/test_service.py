@@ -231,6 +231,7 @@ def test_the_daemon_attaches_to_a_running_server_and_verifies_it(
     assert verified["tokens"] > 40
     assert verified["mean_difference"] < 0.15
     daemon.wait_for("training.started", threads=2)
+    assert not daemon.events("prompts.differ")
 
 
 def test_one_copy_of_the_weights(story: Story, capsys: pytest.CaptureFixture[str]) -> None:

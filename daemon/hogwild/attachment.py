@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from hogwild import log as logs
-from hogwild import pulse, recovery, rope, served
+from hogwild import prompts, pulse, recovery, rope, served
 from hogwild.arena.client import Arena
 from hogwild.checkpoint_schedule import CheckpointSchedule
 from hogwild.curriculum import Curriculum
@@ -210,8 +210,16 @@ class Attachment:
             tolerance=round(agreement.tolerance, 4),
             tokens=agreement.tokens,
         )
+        self._compare_prompts(learner, self._api)
         if not learner.training and learner.judge.tripped is None:
             learner.start()
             log.info(
                 "training.started", threads=self._config.training.threads, **asdict(self._ledger.counts())
             )
+
+    def _compare_prompts(self, learner: Learner, server: served.Server) -> None:
+        """Say, once, if chats are trained behind other prompts than are served."""
+        before, now = learner.prompts_differ, prompts.difference(server, learner.encoder)
+        learner.prompts_differ = now
+        if now is not None and now != before:
+            log.warning("prompts.differ", **asdict(now))

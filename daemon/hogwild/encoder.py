@@ -1,14 +1,16 @@
 """From a line in the ledger to what a trainer takes, through the one tokenizer that all threads share."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
 from hogwild import encoding, examples
 from hogwild import log as logs
 from hogwild.cautions import Warned, cautions
+from hogwild.chat import Chat
 from hogwild.errors import ExampleError
 from hogwild.examples import Example
 from hogwild.groups import Group
@@ -38,6 +40,22 @@ class Encoder:
         """The token ids of bare texts."""
         with self.lock:
             return [list(self.tokenizer(text)["input_ids"]) for text in texts]
+
+    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int] | None:
+        """The token ids behind which an answer to these messages is trained; None where the chat template takes no
+        such chat, or there is none."""
+        with self.lock:
+            try:
+                answered = [*messages, {"role": "assistant", "content": "."}]
+                text = Chat(answered, None, self.tokenizer).prompt(len(messages))
+            except ExampleError:
+                return None
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What these tokens say, special ones too."""
+        with self.lock:
+            return str(self.tokenizer.decode(list(ids)))
 
     def sequences(self, example: Example) -> list[encoding.Encoded]:
         """An example as token ids.

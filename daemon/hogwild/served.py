@@ -5,7 +5,7 @@ head). A module that went dead shows here, as a difference that grows with every
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +93,16 @@ class Server:
                 if error.response.status_code in (401, 403):
                     body += f"; the environment variable {self._key_name} has to hold its API key"
             raise ServerError(f"{self.url} gave no log-probabilities: {error!r} {body}") from error
+
+    def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int] | None:
+        """The token ids of what the model is sent for a chat; None: it does not say (a proxy), or has no chat
+        template."""
+        try:
+            asked = {"model": self._model or None, "messages": list(messages)}
+            answer = self._client.post("/tokenize", json=asked).raise_for_status()
+            return [int(token) for token in answer.json()["tokens"]]
+        except (httpx.HTTPError, LookupError, TypeError, ValueError):
+            return None
 
 
 @dataclass

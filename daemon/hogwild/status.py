@@ -193,6 +193,11 @@ class Status:
             found.append(
                 "training waits: the server has not been verified, or does not serve what is trained"
             )
+        if learner.prompts_differ is not None:
+            found.append(
+                "the server makes other prompts of chats than are trained: give a template to both, as "
+                f"chat_template.jinja in {learner.folder}, and the server no other tokenizer"
+            )
         return found + self._lasting(counts, incoming)
 
     def _lasting(self, counts: dict[str, int], incoming: Incoming) -> list[str]:
