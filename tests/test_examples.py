@@ -1,12 +1,15 @@
+import copy
 import json
 from dataclasses import replace
 
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoTokenizer
 
+from chat_families import tokenizer_of
 from hogwild.encoding import context_length, encode_chat, stop_texts
 from hogwild.errors import ExampleError
 from hogwild.examples import COMMON, Example, encode, parse_line
@@ -404,6 +407,31 @@ def test_a_completion_is_trained_with_its_end_and_the_prompt_is_not(tokenizer, p
     assert trained_text(encoded, tokenizer) == completion + tokenizer.eos_token
     context = encoded.ids[: encoded.trained.index(True)]
     assert context == tokenizer(prompt)["input_ids"]
+
+
+def _begins_with_a_space():
+    """As TinyLlama's and Mistral 7B's first tokenizers, which put a space before every text by a rule of their own."""
+    tokenizer = copy.deepcopy(tokenizer_of("mistral"))
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = None
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [("The server serv", "es the model."), ("Answer: ", "Paris."), ("a\n", "\nb"), ("Wr", "ite 東京 é"),
+     ("Answer:  ", "  checkpoint"), ("x", " y"), ("Ilsa", ".")],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["mistral", "first", "gemma3", "qwen3"])
+def test_a_completion_goes_on_where_the_prompt_ends_whatever_a_tokenizer_puts_before_a_text(
+    name, prompt, completion
+):
+    words = _begins_with_a_space() if name == "first" else tokenizer_of(name)
+    encoded = only(Example(prompt=prompt, completion=completion), words, max_tokens=100)
+    start = encoded.trained.index(True)
+    assert encoded.ids[:start] == words(prompt)["input_ids"], "as the completions API has it"
+    assert words.decode(encoded.ids[:-1]) == prompt + completion
 
 
 def test_of_a_text_everything_but_the_first_token_is_trained(tokenizer):

@@ -15,6 +15,10 @@ from hogwild.errors import ExampleError
 
 MAX_WINDOWS = 8
 """Sequences that a long text is split into, at most: they are trained in one step."""
+_MARKS = ("\n", ":", "a")
+"""What a text is put behind to see its tokens where it does not begin; one of them grows together with none of it."""
+_TAIL = 8
+"""Tokens of what comes before a text that are decoded with it: more than one character is made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,10 +271,30 @@ def _pieces(
 
 def _apart(text: str, cuts: list[int], tokenizer: Tokenizer, *, add_special_tokens: bool) -> list[list[int]]:
     """The pieces of a text tokenised one by one, which is what serving does: the prompt first, then the answer."""
-    return [
-        _tokens(text[a:b], tokenizer, add_special_tokens=add_special_tokens and a == 0)
-        for a, b in itertools.pairwise([0, *cuts, len(text)])
-    ]
+    first, *others = itertools.pairwise([0, *cuts, len(text)])
+    pieces = [_tokens(text[slice(*first)], tokenizer, add_special_tokens=add_special_tokens)]
+    for place in others:
+        pieces.append(_going_on(text[slice(*place)], [t for piece in pieces for t in piece], tokenizer))
+    return pieces
+
+
+def _going_on(text: str, before: list[int], tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a text that goes on from others. Some tokenizers begin every text with a space (Llama 2, Mistral,
+    Phi-3): "serv" and "es" would be learned as "serv es"."""
+    tail = before[-_TAIL:]
+
+    def says(ids: list[int]) -> bool:
+        return str(tokenizer.decode(tail + ids)) == str(tokenizer.decode(tail)) + text
+
+    alone = _tokens(text, tokenizer, add_special_tokens=False)
+    if says(alone):
+        return alone
+    for mark in _MARKS:
+        marked = _tokens(mark + text, tokenizer, add_special_tokens=False)
+        start = _tokens(mark, tokenizer, add_special_tokens=False)
+        if marked[: len(start)] == start and says(marked[len(start) :]):
+            return marked[len(start) :]
+    return alone
 
 
 def _end_of_turn(ids: list[int], message: Mapping[str, Any], where: str, tokenizer: Tokenizer) -> int:
