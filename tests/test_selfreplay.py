@@ -24,6 +24,10 @@ from tiny import llama, tokenizer
 ROWS = [architecture for architecture in ARCHITECTURES if not architecture.refused]
 TEMPLATE = "{% for m in messages %}w1 {{ m['content'] }} </s> {% endfor %}{% if add_generation_prompt %}w2{% endif %}"
 
+TEMPLATE_OF_PARTS = TEMPLATE.replace(
+    "{{ m['content'] }}", "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}"
+)
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -131,11 +135,15 @@ def test_texts_end_where_a_server_stops(tmp_path, row):
     assert selfreplay.ends(skeleton.empty(folder), words) == {2, 5, 77}
 
 
-def test_half_are_chats_where_there_is_a_template(folder):
+@pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE_OF_PARTS], ids=["text", "parts"])
+def test_half_are_chats_where_there_is_a_template(folder, template, monkeypatch):
+    """As the server asks: some templates, of models that see, take parts alone."""
     words = AutoTokenizer.from_pretrained(folder)
     assert all(len(given) == 1 for given in selfreplay.prompts(words, 20))
-    words.chat_template = TEMPLATE
+    words.chat_template = template
+    monkeypatch.setattr(selfreplay, "QUESTIONS", ("w7 w8",))
     given = selfreplay.prompts(words, 20)
+    assert given[1] == words.convert_tokens_to_ids(["w1", "w7", "w8", "</s>", "w2"])
     w1, w2 = words.convert_tokens_to_ids(["w1", "w2"])
     assert [one[0] == w1 and one[-1] == w2 for one in given] == [False, True] * 10
 

@@ -312,20 +312,63 @@ WANTS_PARTS = (
 )
 
 
+def as_sent(messages: list[Message]) -> list[Message]:
+    """As an OpenAI client sends arguments."""
+    as_text = copy.deepcopy(messages)
+    for message in as_text:
+        for one in message.get("tool_calls", []):
+            one["function"]["arguments"] = json.dumps(one["function"]["arguments"])
+    return as_text
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_the_prompt_is_the_servers_own(family, server_renders):
     for name, messages in CONVERSATIONS.items():
         if not supports(family, messages):
             continue
-        as_text = copy.deepcopy(messages)  # as an OpenAI client sends arguments
-        for message in as_text:
-            for one in message.get("tool_calls", []):
-                one["function"]["arguments"] = json.dumps(one["function"]["arguments"])
+        as_text = as_sent(messages)
         for tools in (None, TOOLS, ODD_TOOLS) if family.tools else (None,):
             ours = Chat(parse_messages(copy.deepcopy(as_text)), tools, family.tokenizer)
             for i in ours.turns:
                 theirs = server_renders(family.tokenizer, as_text[:i], tools)
                 assert ours.prompt(i) == theirs, (name, i, tools)
+
+
+OF_PARTS = "{% for part in CONTENT %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
+IN_PARTS = (
+    "{% for message in messages %}{{ message.role }}:"
+    "{% if message.role == 'tool' %}{{ message.content }}{% elif message.content is sequence %}PARTS{% endif %}"
+    "{% for call in message.tool_calls or [] %}"
+    "{% if call.function.arguments is string %}?{% endif %}{{ call.function.arguments | tojson }}{% endfor %}"
+    "{{ message.content | length }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+TEMPLATES_OF_PARTS = {
+    "attribute": IN_PARTS.replace("PARTS", OF_PARTS.replace("CONTENT", "message.content")),
+    "filtered": IN_PARTS.replace("PARTS", OF_PARTS.replace("CONTENT", "message['content'] | reverse")),
+    "variable": IN_PARTS.replace(
+        "PARTS", "{% set content = message.content %}" + OF_PARTS.replace("CONTENT", "content")
+    ),
+    "macro": "{% macro says(content) %}" + OF_PARTS.replace("CONTENT", "content") + "{% endmacro %}"
+    + IN_PARTS.replace("PARTS", "{{ says(message.content) }}"),
+    "text": IN_PARTS.replace("PARTS", "{{ message.content }}"),
+    "the first": IN_PARTS.replace("PARTS", OF_PARTS.replace("CONTENT", "messages[0].content") + "{{ message }}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES_OF_PARTS)
+def test_content_is_in_parts_where_the_servers_is(name, server_renders):
+    """Also where a template tells text from something else than content, and of what is empty, or said by a tool."""
+    tokenizer = copy.copy(tokenizer_of("qwen3"))
+    tokenizer.chat_template = TEMPLATES_OF_PARTS[name]
+    messages = [
+        {"role": "system", "content": ""},
+        *as_sent(TOLD),
+        user("Thanks"),
+        assistant("You are welcome."),
+    ]
+    chat = Chat(parse_messages(copy.deepcopy(messages)), None, tokenizer)
+    for i in chat.turns:
+        assert chat.prompt(i) == server_renders(tokenizer, messages[:i], None)
 
 
 @pytest.mark.parametrize("template", [None, WANTS_PARTS], ids=["developer", "parts"])

@@ -10,7 +10,7 @@ when serving. That much is shared with the server on purpose. What is trained is
 template's own text, never by searching for roles, so a faked turn in somebody's words is context and never trained.
 """
 
-import re
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -35,7 +35,8 @@ def served_messages(
     """The messages as the server hands them to its template.
 
     No content is empty content; arguments of tool calls are objects, not text; reasoning goes by both of its names;
-    a developer is a system where the template knows none; text is a list of parts where the template wants that.
+    a developer is a system where the template knows none; text is a list of parts where the template wants that, but
+    what tools say is not.
 
     Args:
         own_calls: leave the keys of tool calls in the order that the line has, which the model is to learn. The
@@ -50,8 +51,10 @@ def served_messages(
         }
         if fresh["role"] == "developer" and not knows_developers:
             fresh["role"] = "system"
-        content = message.get("content") or ""
-        fresh["content"] = [{"type": "text", "text": content}] if wants_parts and content else content
+        content = message.get("content")
+        fresh["content"] = content or ""
+        if wants_parts and fresh["role"] != "tool":
+            fresh["content"] = [] if content is None else [{"type": "text", "text": content}]
         if "reasoning_content" in message:
             fresh["reasoning"] = fresh["reasoning_content"] = message["reasoning_content"]
         if "tool_calls" in message:
@@ -201,10 +204,28 @@ class Chat:
         return end if end >= len(shared) and answered[:end] == probe[:end] else None
 
 
+@functools.lru_cache(maxsize=8)
 def _wants_parts(template: str) -> bool:
-    """Does the template go through a message's content part by part, and not take plain text as well?"""
-    loops = re.search(r"for\s+\w+\s+in\s+\w+(\.content|\[\s*['\"]content['\"]\s*\])", template)
-    return loops is not None and "is string" not in template
+    """Does the template go through `content`, or that of a message, part by part? Then the server gives it parts,
+    whether it would take plain text as well or not."""
+    from jinja2 import nodes  # these take a while to import
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    def is_content(node: Any) -> bool:
+        while isinstance(node, nodes.Filter | nodes.Test):
+            node = node.node
+        if isinstance(node, nodes.Name):
+            return node.name == "content"
+        if isinstance(node, nodes.Getattr):
+            return node.attr == "content" and isinstance(node.node, nodes.Name)
+        is_key = isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const)
+        return is_key and node.arg.value == "content" and isinstance(node.node, nodes.Name)
+
+    try:
+        tree = _compile_jinja_template(template).environment.parse(template)
+    except Exception:  # which rendering will say
+        return False
+    return any(is_content(loop.iter) for loop in tree.find_all(nodes.For))
 
 
 def _with_object_arguments(call: Mapping[str, Any], own_order: bool) -> dict[str, Any]:

@@ -218,9 +218,7 @@ def make(
         turn = number // 2 if tokenizer.chat_template else number
         if chat:
             name = QUESTIONS[turn % len(QUESTIONS)]
-            messages = [{"role": "user", "content": name}]
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = selfreplay.asked(name, tokenizer)
         else:
             name = BEGINNINGS[turn % len(BEGINNINGS)]
             ids = tokenizer(name, add_special_tokens=True)["input_ids"]

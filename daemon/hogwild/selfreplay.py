@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from hogwild import model_file
+from hogwild.chat import Chat
 from hogwild.context import Layers
 from hogwild.likeliest import Likeliest
 
@@ -132,13 +133,18 @@ def prompts(tokenizer: Any, count: int) -> list[list[int]]:
     for i in range(count):
         turn = i // 2 if tokenizer.chat_template else i
         if tokenizer.chat_template and i % 2:
-            messages = [{"role": "user", "content": QUESTIONS[turn % len(QUESTIONS)]}]
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = asked(QUESTIONS[turn % len(QUESTIONS)], tokenizer)
         else:
             ids = tokenizer(FIRST_WORDS[turn % len(FIRST_WORDS)], add_special_tokens=True)["input_ids"]
         found.append(list(ids))
     return found
+
+
+def asked(question: str, tokenizer: Any) -> list[int]:
+    """The token ids of what a server sends to the model for a question; raises as `Chat`."""
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "."}]
+    text = Chat(messages, None, tokenizer).prompt(1)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def ends(model: PreTrainedModel, tokenizer: Any) -> set[int]:
