@@ -174,16 +174,18 @@ def test_autotuning_chooses_a_candidate_and_leaves_the_weight_alone() -> None:
 @interpreted
 @pytest.mark.parametrize("epoch", [0, 1, 7])
 @pytest.mark.parametrize(("seed", "name"), [(0, "layer"), (2**33, "model.layers.3.mlp.up_proj")])
-def test_projection_has_the_bits_of_the_cpu(epoch: int, seed: int, name: str) -> None:
-    """Projecting the identity gives P itself: a product with zeros and one 1 rounds nothing."""
+@pytest.mark.parametrize("rank", [20, 50])
+def test_projection_has_the_bits_of_the_cpu(epoch: int, seed: int, name: str, rank: int) -> None:
+    """Projecting the identity gives P itself: a product with zeros and one 1 rounds nothing. And the identity, where
+    there is nothing to project away."""
     from hogwild_kernels import cuda
     from hogwild_kernels import triton_kernels as kernels
 
-    size, rank, gap = 50, 20, 4
+    size, gap = 50, 4
     key = counter.name_key(seed, name)
     counts = torch.tensor([epoch * gap + 3, 0])
     parts, finished = torch.empty(2, size, rank + size), torch.ones(1, dtype=torch.int32)
-    kernels.project[(4, 3, 2)](
+    kernels.project[(4, -(-rank // 32) + 2, 2)](
         torch.eye(size), size, 1, parts, counts, gap, cuda._signed(key[0]), cuda._signed(key[1]),
         counter.gaussian_table(), counter.gaussian_gain(rank), finished, size, size, rank, 32,
         WIDEN=True, BLOCK_T=16, BLOCK_C=32, BLOCK_K=16,

@@ -43,6 +43,21 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("backend", STEPS)
+@pytest.mark.parametrize("shape", [(1, 64), (64, 1), (2, 64), (64, 3), (16, 64)])
+def test_a_weight_of_few_rows_moves_as_far_as_the_learning_rate_says(
+    shape: tuple[int, int], backend: str
+) -> None:
+    """As a gate of shared experts, which has one: a random number took the place of its projection, and its steps were
+    up to twelve times too long in a model of 24 layers."""
+    torch.manual_seed(0)
+    for layer in range(24):
+        state = ApolloState(f"model.layers.{layer}.gate.weight", shape, ApolloConfig(rank=64, lr=1e-3))
+        x, d = torch.randn(6, shape[1]), torch.randn(6, shape[0])
+        moved = STEPS[backend](torch.zeros(shape), x, d, state)
+        assert float(moved.norm) == pytest.approx(1e-3 * math.sqrt(math.prod(shape)), rel=0.01)
+
+
+@pytest.mark.parametrize("backend", STEPS)
 @pytest.mark.parametrize("size", [0.0, 1e-12], ids=["all zero", "almost zero"])
 @pytest.mark.parametrize("floor", [0.99, 0.0], ids=["default", "published"])
 def test_an_empty_gradient_throttles_for_two_steps_at_most(size: float, floor: float, backend: str) -> None:

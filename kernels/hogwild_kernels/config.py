@@ -17,9 +17,9 @@ class ApolloConfig:
     why."""
 
     rank: int = 64
-    """Rank r of the random projection, clamped to min(m, n). Rank 1 is APOLLO-Mini: one scale for the whole
-    tensor. An output head learns badly with one scale for the rows of all tokens, frequent and rare: give it a
-    higher rank, or Adam, as published (docs/learning.md)."""
+    """Rank r of the random projection, clamped to min(m, n), where nothing is projected. Rank 1 is APOLLO-Mini: one
+    scale for the whole tensor. An output head learns badly with one scale for the rows of all tokens, frequent and
+    rare: give it a higher rank, or Adam, as published (docs/learning.md)."""
 
     scaling: Scaling = "auto"
     """One scale per channel or one for the tensor. "auto" is per channel unless the clamped rank is 1,

@@ -124,8 +124,14 @@ def projection(
 ) -> Tensor:
     """P (rank, size) fp32 with entries N(0, 1/rank), step 1 of the algorithm; the same bits on every backend.
 
+    Where there is nothing to project away, the identity: of a router's or a gate's few rows a random square matrix may
+    shrink the gradient to next to nothing, and the scales of step 4, which divide by its length, move the weight many
+    times as far as `lr` says.
+
     The published code holds P as (size, rank) when m < n; here it is (rank, size) in both orientations.
     """
+    if rank == size:
+        return torch.eye(rank, device=device)
     a, b = subkey(key, PROJECTION, epoch)
     w = words(torch.arange(rank * size, device=device), a, b)
     table = gaussian_table().to(device)

@@ -121,6 +121,8 @@ def warm_up(dtype: torch.dtype = torch.bfloat16) -> None:
 
 def build_projection(key: tuple[int, int], epoch: int, rank: int, size: int) -> Tensor:
     """`counter.projection`, the same bits, compiled."""
+    if rank == size:
+        return torch.eye(rank)
     a, b = counter.subkey(key, counter.PROJECTION, epoch)
     p = torch.empty(rank, size)
     table = counter.gaussian_table()

@@ -5,7 +5,7 @@ written from its mathematics. The steps (1) to (7) are numbered here, in the ord
 kernels call them by these numbers. The line that computes each carries its number and, after it, the paper's: "eq."
 where the paper numbers an equation, "Alg. 1" where it has the line in the listing alone.
 
-    (1) P ~ N(0, 1/r), redrawn every `gap` steps                                   Alg. 1, step 1
+    (1) P ~ N(0, 1/r), redrawn every `gap` steps (r = min(m, n): P = I)            Alg. 1, step 1
     (2) R = P G (m < n, channels are columns)  or  R = G P^T (m >= n, rows)        Alg. 1, step 1
     (3) M <- b1 M + (1 - b1) R                                                     eq. 8
         V <- b2 V + (1 - b2) R^2                                                   Alg. 1, step 2

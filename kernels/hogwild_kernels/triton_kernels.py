@@ -62,9 +62,15 @@ def project(
             k = start + tl.arange(0, BLOCK_K)
             inside = (t[:, None] < tokens) & (k[None, :] < end)
             tile = tl.load(place + k[None, :].to(tl.int64) * y_column, mask=inside, other=0.0)
-            index = (r[None, :].to(tl.int64) * size + k[:, None]).to(tl.uint32)
-            total = dot_fp32(tile, gaussian(index, a, b, table), total, WIDEN)
-        tl.store(here + r[None, :], total * gain, mask=(t[:, None] < tokens) & (r[None, :] < rank))
+            if rank == size:  # nothing is projected away
+                entries = (r[None, :] == k[:, None]).to(tl.float32)
+            else:
+                index = (r[None, :].to(tl.int64) * size + k[:, None]).to(tl.uint32)
+                entries = gaussian(index, a, b, table)
+            total = dot_fp32(tile, entries, total, WIDEN)
+        if rank != size:
+            total *= gain
+        tl.store(here + r[None, :], total, mask=(t[:, None] < tokens) & (r[None, :] < rank))
     elif (block - projections + 1) * BLOCK_C > tl.program_id(0) * BLOCK_T:
         u = (block - projections) * BLOCK_C + tl.arange(0, BLOCK_C)
         for start in range(begin, end, BLOCK_K):
