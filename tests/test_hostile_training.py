@@ -148,6 +148,19 @@ def test_a_probe_file_names_every_line_that_is_none(tokenizer, tmp_path):
         probes.read(tmp_path / "missing", encoder)
 
 
+def test_of_a_chat_only_what_the_assistant_says_is_a_probe(tmp_path, tokenizer):
+    """With every turn of it, and of a text that is longer than one window all of it."""
+    turns = [("user", "Who?"), ("assistant", "Ada."), ("user", "When was that?"), ("assistant", "1843.")]
+    line = {"messages": [{"role": role, "content": text} for role, text in turns], "train_on": "all"}
+    path = tmp_path / "probes.jsonl"
+    path.write_text(json.dumps(line) + "\n" + json.dumps({"text": "one two three " * 40}))
+    *chat, first, second = probes.read(path, lambda example: encode(example, tokenizer, max_tokens=80))
+    assert [tokenizer.decode(one.ids[one.start :]) for one in chat] == ["Ada.<|im_end|>", "1843.<|im_end|>"]
+    assert first.start == 1
+    words = tokenizer("one two three " * 40)["input_ids"]
+    assert [*first.ids, *second.ids[second.start :]][: len(words)] == words
+
+
 def test_the_shipped_probes_are_probes(tokenizer):
     shipped = Path(__file__).parents[1] / "config" / "probes.jsonl"
     found = probes.read(shipped, lambda example: encode(example, tokenizer, max_tokens=256))

@@ -17,8 +17,9 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,8 @@ def measure(model: PreTrainedModel, probe: Probe) -> tuple[float, float]:
 
 
 def read(path: Path, encode: Callable[[Example], Sequence[Encoded]]) -> list[Probe]:
-    """The probes of a file.
+    """The probes of a file: one for each turn of a line that counts, as a user's turns do not, and for each window of a
+    long text.
 
     Args:
         encode: as the learner encodes an example.
@@ -199,13 +201,22 @@ def read(path: Path, encode: Callable[[Example], Sequence[Encoded]]) -> list[Pro
     found, problems = [], []
     for number, example in probe_file.read(path):
         try:
-            encoded = encode(example)[-1]
-            start = max(list(encoded.trained).index(True), 1)
-            found.append(Probe(example.id or f"line {number}", tuple(encoded.ids), start))
+            name = example.id or f"line {number}"
+            for encoded in encode(example):
+                found += [Probe(name, tuple(encoded.ids[:end]), start) for start, end in _runs(encoded)]
         except ExampleError as error:
             problems.append(f"line {number}: {error}")
     probe_file.refuse(path, problems)
     return found
+
+
+def _runs(encoded: Encoded) -> Iterator[tuple[int, int]]:
+    """Where trained tokens are beside one another: (the first, after the last)."""
+    place = 0
+    for trained, run in groupby(encoded.trained):
+        start, place = place, place + len(list(run))
+        if trained:
+            yield start, place
 
 
 def make(
