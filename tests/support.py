@@ -187,10 +187,17 @@ class Daemon(Process):
 class Server(Process):
     """vLLM. With a socket: `hogwild vllm`; without: stock `vllm serve`, with no plugin at all."""
 
-    def __init__(self, model: Path, log: Path, sock: Path | None, port: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        sock: Path | None,
+        port: int | None = None,
+        more: Sequence[str] = (),
+    ) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        arguments = [str(model), "--port", str(self.port), *SERVER_ARGUMENTS]
+        arguments = [str(model), "--port", str(self.port), *SERVER_ARGUMENTS, *more]
         if sock is not None:
             command = [sys.executable, "-m", "hogwild", "vllm", *arguments]
             env = environment(HOGWILD_SOCKET=str(sock))

@@ -94,7 +94,9 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
     ) -> torch.nn.Module:
         """Build the model and load it; see BaseModelLoader.load_model."""
-        if model_config is not vllm_config.model_config:  # a draft model: not what is trained
+        # A draft model is not what is trained. One that is a whole model comes with a configuration of its own
+        # (vllm/v1/spec_decode/draft_model.py: _create_draft_vllm_config, vLLM 0.32).
+        if model_config is not vllm_config.model_config or model_config.runner_type == "draft":
             draft: torch.nn.Module = DefaultModelLoader(self.load_config).load_model(
                 vllm_config, model_config, prefix
             )
