@@ -129,6 +129,11 @@ def test_compiled_serving_sees_what_is_written_in_place(server, tmp_path):
     [
         ({"tensor_parallel_size": 2}, "this server cannot be trained.*use one"),
         ({"quantization": "fp8"}, "this server cannot be trained.*without --quantization"),
+        ({"data_parallel_size": 2}, "this server cannot be trained.*without --data-parallel-size"),
+        ({"runner": "pooling"}, "this server cannot be trained.*without --runner pooling"),
+        ({"hf_overrides": {"rms_norm_eps": 0.5}}, "this server cannot be trained.*rms_norm_eps.*config.json"),
+        ({"logprobs_mode": "raw_logits"}, "this server cannot be trained.*raw_logits"),
+        ({"weight_transfer_config": {}}, "this server cannot be trained.*--weight-transfer-config"),
         ({"enable_sleep_mode": True}, "Sleep mode is not supported"),  # by vLLM itself, on a CPU
     ],
     ids=lambda one: next(iter(one)) if isinstance(one, dict) else "",
