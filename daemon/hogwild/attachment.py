@@ -181,7 +181,8 @@ class Attachment:
         url = self._config.server.url or self.server.get("url", "")
         try:
             if self._api is None or self._api.url != url:
-                self._api = served.Server(url, self._config.server.api_key_env)
+                own = not self._config.server.url
+                self._api = served.Server(url, self._config.server.api_key_env, own=own)
             answers = self._api.ready()
             if asked:
                 self.unasked = "" if answers else f"GET {url.rstrip('/')}/health is not answered"
