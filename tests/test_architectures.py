@@ -146,6 +146,16 @@ def test_a_server_that_cannot_be_trained_is_told_what_would_work(server, tmp_pat
         server.say({"check": str(folder), "settings": settings})
 
 
+def test_vllm_puts_no_other_weights_in_the_place_of_those_that_are_trained(server, tmp_path):
+    folder = named("Llama").build(tmp_path / "model")
+    weights = Weights(server.load(folder))
+    name = weights.names[0]
+    learned = weights.view(name).mul_(1.5).clone()
+    with pytest.raises(matrix.RefusedError, match="hogwild rollback"):
+        server.say({"reload": {}})
+    assert torch.equal(weights.view(name), learned)
+
+
 def test_linear_layers_stay_plain_whatever_this_cpu_would_pack(server, tmp_path):
     """(1) oneDNN packs fp32 on every x86 CPU, bf16 only on some."""
     folder = named("Llama").build(tmp_path / "model", torch.float32)

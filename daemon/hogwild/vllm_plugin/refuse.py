@@ -32,7 +32,7 @@ def _reasons(vllm_config: VllmConfig, daemon: Path | None) -> Iterator[str]:
     if parallel.world_size > 1:
         yield f"tensor or pipeline parallelism over {parallel.world_size} processes: use one"
     # An engine of a dense model goes by a size of 1, each by itself, and keeps its number alone.
-    if parallel.data_parallel_size > 1 or parallel.data_parallel_index > 0:
+    if parallel.data_parallel_size > 1 or getattr(parallel, "data_parallel_index", 0) > 0:
         yield (
             "data parallelism keeps a copy of the weights in each engine, and one copy is trained: serve without "
             "--data-parallel-size (--api-server-count is for more API servers)"
