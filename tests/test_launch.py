@@ -76,7 +76,7 @@ def test_the_daemon_finds_a_server_by_what_its_own_configuration_file_says(tmp_p
     """vLLM's --config may also say that it speaks TLS: the daemon asked another address, and never trained."""
     pem, sock = certificate(tmp_path / "server.pem"), tmp_path / "arena.sock"
     (config := tmp_path / "vllm.yaml").write_text(
-        f"host: 127.0.0.1\nssl-certfile: {pem}\nssl-keyfile: {pem}\nchat-template: '{{{{ 1 }}}}'\n"
+        f"host: 127.0.0.1\nssl-certfile: {pem}\nssl-keyfile: {pem}\napi-server-count: 2\nchat-template: '{{{{ 1 }}}}'\n"
     )
     server = Server(
         chat_model(tmp_path / "model"),

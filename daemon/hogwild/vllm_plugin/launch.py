@@ -147,13 +147,15 @@ def _end_when_told() -> None:
 def _parsed() -> None:
     """Look at the arguments as vLLM has read them, before it starts anything: its engine is told of the URL.
 
-    Around ServeSubcommand.cmd (vllm/entrypoints/cli/serve.py, vLLM 0.32), which is given them.
+    Around ServeSubcommand.validate (vllm/entrypoints/cli/serve.py, vLLM 0.32), which is given them, and is not sent to
+    other processes with them as `cmd` is.
     """
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
-    serve = ServeSubcommand.cmd
+    validate = ServeSubcommand.validate
 
-    def cmd(args: argparse.Namespace) -> None:
+    def validated(self: Any, args: argparse.Namespace) -> None:
+        validate(self, args)
         try:
             parsed.refuse(args)
         except UsageError as error:
@@ -162,9 +164,8 @@ def _parsed() -> None:
         parsed.warn(args)
         os.environ[URL_VARIABLE] = parsed.url(args)
         ready.report(os.environ[URL_VARIABLE])
-        serve(args)
 
-    ServeSubcommand.cmd = staticmethod(cmd)
+    ServeSubcommand.validate = validated
 
 
 def run() -> None:
