@@ -76,6 +76,8 @@ def environment(
         PAGE_VARIABLE: f"hogwild-page-{secrets.token_hex(16)}",
     }
     kept = {key: value for key, value in base.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    if "VLLM_PLUGINS" in kept:  # then no others are loaded than those that it names
+        kept["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*kept["VLLM_PLUGINS"].split(","), "hogwild"]))
     return {**openmp.PASSIVE, **kept, **ours}
 
 

@@ -30,10 +30,9 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         )
     if args.uds:
         yield f"--uds: {asks}; give --port"
-    if getattr(args, "grpc", False):
-        yield f"--grpc: {asks}; leave it out"
-    if args.headless:
-        yield f"--headless: {asks}; leave it out"
+    for name in ("grpc", "headless", "tokens_only"):
+        if getattr(args, name, False):
+            yield f"--{name.replace('_', '-')}: {asks}; leave it out"
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0":
         yield (
             "VLLM_USE_RUST_FRONTEND: requests would pass by what keeps answers fresh (docs/serving.md), and training "
