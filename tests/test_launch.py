@@ -74,12 +74,17 @@ def certificate(file: Path) -> Path:
 
 def test_the_daemon_finds_a_server_by_what_its_own_configuration_file_says(tmp_path: Path) -> None:
     """vLLM's --config may also say that it speaks TLS: the daemon asked another address, and never trained."""
-    pem, sock = certificate(tmp_path / "server.pem"), tmp_path / "arena.sock"
+    pem, sock, model = (
+        certificate(tmp_path / "server.pem"),
+        tmp_path / "arena.sock",
+        chat_model(tmp_path / "model"),
+    )
     (config := tmp_path / "vllm.yaml").write_text(
-        f"host: 127.0.0.1\nssl-certfile: {pem}\nssl-keyfile: {pem}\napi-server-count: 2\nchat-template: '{{{{ 1 }}}}'\n"
+        f"host: 127.0.0.1\nssl-certfile: {pem}\nssl-keyfile: {pem}\napi-server-count: 2\ntokenizer: {model}\n"
+        "chat-template: '{{ 1 }}'\n"
     )
     server = Server(
-        chat_model(tmp_path / "model"),
+        model,
         tmp_path / "server.log",
         sock,
         HOGWILD_SERVER__ARGUMENTS=json.dumps(["--config", str(config)]),
@@ -88,7 +93,9 @@ def test_the_daemon_finds_a_server_by_what_its_own_configuration_file_says(tmp_p
     try:
         assert daemon.wait_for("server.attached")["url"] == f"https://127.0.0.1:{server.port}"
         daemon.wait_for("training.started")
-        assert "--chat-template is known to the server alone" in server.log.read_text()
+        said = server.log.read_text()
+        assert "--chat-template is known to the server alone" in said
+        assert "--tokenizer is known" not in said, "it is the model's own"
         doctor = daemon.command("doctor", "--quick", "--json")
         assert f"https://127.0.0.1:{server.port} serves generation 0" in doctor.stdout
     finally:

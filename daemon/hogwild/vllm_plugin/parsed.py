@@ -56,9 +56,10 @@ def address(host: str | None, port: object, *, secure: bool) -> str:
 
 def warn(args: argparse.Namespace) -> None:
     """Say in the log what the server has been told and the trainer has not."""
+    model = getattr(args, "model_tag", None) or args.model
     for name in _ALONE:
         said = getattr(args, name, None)
-        if said and said != args.model:
+        if said and said != model:
             log.warning(
                 "hogwild: --%s is known to the server alone: what is dropped is trained with what lies in the model's "
                 "folder; put it there, for both", name.replace("_", "-"),
