@@ -146,6 +146,13 @@ def test_a_server_that_cannot_be_trained_is_told_what_would_work(server, tmp_pat
         server.say({"check": str(folder), "settings": settings})
 
 
+def test_a_model_that_is_described_elsewhere_is_refused(server, tmp_path):
+    folder, other = named("Llama").build(tmp_path / "model"), named("Llama").build(tmp_path / "other")
+    server.say({"check": str(folder), "settings": {"hf_config_path": str(folder)}})
+    with pytest.raises(matrix.RefusedError, match="--hf-config-path"):
+        server.say({"check": str(folder), "settings": {"hf_config_path": str(other)}})
+
+
 def test_vllm_puts_no_other_weights_in_the_place_of_those_that_are_trained(server, tmp_path):
     folder = named("Llama").build(tmp_path / "model")
     weights = Weights(server.load(folder))

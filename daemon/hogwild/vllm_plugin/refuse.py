@@ -54,6 +54,11 @@ def _reasons(vllm_config: VllmConfig, daemon: Path | None) -> Iterator[str]:
             f"--hf-overrides changes {overrides} in what is served and not in what is trained: write that into "
             "config.json in the model's folder, or a copy of it, and serve without --hf-overrides"
         )
+    if model.hf_config_path not in (None, model.model):
+        yield (
+            f"--hf-config-path {model.hf_config_path} describes what is served and not what is trained: put that "
+            "config.json into the model's folder, or a copy of it, and serve without --hf-config-path"
+        )
     if model.logprobs_mode not in ("raw_logprobs", "processed_logprobs"):
         yield (
             f"--logprobs-mode {model.logprobs_mode} answers with other numbers than the log-probabilities that are "
