@@ -3,7 +3,7 @@
     python matrix_server.py          one JSON order a line on stdin, one JSON answer a line on stdout
 
 Orders: {"load": folder, "socket": path, "settings": {...}}, {"check": folder, "settings": {...}},
-{"ask": [[token ids], ...], "decode": n}.
+{"ask": [[token ids], ...], "decode": n}, {"reload": {}}.
 """
 
 import gc
@@ -74,6 +74,11 @@ class Engine:
             logprobs.append([e[t].logprob for e, t in zip(entries, whole[1:], strict=True)])
         return {"tokens": tokens, "logprobs": logprobs}
 
+    def reload(self) -> dict[str, Any]:
+        """As whoever may call the workers of a server (VLLM_SERVER_DEV_MODE) can ask for."""
+        self.llm.collective_rpc("reload_weights")
+        return {}
+
     def unload(self) -> None:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -106,6 +111,8 @@ def main() -> None:
                 answer = check(order["check"], order["settings"])
             elif "ask" in order:
                 answer = engine.ask(order["ask"], order["decode"])
+            elif "reload" in order:
+                answer = engine.reload()
             else:
                 engine.unload()
                 answer = {}

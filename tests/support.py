@@ -188,15 +188,21 @@ class Server(Process):
     """vLLM. With a socket: `hogwild vllm`; without: stock `vllm serve`, with no plugin at all."""
 
     def __init__(
-        self, model: Path, log: Path, sock: Path | None, port: int | None = None, more: Sequence[str] = ()
+        self,
+        model: Path,
+        log: Path,
+        sock: Path | None,
+        port: int | None = None,
+        more: Sequence[str] = (),
+        **settings: str,
     ) -> None:
-        """`more`: arguments."""
+        """`more`: arguments of vLLM; `settings`: variables of the environment, for `hogwild vllm`."""
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         arguments = [str(model), "--port", str(self.port), *SERVER_ARGUMENTS, *more]
         if sock is not None:
             command = [sys.executable, "-m", "hogwild", "vllm", *arguments]
-            env = environment(HOGWILD_SOCKET=str(sock))
+            env = environment(HOGWILD_SOCKET=str(sock), **settings)
         else:
             command = [sys.executable, "-m", "hogwild.vllm_plugin.launch", "serve", *arguments]
             env = environment(VLLM_PLUGINS="", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")

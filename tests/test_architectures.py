@@ -129,6 +129,11 @@ def test_compiled_serving_sees_what_is_written_in_place(server, tmp_path):
     [
         ({"tensor_parallel_size": 2}, "this server cannot be trained.*use one"),
         ({"quantization": "fp8"}, "this server cannot be trained.*without --quantization"),
+        ({"data_parallel_size": 2}, "this server cannot be trained.*without --data-parallel-size"),
+        ({"runner": "pooling"}, "this server cannot be trained.*without --runner pooling"),
+        ({"hf_overrides": {"rms_norm_eps": 0.5}}, "this server cannot be trained.*rms_norm_eps.*config.json"),
+        ({"logprobs_mode": "raw_logits"}, "this server cannot be trained.*raw_logits"),
+        ({"weight_transfer_config": {}}, "this server cannot be trained.*--weight-transfer-config"),
         ({"enable_sleep_mode": True}, "Sleep mode is not supported"),  # by vLLM itself, on a CPU
     ],
     ids=lambda one: next(iter(one)) if isinstance(one, dict) else "",
@@ -139,6 +144,23 @@ def test_a_server_that_cannot_be_trained_is_told_what_would_work(server, tmp_pat
     server.say({"check": str(folder), "settings": {}})
     with pytest.raises(matrix.RefusedError, match=f"(?s){advice}"):
         server.say({"check": str(folder), "settings": settings})
+
+
+def test_a_model_that_is_described_elsewhere_is_refused(server, tmp_path):
+    folder, other = named("Llama").build(tmp_path / "model"), named("Llama").build(tmp_path / "other")
+    server.say({"check": str(folder), "settings": {"hf_config_path": str(folder)}})
+    with pytest.raises(matrix.RefusedError, match="--hf-config-path"):
+        server.say({"check": str(folder), "settings": {"hf_config_path": str(other)}})
+
+
+def test_vllm_puts_no_other_weights_in_the_place_of_those_that_are_trained(server, tmp_path):
+    folder = named("Llama").build(tmp_path / "model")
+    weights = Weights(server.load(folder))
+    name = weights.names[0]
+    learned = weights.view(name).mul_(1.5).clone()
+    with pytest.raises(matrix.RefusedError, match="hogwild rollback"):
+        server.say({"reload": {}})
+    assert torch.equal(weights.view(name), learned)
 
 
 def test_linear_layers_stay_plain_whatever_this_cpu_would_pack(server, tmp_path):

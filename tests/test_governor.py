@@ -232,6 +232,20 @@ def test_policy_share_finds_how_much_training_a_token_bears(control, slowdown, a
     )
 
 
+def test_a_server_that_was_killed_under_load_does_not_end_all_measuring(control):
+    """Its requests were taken for those of the next one, of which so many tokens as of all of them were waited for."""
+    dead = control.new_gauge()
+    dead.set_in_flight(64)
+    dead.set_engine(64, 8)
+    long_ago = time.monotonic_ns() - round(2 * page.SERVER_ALIVE_S * 1e9)
+    dead._set(page._BEAT, long_ago)
+    dead._set(page._STATS_BEAT, long_ago)
+    assert control.load == Load(0, 0, 0, 0, 0.0)
+    simulated = Simulated(control, GovernorConfig(policy="share"), slowdown=0.2)
+    simulated.run(30)
+    assert simulated.governor.share.slowdown == pytest.approx(0.2, abs=0.1)
+
+
 def test_share_lets_all_work_through_that_costs_no_token_anything(control):
     simulated = Simulated(control, GovernorConfig(policy="share"), slowdown=0.0)
     simulated.run(40)

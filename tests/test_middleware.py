@@ -217,6 +217,17 @@ def test_the_launcher_names_the_middleware_and_the_state_folder():
     assert first[PAGE_VARIABLE] != second[PAGE_VARIABLE]
 
 
+def test_plugins_that_somebody_has_chosen_are_joined_by_the_one_that_is_needed():
+    def plugins(**base: str) -> str | None:
+        environment = launch.environment(Path("s"), Path("d"), [], base, base_weights=False)
+        return environment.get("VLLM_PLUGINS")
+
+    assert plugins() is None
+    assert plugins(VLLM_PLUGINS="one,two") == "one,two,hogwild"
+    assert plugins(VLLM_PLUGINS="hogwild,one") == "hogwild,one"
+    assert plugins(VLLM_PLUGINS="") == ",hogwild"
+
+
 @pytest.mark.parametrize(
     ("arguments", "url"),
     [

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from hogwild import state_lock
-from hogwild.arena import client
+from hogwild.arena import client, protocol
 from hogwild.layout import Source, weight_files
+from hogwild.weights import load_arena
 from support import Daemon, Process, environment, free_port, wait_until
 from world import World, sums
 
@@ -249,6 +251,28 @@ def test_an_old_server_that_ends_after_a_new_one_has_come_takes_nothing_with_it(
         assert "no server is attached" not in said["warnings"]
     held[1].close()
     wait_until(lambda: "no server is attached" in daemon.ask("status")["warnings"], "now there is none")
+
+
+def test_a_server_that_is_refused_beside_weights_that_are_held_is_told_of(world):
+    """Somebody serves another model: nothing but a line in the log said that it is not trained."""
+    old = world.server()
+    daemon = world.daemon()
+    daemon.wait_for("server.attached", pid=old.pid)
+    old.kill()
+    arena = load_arena(world.model)  # in other memory than that which is held
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(world.sock))
+        protocol.send(sock, {"op": "offer", "version": protocol.VERSION, **arena.to_json()}, arena.fds)
+        answer = protocol.receive(sock)
+    assert answer is not None
+    assert answer[0]["status"] == "refused"
+    said = wait_until(lambda: (one := daemon.ask("status")).get("refused") and one, "the status says so")
+    assert any(one.startswith("no server is attached, the newest one's") for one in said["warnings"])
+    assert "will not drop them" in daemon.command("doctor", "--quick").stdout
+    source = Source.of(world.model, weight_files(world.model))
+    held = client.ask(world.sock, source, {"url": "http://127.0.0.1:2"})
+    assert held is not None
+    wait_until(lambda: not daemon.ask("status")["refused"], "a server that has come is not refused")
 
 
 # --- daemons in which something goes wrong that nobody has foreseen ---------------------------------------------------

@@ -194,6 +194,7 @@ SITUATION = {
     [
         ({}, "training, 2 examples to go; 5 learned; step 30; generation 3; server http://x"),
         ({"server": None}, "training, 2 examples to go; 5 learned; step 30; generation 3; no server"),
+        ({"server": None, "refused": "another model"}, "the newest server's weights were refused"),
         ({"attached": False}, "waiting for a server on /run/arena.sock"),
         (
             {"attached": False, "refused": "another model"},

@@ -35,7 +35,6 @@ class Attachment:
         learner: on the newest arena; None until a server has brought one.
         server: what the newest server says of itself, of those that are there or else of all.
         connected: is one there now?
-        refused: why the newest offer of weights was, in one line; empty: it was not.
         must_check: served equals trained, as soon as the server answers.
         unasked: why the server could not be asked what it serves, in one line; empty: it could, or has not been.
         changing: held by whoever replaces the weights: an arena is taken, a generation is rolled back to.
@@ -55,7 +54,6 @@ class Attachment:
         self.server: dict[str, Any] = {}
         self._servers: list[dict[str, Any]] = []  # a new one may come before the old one has gone
         self._coming_and_going = threading.Lock()
-        self.refused = ""
         self.must_check = False
         self.unasked = ""
         self._wait_s, self._wait_until = 0.0, 0.0
@@ -84,17 +82,6 @@ class Attachment:
         Raises:
             HogwildError: it is refused; nothing has been written to it.
         """
-        try:
-            self._take(arena)
-        except Exception as error:
-            lines = str(error).splitlines() or [repr(error)]
-            self.refused = " ".join(
-                line.strip(" -") for line in lines[:2]
-            )  # the first problem, where it lists some
-            raise
-        self.refused = ""
-
-    def _take(self, arena: Arena) -> None:
         with self.changing:
             self._keeper.restore_current()  # mended, where it is damaged
             taken = recovery.take(
@@ -181,7 +168,8 @@ class Attachment:
         url = self._config.server.url or self.server.get("url", "")
         try:
             if self._api is None or self._api.url != url:
-                self._api = served.Server(url, self._config.server.api_key_env)
+                own = not self._config.server.url
+                self._api = served.Server(url, self._config.server.api_key_env, own=own)
             answers = self._api.ready()
             if asked:
                 self.unasked = "" if answers else f"GET {url.rstrip('/')}/health is not answered"

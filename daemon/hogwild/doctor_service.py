@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import ssl
 import subprocess
 import urllib.error
 import urllib.request
@@ -29,7 +30,8 @@ print(json.dumps(patches.report()))
 def server(subject: Subject) -> Iterator[Finding]:
     attached = subject.status.get("server") or {}
     url = subject.config.server.url or attached.get("url") or launch.url(subject.config.server.arguments)
-    about = _ask(f"{url.rstrip('/')}/hogwild/status", os.environ.get(subject.config.server.api_key_env, ""))
+    key = os.environ.get(subject.config.server.api_key_env, "")
+    about = _ask(f"{url.rstrip('/')}/hogwild/status", key, own=not subject.config.server.url)
     if isinstance(about, dict):
         yield ok(
             "server",
@@ -179,10 +181,16 @@ def _asks(status: dict[str, Any]) -> bool:
     return bool(status.get("training")) and not unasked
 
 
-def _ask(url: str, key: str) -> Any:
-    """What a server answers: an object; a status or an error's name if it is not ours; None if nobody listens."""
+def _ask(url: str, key: str, *, own: bool) -> Any:
+    """What a server answers: an object; a status or an error's name if it is not ours; None if nobody listens.
+
+    `own`: as in served.Server.
+    """
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    context = ssl._create_unverified_context() if own else ssl.create_default_context()
+    direct = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+    )
     try:
         with direct.open(request, timeout=5) as response:
             about = json.load(response)

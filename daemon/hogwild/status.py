@@ -55,11 +55,18 @@ class Status:
         metrics.checkpoint_age.set_function(self._checkpoint_age_s)
 
     def write(
-        self, learner: Learner, server: dict[str, Any], saved_step: int, *, stuck: bool, unasked: str
+        self,
+        learner: Learner,
+        server: dict[str, Any],
+        saved_step: int,
+        *,
+        stuck: bool,
+        unasked: str,
+        refused: str = "",
     ) -> None:
         """For `hogwild status` and for Prometheus, if it is time."""
         if self._due() or not self.newest:  # what was written before said that there is no server
-            self.newest = self.of(learner, server, saved_step, stuck=stuck, unasked=unasked)
+            self.newest = self.of(learner, server, saved_step, stuck=stuck, unasked=unasked, refused=refused)
             self._put(self.newest)
 
     def write_waiting(self, why: str, refused: str) -> None:
@@ -112,7 +119,14 @@ class Status:
             self._wrote_at = time.monotonic() + _RETRY_S - _WRITE_S
 
     def of(
-        self, learner: Learner, server: dict[str, Any], saved_step: int, *, stuck: bool, unasked: str
+        self,
+        learner: Learner,
+        server: dict[str, Any],
+        saved_step: int,
+        *,
+        stuck: bool,
+        unasked: str,
+        refused: str = "",
     ) -> dict[str, Any]:
         """The status now. Cheap enough for every few seconds."""
         control, judge = learner.arena.control, learner.judge
@@ -139,6 +153,7 @@ class Status:
             "epoch": learner.progress.epoch,
             "training": learner.training,
             "server": server,
+            "refused": "" if attached else refused,
             "saved_step": saved_step,
             "generation": control.generation,
             **counts,
@@ -164,7 +179,7 @@ class Status:
             "guards": {"trips": self._ledger.guards.trips(), "newest": self._ledger.guards.newest_trips(3)},
             "memory": {"resident_bytes": resident, "private_bytes": private},
             "warnings": self._warnings(
-                learner, counts, attached=attached, stuck=stuck, unasked=unasked, incoming=incoming
+                learner, counts, attached=attached, stuck=stuck, unasked=unasked, refused=refused, incoming=incoming
             ),
         }  # fmt: skip
 
@@ -176,6 +191,7 @@ class Status:
         attached: bool,
         stuck: bool,
         unasked: str,
+        refused: str,
         incoming: Incoming,
     ) -> list[str]:
         found = []
@@ -185,7 +201,9 @@ class Status:
             )
         elif learner.judge.tripped is not None:
             found.append("the probes have fallen: going back to the last good generation")
-        if not attached:
+        if not attached and refused:
+            found.append(f"no server is attached, the newest one's weights were refused: {refused}")
+        elif not attached:
             found.append("no server is attached")
         elif unasked:
             found.append(f"the server could not be asked whether it serves what is trained: {unasked}")

@@ -43,11 +43,14 @@ def compose(
         what = f"training, {counted(left, 'example')} to go"
     else:
         what = "idle, everything dropped so far is learned"
+    alone = (
+        "the newest server's weights were refused" if refused else "no server: learning goes on without it"
+    )
     parts = [
         what,
         f"{done} learned",
         f"step {status.get('step', 0)}",
         "writing a checkpoint" if saving else f"generation {status.get('generation', 0)}",
-        f"server {server}" if server is not None else "no server: learning goes on without it",
+        f"server {server}" if server is not None else alone,
     ]
     return "; ".join(parts)

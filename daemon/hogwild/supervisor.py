@@ -171,7 +171,7 @@ class Supervisor:
             self._status.expire()
         learner = self.attachment.learner
         if learner is None:
-            self._status.write_waiting(self._status_line(), self.attachment.refused)
+            self._status.write_waiting(self._status_line(), self.hub.refused)
             return
         if learner.failure is not None:
             raise HogwildError(f"a trainer thread died ({learner.failure!r}): its layer may be half-written")
@@ -193,6 +193,7 @@ class Supervisor:
             self.schedule.saved_step,
             stuck=self.going_back.stuck,
             unasked=self.attachment.unasked,
+            refused=self.hub.refused,
         )
 
     def _obey(self, command: Command) -> None:
@@ -278,7 +279,7 @@ class Supervisor:
             attached=learner is not None,
             training=learner is not None and learner.training,
             server=self.attachment.server.get("url", "") if self.attachment.connected else None,
-            refused=self.attachment.refused,
+            refused=self.hub.refused,
             scanned=self.spool.scanned.is_set(),
             saving=self.keeper.saving,
             stopping=self._stop or bool(self._failure),

@@ -165,26 +165,30 @@ class ControlPage:
     @property
     def busy(self) -> bool:
         """Does anybody wait for an answer? Cheap enough to be asked between two layers."""
-        now = time.monotonic_ns()
-        for number in range(min(self._word(_GAUGES), MAX_GAUGES)):
-            in_flight, beat, running, waiting, stats_beat = struct.unpack_from(
-                "<5Q", self.segment.mapping, _GAUGE + number * _GAUGE_NBYTES
-            )
-            if in_flight and now - beat < SERVER_ALIVE_S * 1e9:
-                return True
-            if running + waiting and now - stats_beat < SERVER_ALIVE_S * 1e9:
-                return True
-        return False
+        return any(in_flight or running + waiting for in_flight, running, waiting, *_ in self._said())
 
     @property
     def load(self) -> Load:
         """What all API server processes have said last."""
-        gauges = [self.gauge(number) for number in range(min(self._word(_GAUGES), MAX_GAUGES))]
+        said = list(self._said())
         in_flight, running, waiting, tokens, waited_ns = (
-            sum(gauge.word(offset) for gauge in gauges)
-            for offset in (_IN_FLIGHT, _RUNNING, _WAITING, _TOKENS, _WAITED_NS)
+            map(sum, zip(*said, strict=True)) if said else (0,) * 5
         )
         return Load(in_flight, running, waiting, tokens, waited_ns / 1e9)
+
+    def _said(self) -> Iterator[tuple[int, int, int, int, int]]:
+        """Of each API server process: requests in flight, running and waiting, as far as that still counts; tokens, and
+        nanoseconds that they took."""
+        now = time.monotonic_ns()
+        for number in range(min(self._word(_GAUGES), MAX_GAUGES)):
+            in_flight, beat, running, waiting, stats_beat, tokens, waited_ns = struct.unpack_from(
+                "<7Q", self.segment.mapping, _GAUGE + number * _GAUGE_NBYTES
+            )
+            if now - beat >= SERVER_ALIVE_S * 1e9:
+                in_flight = 0
+            if now - stats_beat >= SERVER_ALIVE_S * 1e9:
+                running = waiting = 0
+            yield in_flight, running, waiting, tokens, waited_ns
 
     def _age(self, offset: int) -> float | None:
         beat = self._word(offset)

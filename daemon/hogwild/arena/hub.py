@@ -32,6 +32,9 @@ class Hub:
             the longest text that it takes; not there if it has not said}.
         on_command: called with the name and arguments of what a person asks for, in that session's thread; returns
             the answer. None: commands are refused.
+
+    Attributes:
+        refused: why the newest offer of weights was, in one line; empty: it was not, or a server has come since.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Hub:
         self._taking = threading.Lock()  # one arena is verified at a time
         self._sessions: set[socket.socket] = set()
         self._stopping = False
+        self.refused = ""
         self._listener = _listen(path)
         self._thread = threading.Thread(target=self._accept, name="arena-hub", daemon=True)
 
@@ -98,6 +102,7 @@ class Hub:
             reply, reply_fds = self._answer(sock, message, fds)
             protocol.send(sock, reply, reply_fds)
             if reply["status"] in ("held", "attached"):
+                self.refused = ""
                 sock.settimeout(None)
                 self._session(sock, server)
         except (ProtocolError, OSError) as error:
@@ -145,6 +150,10 @@ class Hub:
         except Exception as error:  # transformers raises what it likes for a folder that it cannot use
             if self._stopping:  # and what is needed for it is closed
                 return {"status": "refused", "error": "the daemon is stopping"}, ()
+            lines = str(error).splitlines() or [repr(error)]
+            self.refused = " ".join(
+                line.strip(" -") for line in lines[:2]
+            )  # the first problem, where some are listed
             if not isinstance(error, HogwildError):
                 log.exception("arena.refused", error=str(error), problems=[])
                 return {"status": "refused", "error": f"the daemon failed on it: {error!r}"}, ()

@@ -3,6 +3,7 @@
 Run as a module this *is* the server process (python -m hogwild.vllm_plugin.launch serve ...).
 """
 
+import argparse
 import contextlib
 import importlib.metadata
 import os
@@ -15,16 +16,16 @@ from typing import Any
 
 from hogwild import openmp
 from hogwild.errors import UsageError
-from hogwild.vllm_plugin import orphan, ready
+from hogwild.vllm_plugin import orphan, parsed, ready
 from hogwild.vllm_plugin.names import (
     BASE_VARIABLE,
+    LOAD_FORMAT,
     PAGE_VARIABLE,
     SOCKET_VARIABLE,
     STATE_VARIABLE,
     URL_VARIABLE,
 )
 
-LOAD_FORMAT = "hogwild"
 MIDDLEWARE = "hogwild.vllm_plugin.middleware.Generation"
 
 
@@ -34,7 +35,7 @@ _CACHE_OPTIONS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization", "--conf
 
 
 def refuse(arguments: Sequence[str]) -> None:
-    """Raises UsageError for what would take the weights, or the server, out of the daemon's reach."""
+    """As parsed.refuse, before vLLM is there to say what it understands: what can be seen at once."""
     loader = _option(arguments, "--load-format")
     if loader not in (None, LOAD_FORMAT):
         raise UsageError(
@@ -75,14 +76,15 @@ def environment(
         PAGE_VARIABLE: f"hogwild-page-{secrets.token_hex(16)}",
     }
     kept = {key: value for key, value in base.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    if "VLLM_PLUGINS" in kept:  # then no others are loaded than those that it names
+        kept["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*kept["VLLM_PLUGINS"].split(","), "hogwild"]))
     return {**openmp.PASSIVE, **kept, **ours}
 
 
 def url(arguments: Sequence[str]) -> str:
-    """Where this machine reaches a server with these arguments."""
-    host = _option(arguments, "--host") or "127.0.0.1"
-    host = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    return f"http://{host}:{_option(arguments, '--port') or '8000'}"
+    """Where this machine reaches a server with these arguments, as far as the command line says; see `_parsed`."""
+    secure = bool(_option(arguments, "--ssl-certfile") or _option(arguments, "--ssl-keyfile"))
+    return parsed.address(_option(arguments, "--host"), _option(arguments, "--port") or "8000", secure=secure)
 
 
 def _for_cpu() -> bool:
@@ -144,15 +146,40 @@ def _end_when_told() -> None:
     utils.zmq_socket_ctx = context
 
 
+def _parsed() -> None:
+    """Look at the arguments as vLLM has read them, before it starts anything: its engine is told of the URL.
+
+    Around ServeSubcommand.validate (vllm/entrypoints/cli/serve.py, vLLM 0.32), which is given them, and is not sent to
+    other processes with them as `cmd` is.
+    """
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    validate = ServeSubcommand.validate
+
+    def validated(self: Any, args: argparse.Namespace) -> None:
+        validate(self, args)
+        try:
+            parsed.refuse(args)
+        except UsageError as error:
+            print(f"hogwild vllm: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
+        parsed.warn(args)
+        os.environ[URL_VARIABLE] = parsed.url(args)
+        ready.report(os.environ[URL_VARIABLE])
+
+    ServeSubcommand.validate = validated
+
+
 def run() -> None:
     """Be the server: vLLM's command line, with the arguments of this process."""
     sys.argv[0] = "vllm"
     orphan.note_server()
     _provide_vllm_metadata()
-    ready.report(os.environ.get(URL_VARIABLE, ""))
     from vllm.entrypoints.cli.main import main
 
     _end_when_told()
+    if SOCKET_VARIABLE in os.environ:
+        _parsed()
     main()
 
 

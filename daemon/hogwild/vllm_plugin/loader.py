@@ -5,7 +5,7 @@ import copy
 import logging
 import os
 import socket
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,9 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
     ) -> torch.nn.Module:
         """Build the model and load it; see BaseModelLoader.load_model."""
-        if model_config is not vllm_config.model_config:  # a draft model: not what is trained
+        # A draft model is not what is trained. One that is a whole model comes with a configuration of its own
+        # (vllm/v1/spec_decode/draft_model.py: _create_draft_vllm_config, vLLM 0.32).
+        if model_config is not vllm_config.model_config or model_config.runner_type == "draft":
             draft: torch.nn.Module = DefaultModelLoader(self.load_config).load_model(
                 vllm_config, model_config, prefix
             )
@@ -178,10 +180,19 @@ class HogwildLoader(DefaultModelLoader):  # type: ignore[misc]  # mypy does not 
 
     def get_all_weights(
         self, model_config: ModelConfig, model: torch.nn.Module
-    ) -> Generator[tuple[str, torch.Tensor], None, None]:
-        """As in DefaultModelLoader, with each tensor noted for the trace."""
-        weights = super().get_all_weights(model_config, model)
-        yield from self._trace.watch(weights) if self._trace is not None else weights
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """As in DefaultModelLoader, with each tensor noted for the trace.
+
+        Raises:
+            VerificationError: nothing is being loaded; vLLM is about to load a model anew that is served, and to bind
+                its parameters elsewhere for that (model_executor/model_loader/reload/inplace.py, vLLM 0.32).
+        """
+        if self._trace is None:  # before the first tensor is asked for, which is too late
+            raise VerificationError(
+                "weights that are trained are not reloaded",
+                ["`hogwild rollback 0` brings the model back as it came, and later generations likewise"],
+            )
+        return self._trace.watch(super().get_all_weights(model_config, model))
 
     def _share(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
         """After post-processing: settle what is trainable, and offer the arena."""

@@ -1,5 +1,6 @@
 """Names that both ends of the plugin use: the launcher, which must not import vllm, and the loader."""
 
+LOAD_FORMAT = "hogwild"
 SOCKET_VARIABLE = "HOGWILD_SOCKET"
 URL_VARIABLE = "HOGWILD_SERVER_URL"
 STATE_VARIABLE = "HOGWILD_STATE_DIR"

@@ -31,6 +31,12 @@ def _reasons(vllm_config: VllmConfig, daemon: Path | None) -> Iterator[str]:
         yield f"{SOCKET_VARIABLE} is not set: start the server with `hogwild vllm`, or set it yourself"
     if parallel.world_size > 1:
         yield f"tensor or pipeline parallelism over {parallel.world_size} processes: use one"
+    # An engine of a dense model goes by a size of 1, each by itself, and keeps its number alone.
+    if parallel.data_parallel_size > 1 or getattr(parallel, "data_parallel_index", 0) > 0:
+        yield (
+            "data parallelism keeps a copy of the weights in each engine, and one copy is trained: serve without "
+            "--data-parallel-size (--api-server-count is for more API servers)"
+        )
     if model.quantization is not None:
         yield (
             f"{model.quantization} weights are not the weights that are trained: serve the model that they were made "
@@ -38,6 +44,28 @@ def _reasons(vllm_config: VllmConfig, daemon: Path | None) -> Iterator[str]:
         )
     if vllm_config.lora_config is not None:
         yield "LoRA adapters change what is served behind the trainer's back: serve without --enable-lora"
+    if model.runner_type == "pooling":
+        yield (
+            "it gives embeddings or scores and no text, and its answers could not be compared with what is trained: "
+            "serve a model that writes, without --runner pooling"
+        )
+    if overrides := _overrides(model.hf_overrides):
+        yield (
+            f"--hf-overrides changes {overrides} in what is served and not in what is trained: write that into "
+            "config.json in the model's folder, or a copy of it, and serve without --hf-overrides"
+        )
+    if model.hf_config_path not in (None, model.model):
+        yield (
+            f"--hf-config-path {model.hf_config_path} describes what is served and not what is trained: put that "
+            "config.json into the model's folder, or a copy of it, and serve without --hf-config-path"
+        )
+    if model.logprobs_mode not in ("raw_logprobs", "processed_logprobs"):
+        yield (
+            f"--logprobs-mode {model.logprobs_mode} answers with other numbers than the log-probabilities that are "
+            "compared with those of what is trained: serve without it"
+        )
+    if getattr(vllm_config, "weight_transfer_config", None) is not None:
+        yield "another trainer's weights would replace those that are trained: serve without --weight-transfer-config"
     if model.enable_sleep_mode:
         yield "sleep mode moves the weights: serve without --enable-sleep-mode"
     if not current_platform.is_cpu() and _offloads(vllm_config):
@@ -57,6 +85,12 @@ def _reasons(vllm_config: VllmConfig, daemon: Path | None) -> Iterator[str]:
         )
     if model.is_moe and not current_platform.is_cpu() and vllm_config.kernel_config.moe_backend != "triton":
         yield "most MoE backends rearrange the experts' weights: serve with --moe-backend triton"
+
+
+def _overrides(given: object) -> str:
+    """What of a model's configuration a server was told otherwise; which of vLLM's classes computes it may differ."""
+    names = set(given) - {"architectures"} if isinstance(given, dict) else {"something"} if given else set()
+    return ", ".join(sorted(names))
 
 
 def _offloads(vllm_config: VllmConfig) -> bool:
