@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hogwild import generation as generations
-from hogwild.errors import CheckpointError
+from hogwild.errors import CheckpointError, in_short
 
 DELTA, BASE, ENTRY, INDEX, BLOBS = "delta.bin", "base.bin", "entry.json", "index.json", "blobs"
 LINKED = ("xor", "same")  # codings that need the parent
@@ -144,7 +144,7 @@ def unseal(path: Path) -> dict[str, Any]:
         if content["checksum"] != _checksum(content):
             raise ValueError("its checksum does not fit")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+        raise CheckpointError(f"{path} is damaged: {in_short(error)}") from error
     return content
 
 
