@@ -15,6 +15,8 @@ import pytest
 from hogwild import generation, rollback
 from hogwild.arena.client import Arena
 from hogwild.errors import CheckpointError
+from hogwild.history import History
+from hogwild.keeper import Keeper
 from hogwild.ledger import Pass
 from hogwild.weights import read_tensors
 from studio import Studio, model
@@ -226,6 +228,40 @@ def test_where_that_is_impossible_the_last_good_one_is_current_and_the_rest_is_t
     assert studio.states() == {"pending": 4, "trained": 0, "durable": 8, "failed": 0, "undone": 0}
     studio.train()
     assert studio.save() == 4, "the number of what was lost is not used again"
+    studio.close()
+
+
+def test_what_takes_the_place_of_a_damaged_one_is_not_tidied_away_before_it_does(root, monkeypatch):
+    """A daemon tidies from its start on, while the newest checkpoint is looked at for a server that has come. Kept
+    folders: one, and that is the damaged one."""
+    studio = Studio(root, checkpoint__keep=1)
+    versions = story(studio)
+    studio.close()
+    for path in (
+        "checkpoints/generation-00000003/model.safetensors",
+        "history/generation-00000003/delta.bin",
+    ):
+        damage(root / "state" / path)
+    restore, restore_current = History.restore, Keeper.restore_current
+    keepers: list[Keeper] = []
+
+    def note_and_restore_current(keeper):
+        keepers.append(keeper)
+        return restore_current(keeper)
+
+    def restore_and_tidy(history, number):
+        folder = restore(history, number)
+        keepers[0].background(keepers[0].tidy).result()
+        return folder
+
+    monkeypatch.setattr(Keeper, "restore_current", note_and_restore_current)
+    monkeypatch.setattr(History, "restore", restore_and_tidy)
+    studio = Studio(root, checkpoint__keep=1)
+    assert studio.keeper.checkpoints.current_generation() == 2
+    assert studio.bits() == versions[2]
+    monkeypatch.undo()
+    studio.keeper.tidy()
+    assert set(studio.keeper.checkpoints.folders()) == {2}
     studio.close()
 
 

@@ -96,6 +96,7 @@ def load(
     """Every generation that is known, without what is broken; and what cannot be read, by generation."""
     nodes: dict[int, Node] = {}
     problems: dict[int, str] = {}
+    broken = set(broken)  # another thread may find out about more
     for number, path in generations.numbered(root).items():
         if ("index", number) in broken:
             continue
