@@ -14,6 +14,7 @@ import pytest
 
 from hogwild import generation, rollback
 from hogwild.arena.client import Arena
+from hogwild.checkpoint import Checkpoints
 from hogwild.errors import CheckpointError
 from hogwild.history import History
 from hogwild.keeper import Keeper
@@ -278,6 +279,41 @@ def test_nothing_falls_back_to_the_untrained_model_by_itself(root):
         damage(root / "state" / path)
     with pytest.raises(CheckpointError, match=r"is generation 0, .* `hogwild rollback 0 --retrain`"):
         Studio(root)
+
+
+@pytest.mark.parametrize("last", ["put", "point_current_at"])
+@pytest.mark.parametrize("survives", [True, False], ids=["the server lives", "both are killed"])
+def test_a_checkpoint_that_was_complete_when_the_daemon_was_killed_counts(root, monkeypatch, last, survives):
+    """Its folder is there, and the ledger has not heard of it. To go back before it and to it again is as exact as with
+    any other."""
+    studio = Studio(root)
+    studio.drop("a", 2)
+    studio.train()
+    studio.save()
+    studio.drop("b", 3)
+    studio.train()
+    second, write = studio.bits(), getattr(Checkpoints, last)
+
+    def write_and_die(*arguments):
+        write(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Checkpoints, last, write_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            studio.save()
+    arena = studio.close() if survives else studio.close() and None
+    studio = Studio(root, arena)
+    assert studio.keeper.checkpoints.current_generation() == studio.arena.control.generation == 2
+    assert studio.bits() == second
+    assert studio.states() == {"pending": 0, "trained": 0, "durable": 5, "failed": 0, "undone": 0}
+    studio.roll_back(1)
+    assert studio.states()["undone"] == 3
+    studio.roll_back(2)
+    assert studio.bits() == second
+    assert studio.states() == {"pending": 0, "trained": 0, "durable": 5, "failed": 0, "undone": 0}
+    studio.close()
+    assert Studio(root).states()["durable"] == 5
 
 
 # --- the snapshot ----------------------------------------------------------------------------------------------------

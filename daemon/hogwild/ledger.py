@@ -229,6 +229,13 @@ class Ledger(Files):
                 "UPDATE examples SET state = 'durable' WHERE state = 'trained' AND last_pass <= ?", (marker,)
             ).rowcount
 
+    def interrupted_checkpoint(self, generation: int, marker: int) -> bool:
+        """Is this the checkpoint that was begun last, and was it never noted as complete?"""
+        with self._db.read() as db:
+            begun = db.execute("SELECT value FROM meta WHERE key = 'checkpoint_begun'").fetchone()
+            known = db.execute("SELECT 1 FROM checkpoints WHERE generation = ?", (generation,)).fetchone()
+        return known is None and begun == (str(marker),)
+
     def durable_marker(self) -> int:
         """The newest complete checkpoint's marker; 0 without one. One that a rollback left does not count."""
         with self._db.read() as db:
