@@ -1,7 +1,7 @@
 """What the spool's files are called: the name that a file gets in done/ or failed/, and what its own asks for."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from hogwild.ledger import Ledger
@@ -28,19 +28,22 @@ def choose(batch: Sequence[Candidate], ledger: Ledger, folders: Sequence[Path]) 
         one.stored_as = _shortened(name, one.digest)
     taken = ledger.names_taken([one.stored_as for one in batch])
     for one in batch:
-        plain = one.stored_as
-        if plain in taken or _lies_in(folders, plain):
-            stem, dot, suffix = plain.partition(".jsonl")
-
-            def name(number: int, one: Candidate = one, stem: str = stem, end: str = dot + suffix) -> str:
-                return f"{stem}.{one.digest[:8]}{f'.{number}' if number > 1 else ''}{end}"
-
-            def is_taken(number: int, name: Callable[[int], str] = name) -> bool:
-                wanted = name(number)
-                return wanted in taken or _lies_in(folders, wanted) or bool(ledger.names_taken([wanted]))
-
-            one.stored_as = name(_first_free(is_taken))
+        if one.stored_as in taken or _lies_in(folders, one.stored_as):
+            one.stored_as = _another(one, taken, ledger, folders)
         taken.add(one.stored_as)
+
+
+def _another(one: Candidate, taken: Collection[str], ledger: Ledger, folders: Sequence[Path]) -> str:
+    stem, dot, suffix = one.stored_as.partition(".jsonl")
+
+    def name(number: int) -> str:
+        return f"{stem}.{one.digest[:8]}{f'.{number}' if number > 1 else ''}{dot}{suffix}"
+
+    def is_taken(number: int) -> bool:
+        wanted = name(number)
+        return wanted in taken or _lies_in(folders, wanted) or bool(ledger.names_taken([wanted]))
+
+    return name(_first_free(is_taken))
 
 
 def _lies_in(folders: Sequence[Path], name: str) -> bool:
