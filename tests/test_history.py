@@ -293,7 +293,7 @@ def test_a_model_that_was_changed_under_our_feet_is_not_taken_for_generation_0(t
     out = tmp_path / "zero"
     world.open().history.export(0, out)
     assert digest(out / "model.safetensors") == before
-    assert ("folder", 0) in world.history.broken
+    assert ("model", 0) in world.history.broken
 
 
 def test_a_model_that_the_server_casts_is_stored_whole_once(tmp_path):

@@ -281,6 +281,31 @@ def test_nothing_falls_back_to_the_untrained_model_by_itself(root):
         Studio(root)
 
 
+def test_after_going_back_to_the_model_as_it_came_it_is_had_from_there_again(root):
+    """Nothing was saved before; the complete folder is damaged, and the model lies where it always did."""
+    studio = Studio(root)
+    untrained = studio.bits()
+    studio.drop("a", 2)
+    studio.train()
+    studio.roll_back(0)
+    assert studio.bits() == untrained
+    studio.close()
+    folder = root / "state" / "checkpoints" / "generation-00000000"
+    damage(folder / "tokenizer.json")
+    studio = Studio(root)
+    assert studio.bits() == untrained
+    assert studio.keeper.checkpoints.current_generation() == 0
+    generation.verify(folder)
+    studio.close()
+    for path in (folder, root / "model"):
+        damage(path / "model.safetensors")
+    _, keeper = _offline(root)
+    with pytest.raises(CheckpointError, match="generation 0 cannot be restored") as caught:
+        keeper.restore_current()
+    assert str(folder) in str(caught.value)
+    assert str(root / "model") in str(caught.value)
+
+
 @pytest.mark.parametrize("last", ["put", "point_current_at"])
 @pytest.mark.parametrize("survives", [True, False], ids=["the server lives", "both are killed"])
 def test_a_checkpoint_that_was_complete_when_the_daemon_was_killed_counts(root, monkeypatch, last, survives):

@@ -27,7 +27,8 @@ DELTA, BASE, ENTRY, INDEX, BLOBS = "delta.bin", "base.bin", "entry.json", "index
 LINKED = ("xor", "same")  # codings that need the parent
 
 Broken = dict[tuple[str, int], str]
-"""What has turned out to be damaged: ("folder" | "delta" | "base" | "index", generation) -> how."""
+"""What has turned out to be damaged: ("folder" | "delta" | "base" | "index" | "model", generation) -> how; "model": the
+one that generation 0 is, where it came from."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,12 @@ class Node:
     def parent(self) -> int | None:
         value: int | None = self.state["parent"]
         return value
+
+    @property
+    def model(self) -> Path | None:
+        """Of generation 0: where the model came from, if it is there."""
+        path = Path(self.state.get("base_path", ""))
+        return path if self.number == 0 and path.is_dir() else None
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -117,18 +124,17 @@ def load(
         )
         nodes[number] = Node(number, state, path, entry, moments=not lost_delta)
     zero = nodes.get(0)
-    if zero is not None and Path(zero.state["base_path"]).is_dir():
-        zero.folder = Path(zero.state["base_path"])
+    if zero is not None and zero.model is not None and ("model", 0) not in broken:
+        zero.folder = zero.model
     for number, folder in folders.items():
         try:
             state = generations.read_state(folder)
         except CheckpointError as error:
             problems.setdefault(number, str(error))
             continue
-        nodes.setdefault(number, Node(number, state)).folder = folder
-    for kind, number in broken:
-        if kind == "folder" and number in nodes:
-            nodes[number].folder = None
+        node = nodes.setdefault(number, Node(number, state))
+        if ("folder", number) not in broken:
+            node.folder = folder
     known = {number: node for number, node in nodes.items() if node.folder or node.entry}
     return dict(sorted(known.items())), problems
 
