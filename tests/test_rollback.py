@@ -341,6 +341,32 @@ def test_a_checkpoint_that_was_complete_when_the_daemon_was_killed_counts(root, 
     assert Studio(root).states()["durable"] == 5
 
 
+def test_a_checkpoint_that_failed_at_its_end_is_not_finished_after_a_rollback(root, monkeypatch):
+    """Its folder was complete, the link to it could not be made. Then somebody goes back, and the daemon restarts."""
+    studio = Studio(root)
+    studio.drop("a", 2)
+    studio.train()
+    studio.save()
+    first = studio.bits()
+    studio.drop("b", 3)
+    studio.train()
+
+    def full(checkpoints, generation):
+        raise CheckpointError(f"{checkpoints.root}: no room for a link to {generation}")
+
+    with monkeypatch.context() as no_room:
+        no_room.setattr(Checkpoints, "point_current_at", full)
+        with pytest.raises(AssertionError, match="no room"):
+            studio.save()
+    studio.roll_back(1)
+    studio.close()
+    studio = Studio(root)
+    assert studio.keeper.checkpoints.current_generation() == 1
+    assert studio.bits() == first
+    assert studio.states()["undone"] == 3
+    studio.close()
+
+
 # --- the snapshot ----------------------------------------------------------------------------------------------------
 
 
