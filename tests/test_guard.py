@@ -7,9 +7,10 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
+from hogwild import trips
 from hogwild.errors import LedgerError
 from hogwild.guard import growing, largest_loss
-from hogwild.ledger import Trip
+from hogwild.ledger import Pass, Trip
 from hogwild_kernels import AdamConfig, AdamState, ApolloConfig, ApolloState, adam_update, apollo_update
 from studio import DEADLINE_S, Studio, model
 from support import wait_until
@@ -229,6 +230,21 @@ def test_measurements_go_after_90_days(studio, monkeypatch):
     monkeypatch.setattr("hogwild.clock.now", lambda: time.time() + 91 * 86400)
     studio.ledger.guards.note(5, {"probes.own": 1.3})
     assert studio.ledger.guards.series("probes.") == {}, "all three bear the system clock's time"
+
+
+def test_everything_that_the_probes_set_aside_is_counted(studio):
+    """On a GPU thousands of examples are trained between two scorings."""
+    ledger = studio.ledger
+    studio.drop("many", 1100)
+    arena = studio.arena.control.arena_id
+    passes = [Pass(one.example_id, 1.0, None, 3, 1, 0, arena) for one in ledger.pending(2000)]
+    ledger.record_passes(passes)
+    ledger.roll_back(0, retrain=False, trip=Trip("probes", 1, {}))
+    assert ledger.counts().quarantined == 1100
+    with capture_logs() as said:
+        trips._say(ledger, set(), {}, {"generation": 0})
+    assert (said[0]["count"], said[0]["files"]) == (1100, {"many": 1100})
+    assert len(said[0]["examples"]) == 50
 
 
 def test_an_innocent_file_loses_nothing_by_the_trips_of_another(studio):

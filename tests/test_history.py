@@ -26,6 +26,7 @@ from hogwild.files import PIECE, Sink
 from hogwild.history import History
 from hogwild.history_nodes import BASE, BLOBS, DELTA, ENTRY, INDEX, load
 from hogwild.settings import HistoryConfig
+from hogwild.tensor_file import read_header
 from hogwild.weights import Weights, load_arena
 from support import digest, environment
 from tiny import Child, llama, tokenizer
@@ -194,6 +195,26 @@ def test_damage_to_any_file_is_found_and_what_does_not_need_it_comes_back_exactl
         world.assert_exact(number)
 
 
+def test_what_is_said_of_damage_does_not_repeat_the_file(tmp_path):
+    """A bit in the middle of its text, which is no UTF-8 any more: of a large model that is megabytes of one line."""
+    world = World(tmp_path, base_every=0)
+    world.run(5)
+    world.forget_folders()
+    index = world.history.root / generation.name(3) / INDEX
+    weights = world.checkpoints.folders()[5] / "model.safetensors"
+    for path in (index, weights):
+        data = bytearray(path.read_bytes())
+        data[300] |= 0x80
+        path.write_bytes(data)
+    said = refusal(world.open(), 3)
+    with pytest.raises(CheckpointError) as caught:
+        read_header(weights)
+    for path, error in ((index, said), (weights, str(caught.value))):
+        assert "UnicodeDecodeError" in error
+        assert str(path) in error
+        assert len(error) < 1500
+
+
 def test_what_is_forgotten_while_somebody_lists_it_is_no_error(tmp_path, monkeypatch):
     world = World(tmp_path)
     world.run(4)
@@ -272,7 +293,7 @@ def test_a_model_that_was_changed_under_our_feet_is_not_taken_for_generation_0(t
     out = tmp_path / "zero"
     world.open().history.export(0, out)
     assert digest(out / "model.safetensors") == before
-    assert ("folder", 0) in world.history.broken
+    assert ("model", 0) in world.history.broken
 
 
 def test_a_model_that_the_server_casts_is_stored_whole_once(tmp_path):

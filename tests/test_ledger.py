@@ -495,6 +495,39 @@ def test_the_next_example_is_found_without_reading_the_backlog(ledger):
     assert "TEMP B-TREE" not in plan
 
 
+def test_what_is_asked_every_few_seconds_does_not_look_through_all_passes(ledger):
+    """Of a daemon that has trained for months they are millions, and trainers wait for the ledger meanwhile."""
+    drop(ledger, *(good(f"line {number}", number) for number in range(1, 11)), passes=10_000)
+    with ledger._db.write(fsync=False) as db:
+        db.execute(
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 50000)"
+            " INSERT INTO passes (example_id, at, loss_before, tokens, step, thread, arena)"
+            " SELECT 1 + i % 10, '', 2.0, 3, i, 0, 'arena' FROM n"
+        )
+        db.execute("UPDATE examples SET passes_done = 5000, last_pass = 50000, last_loss = 2.0")
+    instructions = 0
+
+    def count_instructions() -> int:
+        nonlocal instructions
+        instructions += 100
+        return 0
+
+    with ledger._db.read() as db:
+        db.set_progress_handler(count_instructions, 100)
+    assert (ledger.counts().passes, ledger.remaining()) == (50_000, (50_000, 2.0))
+    assert instructions < 20_000
+    with ledger._db.read() as db:
+        db.set_progress_handler(None, 0)
+    ledger.roll_back(0, retrain=True)
+    with ledger._db.read() as db:
+        db.set_progress_handler(count_instructions, 100)
+    instructions = 0
+    assert (ledger.counts().passes, ledger.remaining()) == (0, (100_000, None))
+    one_pass(ledger, 1, loss=3.0)
+    assert ledger.remaining()[1] == 3.0
+    assert instructions < 100_000
+
+
 def test_facts_are_kept_across_restarts(path):
     with Ledger(path) as ledger:
         assert ledger.get_meta("arena") is None

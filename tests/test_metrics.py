@@ -121,6 +121,16 @@ def test_the_spools_age_is_that_of_its_oldest_file(tmp_path):
     assert not ignored
 
 
+def test_an_old_file_that_is_moved_in_has_just_come(tmp_path):
+    """So that a status written in that second does not say that a file has been waiting for a year."""
+    (old := tmp_path / "last year.jsonl").touch()
+    os.utime(old, (1, 1))
+    incoming = tmp_path / "incoming"
+    incoming.mkdir()
+    old.rename(incoming / old.name)
+    assert 0 <= look_into(incoming).oldest_s < 3600
+
+
 def test_what_the_spool_never_takes_does_not_wait_and_is_named(tmp_path):
     """Neither in the metrics nor in the status; a symlink, a folder, another name."""
     model(tmp_path / "model")

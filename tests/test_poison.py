@@ -150,7 +150,7 @@ def refusing(_pipe: Any, root: Path) -> None:
     studio.close()
 
 
-def test_a_ledger_that_cannot_be_written_speaks_against_no_example(tmp_path):
+def test_a_ledger_that_cannot_be_written_speaks_against_no_example(tmp_path, capsys):
     """Its disk is full after each step: the daemon ends as often as would set the example aside."""
     accept(tmp_path, [line(1, 2, 3)])
     for _ in range(STRIKES):
@@ -162,6 +162,7 @@ def test_a_ledger_that_cannot_be_written_speaks_against_no_example(tmp_path):
         studio.learner.start()
         wait_until(lambda learner=studio.learner: learner.failure is not None, "the trainer ends")
         assert isinstance(studio.learner.failure, LedgerError)
+        assert "trainer.died" not in capsys.readouterr().out, "whose traceback would be reported as a bug"
         studio.learner.stop(60)
         assert [one.crashes for one in studio.ledger.pending(9)] == [0]
         studio.close()

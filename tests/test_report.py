@@ -109,6 +109,23 @@ def test_curves_have_gaps_where_there_is_no_number():
     assert svg.lines([svg.Line("a", [(5, 3)])], x="x", y="y").count("<circle") == 1
 
 
+def test_a_curve_of_months_is_drawn_in_little_and_loses_no_peak():
+    """One point a minute for 90 days; the server stood still in one of them."""
+    points: list[tuple[float, float | None]] = [(minute, 1.0 + minute % 7 / 10) for minute in range(129_600)]
+    points[77_777] = (77_777, 50.0)
+    points[99_999] = (99_999, 0.1)
+    drawn = svg.lines([svg.Line("a", points)], x="minutes", y="ms")
+    assert len(drawn) < 100_000
+    (line,) = re.findall(r'<polyline points="([^"]*)"', drawn)
+    places = [tuple(map(float, pair.split(","))) for pair in line.split()]
+    assert places == sorted(places, key=lambda place: place[0])
+    columns = {round(x) for x, _ in places}
+    assert len(columns) > 600, "every column of pixels has its part of the curve"
+    highest, lowest = min(places, key=lambda place: place[1]), max(places, key=lambda place: place[1])
+    assert highest[0] == pytest.approx(places[0][0] + (places[-1][0] - places[0][0]) * 0.6001, abs=2)
+    assert lowest[0] == pytest.approx(places[0][0] + (places[-1][0] - places[0][0]) * 0.7716, abs=2)
+
+
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.2, 0.21), (-3, 1e6), (5, 5)])
 def test_ticks_are_round_and_inside(low, high):
     found = svg.ticks(low, high)

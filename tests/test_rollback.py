@@ -14,7 +14,10 @@ import pytest
 
 from hogwild import generation, rollback
 from hogwild.arena.client import Arena
+from hogwild.checkpoint import Checkpoints
 from hogwild.errors import CheckpointError
+from hogwild.history import History
+from hogwild.keeper import Keeper
 from hogwild.ledger import Pass
 from hogwild.weights import read_tensors
 from studio import Studio, model
@@ -229,6 +232,40 @@ def test_where_that_is_impossible_the_last_good_one_is_current_and_the_rest_is_t
     studio.close()
 
 
+def test_what_takes_the_place_of_a_damaged_one_is_not_tidied_away_before_it_does(root, monkeypatch):
+    """A daemon tidies from its start on, while the newest checkpoint is looked at for a server that has come. Kept
+    folders: one, and that is the damaged one."""
+    studio = Studio(root, checkpoint__keep=1)
+    versions = story(studio)
+    studio.close()
+    for path in (
+        "checkpoints/generation-00000003/model.safetensors",
+        "history/generation-00000003/delta.bin",
+    ):
+        damage(root / "state" / path)
+    restore, restore_current = History.restore, Keeper.restore_current
+    keepers: list[Keeper] = []
+
+    def note_and_restore_current(keeper):
+        keepers.append(keeper)
+        return restore_current(keeper)
+
+    def restore_and_tidy(history, number):
+        folder = restore(history, number)
+        keepers[0].background(keepers[0].tidy).result()
+        return folder
+
+    monkeypatch.setattr(Keeper, "restore_current", note_and_restore_current)
+    monkeypatch.setattr(History, "restore", restore_and_tidy)
+    studio = Studio(root, checkpoint__keep=1)
+    assert studio.keeper.checkpoints.current_generation() == 2
+    assert studio.bits() == versions[2]
+    monkeypatch.undo()
+    studio.keeper.tidy()
+    assert set(studio.keeper.checkpoints.folders()) == {2}
+    studio.close()
+
+
 def test_nothing_falls_back_to_the_untrained_model_by_itself(root):
     studio = Studio(root)
     studio.drop("a", 2)
@@ -242,6 +279,92 @@ def test_nothing_falls_back_to_the_untrained_model_by_itself(root):
         damage(root / "state" / path)
     with pytest.raises(CheckpointError, match=r"is generation 0, .* `hogwild rollback 0 --retrain`"):
         Studio(root)
+
+
+def test_after_going_back_to_the_model_as_it_came_it_is_had_from_there_again(root):
+    """Nothing was saved before; the complete folder is damaged, and the model lies where it always did."""
+    studio = Studio(root)
+    untrained = studio.bits()
+    studio.drop("a", 2)
+    studio.train()
+    studio.roll_back(0)
+    assert studio.bits() == untrained
+    studio.close()
+    folder = root / "state" / "checkpoints" / "generation-00000000"
+    damage(folder / "tokenizer.json")
+    studio = Studio(root)
+    assert studio.bits() == untrained
+    assert studio.keeper.checkpoints.current_generation() == 0
+    generation.verify(folder)
+    studio.close()
+    for path in (folder, root / "model"):
+        damage(path / "model.safetensors")
+    _, keeper = _offline(root)
+    with pytest.raises(CheckpointError, match="generation 0 cannot be restored") as caught:
+        keeper.restore_current()
+    assert str(folder) in str(caught.value)
+    assert str(root / "model") in str(caught.value)
+
+
+@pytest.mark.parametrize("last", ["put", "point_current_at"])
+@pytest.mark.parametrize("survives", [True, False], ids=["the server lives", "both are killed"])
+def test_a_checkpoint_that_was_complete_when_the_daemon_was_killed_counts(root, monkeypatch, last, survives):
+    """Its folder is there, and the ledger has not heard of it. To go back before it and to it again is as exact as with
+    any other."""
+    studio = Studio(root)
+    studio.drop("a", 2)
+    studio.train()
+    studio.save()
+    studio.drop("b", 3)
+    studio.train()
+    second, write = studio.bits(), getattr(Checkpoints, last)
+
+    def write_and_die(*arguments):
+        write(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Checkpoints, last, write_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            studio.save()
+    arena = studio.close() if survives else studio.close() and None
+    studio = Studio(root, arena)
+    assert studio.keeper.checkpoints.current_generation() == studio.arena.control.generation == 2
+    assert studio.bits() == second
+    assert studio.states() == {"pending": 0, "trained": 0, "durable": 5, "failed": 0, "undone": 0}
+    studio.roll_back(1)
+    assert studio.states()["undone"] == 3
+    studio.roll_back(2)
+    assert studio.bits() == second
+    assert studio.states() == {"pending": 0, "trained": 0, "durable": 5, "failed": 0, "undone": 0}
+    studio.close()
+    assert Studio(root).states()["durable"] == 5
+
+
+def test_a_checkpoint_that_failed_at_its_end_is_not_finished_after_a_rollback(root, monkeypatch):
+    """Its folder was complete, the link to it could not be made. Then somebody goes back, and the daemon restarts."""
+    studio = Studio(root)
+    studio.drop("a", 2)
+    studio.train()
+    studio.save()
+    first = studio.bits()
+    studio.drop("b", 3)
+    studio.train()
+
+    def full(checkpoints, generation):
+        raise CheckpointError(f"{checkpoints.root}: no room for a link to {generation}")
+
+    with monkeypatch.context() as no_room:
+        no_room.setattr(Checkpoints, "point_current_at", full)
+        with pytest.raises(AssertionError, match="no room"):
+            studio.save()
+    studio.roll_back(1)
+    studio.close()
+    studio = Studio(root)
+    assert studio.keeper.checkpoints.current_generation() == 1
+    assert studio.bits() == first
+    assert studio.states()["undone"] == 3
+    studio.close()
 
 
 # --- the snapshot ----------------------------------------------------------------------------------------------------

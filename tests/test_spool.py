@@ -166,6 +166,35 @@ def test_files_of_one_name_do_not_overwrite_each_other(spool, clock):
     assert [path.read_text() for path in spool.failed.iterdir() if "errors" not in path.name] == ["bad\n"]
 
 
+def test_a_file_that_is_dropped_every_minute_for_months_is_put_away_as_quickly_as_ever(
+    spool, ledger, clock, monkeypatch
+):
+    """A cron job that knows no better: each time its name is taken once more. It used to be looked for from 1 on."""
+    (spool.incoming / "a.jsonl").write_text(LINE)
+    settle(spool, clock)
+    (spool.incoming / "a.jsonl").write_text(LINE)
+    settle(spool, clock)
+    (first,) = names(spool.done) - {"a.jsonl"}
+    stem = first.removesuffix(".jsonl")
+    for number in range(2, 2001):  # as if it had come so often
+        (spool.done / f"{stem}.{number}.jsonl").write_text(LINE)
+    looks = 0
+
+    def look(path, exists=os.path.lexists):
+        nonlocal looks
+        looks += 1
+        return exists(path)
+
+    monkeypatch.setattr(os.path, "lexists", look)
+    before = names(spool.done)
+    for _ in range(3):
+        (spool.incoming / "a.jsonl").write_text(LINE)
+        assert settle(spool, clock).duplicates == ["a.jsonl"]
+    assert names(spool.done) - before == {f"{stem}.{number}.jsonl" for number in (2001, 2002, 2003)}
+    assert looks < 3 * 100
+    assert ledger.counts().files == 1
+
+
 def test_what_is_not_a_spool_file_is_never_opened(spool, clock, tmp_path, capsys):
     outside = tmp_path / "secret.jsonl"
     outside.write_text(LINE)

@@ -2,12 +2,14 @@
 
 import io
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from hogwild import metrics
 from hogwild.ledger import Ledger, Trip
 from hogwild.plural import counted
 from hogwild.screen import screen
@@ -98,6 +100,16 @@ def test_what_is_in_quarantine_is_no_bad_line_and_one_is_one(desk: Desk) -> None
     desk.spool._write_errors()
     assert (desk.failed / "a.jsonl.errors.jsonl").exists()
     assert desk.warnings() == ["1 example is in quarantine: hogwild quarantine"]
+
+
+def test_a_clock_that_is_put_right_makes_no_checkpoint_old_that_there_never_was(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine without a clock of its own starts in 1970; people alert on this one."""
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 50 * 365 * 86400)
+    assert not (desk.config.state_dir / "checkpoints").exists()
+    assert 0 <= metrics.checkpoint_age.collect()[0].samples[0].value < 3600
 
 
 def test_the_screen_counts_as_people_do(desk: Desk) -> None:

@@ -328,6 +328,43 @@ def test_what_fails_unexpectedly_ends_the_daemon_in_order_and_at_once(world, wha
     assert not world.sock.exists()
 
 
+FULL = """
+from hogwild.ledger import Ledger
+
+make = Ledger.__init__
+
+def make_small(self, *arguments, **named):
+    make(self, *arguments, **named)
+    with self._db.read() as db:
+        db.execute("PRAGMA max_page_count = 100")
+
+Ledger.__init__ = make_small
+from hogwild.cli import main
+main()
+"""
+
+
+def test_a_disk_that_is_full_as_a_file_is_taken_is_no_bug(world):
+    """SQLite says of this limit what it says of a full disk. The file stays where it is."""
+    log, incoming = world.root / "daemon.log", world.state / "spool" / "incoming"
+    incoming.mkdir(parents=True)
+    line = json.dumps({"text": "a line of some length " * 10}).encode() + b"\n"
+    (incoming / "a.jsonl").write_bytes(b"".join(line for _ in range(5000)))
+    env = environment(
+        HOGWILD_STATE_DIR=str(world.state), HOGWILD_SOCKET=str(world.sock), HOGWILD_METRICS__PORT="0"
+    )
+    daemon = Process([sys.executable, "-c", FULL, "serve"], env, log)
+    try:
+        assert daemon.popen.wait(120) == 1
+    finally:
+        daemon.kill()
+    said = [json.loads(line) for line in log.read_bytes().splitlines() if line.startswith(b"{")]
+    (failed,) = [one for one in said if one["event"] == "daemon.failed"]
+    assert "disk is full: make room on the disk of" in failed["error"]
+    assert not [one for one in said if "exception" in one], "no traceback"
+    assert (incoming / "a.jsonl").exists()
+
+
 LATE = """
 import time
 from hogwild import judge, selfreplay

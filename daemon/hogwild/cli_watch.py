@@ -114,7 +114,7 @@ def quarantine(
         typer.echo(json.dumps({"examples": count}) if as_json else said)
         return
     with Ledger(settings.state_dir / "ledger.sqlite", readonly=True) as ledger:
-        all_of_them = ledger.guards.suspects(100_000)
+        all_of_them = ledger.guards.suspects()
     found = [
         one
         for one in all_of_them

@@ -19,6 +19,11 @@ HogwildError                 exit 1
 from collections.abc import Sequence
 
 
+def in_short(error: BaseException) -> str:
+    """Its type and what it says. Not its repr: of bytes that are no UTF-8, that holds all of them."""
+    return f"{type(error).__name__}: {error}"
+
+
 class HogwildError(Exception):
     """Base of all errors that are meant for a person to read."""
 

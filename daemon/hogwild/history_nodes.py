@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from hogwild import generation as generations
-from hogwild.errors import CheckpointError
+from hogwild.errors import CheckpointError, in_short
 
 DELTA, BASE, ENTRY, INDEX, BLOBS = "delta.bin", "base.bin", "entry.json", "index.json", "blobs"
 LINKED = ("xor", "same")  # codings that need the parent
 
 Broken = dict[tuple[str, int], str]
-"""What has turned out to be damaged: ("folder" | "delta" | "base" | "index", generation) -> how."""
+"""What has turned out to be damaged: ("folder" | "delta" | "base" | "index" | "model", generation) -> how; "model": the
+one that generation 0 is, where it came from."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,12 @@ class Node:
         value: int | None = self.state["parent"]
         return value
 
+    @property
+    def model(self) -> Path | None:
+        """Of generation 0: where the model came from, if it is there."""
+        path = Path(self.state.get("base_path", ""))
+        return path if self.number == 0 and path.is_dir() else None
+
     @cached_property
     def index(self) -> dict[str, Any]:
         """What index.json says; empty without an entry. Raises CheckpointError."""
@@ -96,6 +103,7 @@ def load(
     """Every generation that is known, without what is broken; and what cannot be read, by generation."""
     nodes: dict[int, Node] = {}
     problems: dict[int, str] = {}
+    broken = set(broken)  # another thread may find out about more
     for number, path in generations.numbered(root).items():
         if ("index", number) in broken:
             continue
@@ -116,18 +124,17 @@ def load(
         )
         nodes[number] = Node(number, state, path, entry, moments=not lost_delta)
     zero = nodes.get(0)
-    if zero is not None and Path(zero.state["base_path"]).is_dir():
-        zero.folder = Path(zero.state["base_path"])
+    if zero is not None and zero.model is not None and ("model", 0) not in broken:
+        zero.folder = zero.model
     for number, folder in folders.items():
         try:
             state = generations.read_state(folder)
         except CheckpointError as error:
             problems.setdefault(number, str(error))
             continue
-        nodes.setdefault(number, Node(number, state)).folder = folder
-    for kind, number in broken:
-        if kind == "folder" and number in nodes:
-            nodes[number].folder = None
+        node = nodes.setdefault(number, Node(number, state))
+        if ("folder", number) not in broken:
+            node.folder = folder
     known = {number: node for number, node in nodes.items() if node.folder or node.entry}
     return dict(sorted(known.items())), problems
 
@@ -144,7 +151,7 @@ def unseal(path: Path) -> dict[str, Any]:
         if content["checksum"] != _checksum(content):
             raise ValueError("its checksum does not fit")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+        raise CheckpointError(f"{path} is damaged: {in_short(error)}") from error
     return content
 
 

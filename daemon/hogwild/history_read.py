@@ -21,11 +21,12 @@ class BrokenLinkError(CheckpointError):
     """A part of history that cannot be used, by name.
 
     Attributes:
-        part: ("folder" | "delta" | "base" | "index", generation).
+        part: ("folder" | "delta" | "base" | "index" | "model", generation).
     """
 
     def __init__(self, kind: str, node: Node, reason: object) -> None:
-        self.part = (kind, node.number)
+        from_model = kind == "folder" and node.folder is not None and node.folder == node.model
+        self.part = ("model" if from_model else kind, node.number)
         files = {"delta": DELTA, "base": BASE, "index": INDEX}
         place = node.folder if kind == "folder" else (node.path or Path()) / files[kind]
         super().__init__(f"{place} ({name(node.number)}) is damaged: {reason}")

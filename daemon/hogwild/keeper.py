@@ -47,6 +47,7 @@ class Keeper:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self.hurry = threading.Event()
         self._saving: Future[Saved] | None = None
+        self._choosing = threading.Lock()  # what `current` leads to: what it will, must stay
 
     def configure(self, config: Config) -> None:
         """Take over settings, also while a save is under way."""
@@ -124,16 +125,23 @@ class Keeper:
                     base=recorded.base,
                     ms=round(recorded.seconds * 1000),
                 )
-            folders = self.checkpoints.prune(self.history.may_go)
-            forgotten = self.history.prune()
-            if folders or forgotten:
-                log.info("checkpoint.pruned", folders=folders, forgotten=forgotten)
+            if self._choosing.acquire(blocking=False):  # or at the next chance
+                try:
+                    self._prune()
+                finally:
+                    self._choosing.release()
         except PutOffError:
             pass  # it is done at the next chance
         except CheckpointError as error:
             log.error("history.failed", error=str(error))
         except Exception as error:  # nobody else looks at what this thread does
             log.exception("history.failed", error=repr(error))
+
+    def _prune(self) -> None:
+        folders = self.checkpoints.prune(self.history.may_go)
+        forgotten = self.history.prune()
+        if folders or forgotten:
+            log.info("checkpoint.pruned", folders=folders, forgotten=forgotten)
 
     def settle(self) -> None:
         """Wait until the thread has nothing to do. Tidying is put off, a checkpoint is finished."""
@@ -153,11 +161,15 @@ class Keeper:
 
     def restore_current(self) -> Path | None:
         """The newest checkpoint, verified. One that is damaged is made anew from history; where that is impossible,
-        the last good generation before it takes its place.
+        the last good generation before it takes its place. Whatever the thread is at meanwhile.
 
         Raises:
             CheckpointError: it is damaged and no generation but the model as it came is whole.
         """
+        with self._choosing:
+            return self._restore_current()
+
+    def _restore_current(self) -> Path | None:
         number = self.checkpoints.current_generation()
         if number is None:
             return None

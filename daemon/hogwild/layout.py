@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hogwild.errors import CheckpointError, ProtocolError
+from hogwild.errors import CheckpointError, ProtocolError, in_short
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -195,7 +195,7 @@ def weight_files(folder: Path) -> list[str]:
             return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{index} cannot be read: {error!r}. Restore or download it again."
+                f"{index} cannot be read: {in_short(error)}. Restore or download it again."
             ) from error
     return sorted(path.name for path in folder.glob("*.safetensors"))
 

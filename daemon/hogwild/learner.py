@@ -21,7 +21,7 @@ from hogwild.backward import TrainedLinear
 from hogwild.curriculum import Curriculum
 from hogwild.drift import Drift
 from hogwild.encoder import Encoder
-from hogwild.errors import CheckpointError, VerificationError
+from hogwild.errors import CheckpointError, LedgerError, VerificationError
 from hogwild.governor import Governor, stand_back
 from hogwild.groups import Group
 from hogwild.guard import Guard, largest_loss
@@ -389,6 +389,8 @@ class Learner:
                         self.judge.look()
                     else:  # a pause began while it waited for the example
                         self.curriculum.give_back(batch)
+        except LedgerError as error:  # the disk's fault, before or after a step
+            self.failure = error
         except BaseException as error:
             # A trainer that dies may have left a layer half-written: the supervisor stops the service.
             self.failure = error

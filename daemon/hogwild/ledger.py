@@ -56,6 +56,7 @@ __all__ = [
 ]
 
 PENDING_BYTES = 16 * 1024 * 1024  # of lines that `pending` holds at once, one line at least
+_LATELY = 32  # passes that are looked at for each one that is wanted: the others were replayed, or undone
 
 
 class Ledger(Files):
@@ -228,6 +229,13 @@ class Ledger(Files):
                 "UPDATE examples SET state = 'durable' WHERE state = 'trained' AND last_pass <= ?", (marker,)
             ).rowcount
 
+    def interrupted_checkpoint(self, generation: int, marker: int) -> bool:
+        """Is this the checkpoint that was begun last, and was it never noted as complete?"""
+        with self._db.read() as db:
+            begun = db.execute("SELECT value FROM meta WHERE key = 'checkpoint_begun'").fetchone()
+            known = db.execute("SELECT 1 FROM checkpoints WHERE generation = ?", (generation,)).fetchone()
+        return known is None and begun == (str(marker),)
+
     def durable_marker(self) -> int:
         """The newest complete checkpoint's marker; 0 without one. One that a rollback left does not count."""
         with self._db.read() as db:
@@ -304,30 +312,41 @@ class Ledger(Files):
     # --- the whole ---------------------------------------------------------------------------------------
 
     def counts(self) -> Counts:
+        """Asked every few seconds: it looks at each example, and not at the passes, which are many times as many."""
         with self._db.read() as db:
-            states = dict(db.execute("SELECT state, count(*) FROM examples GROUP BY state"))
-            rejected, files, passes = db.execute(
+            rows = db.execute(
+                "SELECT state, count(*), sum(passes_done) FROM examples GROUP BY state"
+            ).fetchall()
+            rejected, files = db.execute(
                 "SELECT (SELECT count(*) FROM rejected JOIN files USING (file_id) WHERE state <> 'staging'),"
-                " (SELECT count(*) FROM files WHERE state <> 'staging'),"
-                " (SELECT count(*) FROM passes WHERE NOT undone AND NOT replay)"
+                " (SELECT count(*) FROM files WHERE state <> 'staging')"
             ).fetchone()
+        states = {state: count for state, count, _ in rows}
         by_state = {
             name: states.get(name, 0) for name in ("trained", "durable", "failed", "undone", "quarantined")
         }
         return Counts(
-            pending=states.get("accepted", 0), **by_state, rejected=rejected, files=files, passes=passes
+            pending=states.get("accepted", 0),
+            **by_state,
+            rejected=rejected,
+            files=files,
+            passes=sum(done for _, _, done in rows),
         )
 
     def remaining(self, newest: int = 32) -> tuple[int, float | None]:
-        """Passes that are still to be done, at most; and the mean loss of the `newest` ones before their update."""
+        """Passes that are still to be done, at most; and the mean loss of the `newest` ones before their update.
+
+        Of what was trained lately, that is: None after a rollback, which may have undone millions.
+        """
         with self._db.read() as db:
             left = db.execute(
                 "SELECT coalesce(sum(passes - passes_done), 0) FROM examples WHERE state = 'accepted'"
             ).fetchone()[0]
             loss = db.execute(
-                "SELECT avg(loss_before) FROM (SELECT loss_before FROM passes WHERE NOT replay AND NOT undone"
-                " ORDER BY pass_id DESC LIMIT ?)",
-                (newest,),
+                "SELECT avg(loss_before) FROM (SELECT loss_before FROM"
+                " (SELECT loss_before, replay, undone FROM passes ORDER BY pass_id DESC LIMIT ?)"
+                " WHERE NOT replay AND NOT undone LIMIT ?)",
+                (_LATELY * newest, newest),
             ).fetchone()[0]
         return int(left), loss
 

@@ -155,6 +155,8 @@ def _explain(path: Path, error: Exception) -> str:
         return "is a folder; a ledger is a file"
     if isinstance(error, PermissionError) or "unable to open" in text or "readonly" in text:
         return f"user {user} cannot write it ({text}); check the owner and mode of the file and of its folder"
+    if "is full" in text:
+        return f"{text}: make room on the disk of {path.parent}; what was accepted is safe there"
     if "not a database" in text:
         return "is not a ledger (not an SQLite file, or encrypted, or damaged)"
     if "malformed" in text:

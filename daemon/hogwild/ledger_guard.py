@@ -126,8 +126,8 @@ class Guards:
                 arguments,
             ).rowcount
 
-    def suspects(self, limit: int = 1000) -> list[Suspect]:
-        """What is in quarantine, the newest first, with the newest evidence."""
+    def suspects(self, limit: int = -1) -> list[Suspect]:
+        """What is in quarantine, the newest first, with the newest evidence; all of it, unless there is a limit."""
         own = f"FROM passes p WHERE p.example_id = e.example_id AND {OWN} ORDER BY pass_id"
         with self._db.read() as db:
             rows = db.execute(

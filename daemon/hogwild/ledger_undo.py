@@ -62,6 +62,7 @@ def go_back(db: Connection, marker: int, to: State, why: str) -> Reset:
             "INSERT INTO changed SELECT pass_id, 1 FROM passes WHERE pass_id > ? AND NOT undone", (marker,)
         )
         db.execute("UPDATE checkpoints SET undone = 1 WHERE marker > ? AND NOT undone", (marker,))
+    db.execute("DELETE FROM meta WHERE key = 'checkpoint_begun'")  # it is of weights that were left
     lost, found = db.execute(
         "SELECT coalesce(sum(lost), 0), coalesce(sum(NOT lost), 0) FROM changed"
     ).fetchone()

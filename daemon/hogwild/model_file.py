@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hogwild.errors import HogwildError
+from hogwild.errors import HogwildError, in_short
 from hogwild.files import replace_file
 
 T = TypeVar("T")
@@ -42,4 +42,4 @@ def load(
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HogwildError(f"{path} cannot be read ({error!r}); delete it {without}") from error
+        raise HogwildError(f"{path} cannot be read ({in_short(error)}); delete it {without}") from error

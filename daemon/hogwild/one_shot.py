@@ -19,7 +19,7 @@ from typing import Any
 from hogwild import __version__, generation, recovery, state_lock
 from hogwild.checkpoint import Checkpoints
 from hogwild.curriculum import Curriculum
-from hogwild.errors import AlreadyAccepted, ExampleError, HogwildError, UsageError
+from hogwild.errors import AlreadyAccepted, ExampleError, HogwildError, LedgerError, UsageError
 from hogwild.groups import Group
 from hogwild.learner import Learner
 from hogwild.ledger import FileRecord, GoodLine, Ledger
@@ -250,6 +250,8 @@ class OneShot:
         left, loss = ledger.remaining()
         on_progress(Now(ledger.counts().passes, left, loss))
         if learner.failure is not None:
+            if isinstance(learner.failure, LedgerError):
+                raise learner.failure
             raise HogwildError(f"a trainer thread died: {learner.failure!r}") from learner.failure
         if not stopped:
             raise HogwildError(f"a trainer thread did not end within {_STOP_TIMEOUT_S:.0f} s")

@@ -219,6 +219,8 @@ def _resume(learner: Learner, current: Path | None) -> None:
     """
     if current is not None:
         learner.load_moments(current)
+        # It may have become current after the last daemon had ended, see `rollback.finish_on_disk`.
+        learner.arena.control.generation = generation.read_state(current)["generation"]
 
 
 def _saved_step(learner: Learner, saved: dict[str, Any] | None) -> int:

@@ -11,6 +11,9 @@
 Up to 3 a crash changes nothing. After 3 the next start finishes it: `finish_on_disk` does step 5 again (it is
 idempotent), and the next arena that is taken is written from `current`, whatever it holds. Without an arena only the
 disk changes, and the next arena is written in the same way.
+
+Which passes a generation holds, the ledger can only be told before another rollback changes what counts. So the start
+also finishes a checkpoint whose folder was complete when the daemon was killed.
 """
 
 import json
@@ -21,6 +24,7 @@ from typing import Any
 
 from hogwild import generation as generations
 from hogwild import log as logs
+from hogwild.checkpoint import Checkpoints
 from hogwild.errors import CheckpointError, HogwildError
 from hogwild.keeper import Keeper
 from hogwild.learner import Learner
@@ -68,16 +72,37 @@ def arena_written(ledger: Ledger) -> None:
 
 
 def finish_on_disk(ledger: Ledger, keeper: Keeper) -> None:
-    """At start: finish a rollback that a crash interrupted.
+    """At start: finish a checkpoint or a rollback that a crash interrupted.
 
     Raises:
-        CheckpointError: its generation has been damaged since.
+        CheckpointError: the generation of the rollback has been damaged since.
     """
+    _finish_checkpoint(ledger, keeper.checkpoints)
     intent = pending(ledger)
     if intent is not None and not intent.applied:
         keeper.history.restore(intent.generation)
         undone = _apply(intent, ledger, keeper)
         log.warning("rollback.finished", **undone, reason="the daemon had ended in the middle of it")
+
+
+def _finish_checkpoint(ledger: Ledger, checkpoints: Checkpoints) -> None:
+    """The newest folder becomes current, and the ledger hears of it, if that is all that was left to be done."""
+    number, folder = max(checkpoints.folders().items(), default=(0, Path()))
+    current = checkpoints.current_generation() or 0
+    try:
+        state = generations.read_state(folder) if number else None
+    except CheckpointError:
+        return  # whoever needs it says so
+    if state is None or current not in (number, state["parent"]):
+        return
+    if ledger.interrupted_checkpoint(number, state["ledger_position"]):
+        checkpoints.point_current_at(number)
+        ledger.complete_checkpoint(
+            state["ledger_position"], state["step"], str(folder), generation=number, parent=state["parent"]
+        )
+        log.warning(
+            "checkpoint.finished", generation=number, reason="the daemon had ended in the middle of it"
+        )
 
 
 def roll_back(

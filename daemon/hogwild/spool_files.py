@@ -29,7 +29,7 @@ class Incoming(NamedTuple):
     files: int
     """That wait to be taken."""
     oldest_s: float
-    """Age of the oldest of them."""
+    """Seconds since the oldest of them came, or was last written to."""
     ignored: list[str]
     """Names of what is never taken, and may have been meant to be."""
 
@@ -56,7 +56,8 @@ def look_into(incoming: Path) -> Incoming:
                 ignored.append(printable(entry.name))
                 continue
             with contextlib.suppress(OSError):
-                ages.append(now - entry.stat(follow_symlinks=False).st_mtime)
+                # Not st_mtime, which `mv`, `cp -p` and rsync bring along: it may be of years ago, or of tomorrow.
+                ages.append(now - entry.stat(follow_symlinks=False).st_ctime)
     return Incoming(len(ages), max([0.0, *ages]), sorted(ignored))
 
 

@@ -1,7 +1,7 @@
 """What the spool's files are called: the name that a file gets in done/ or failed/, and what its own asks for."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from hogwild.ledger import Ledger
@@ -28,16 +28,42 @@ def choose(batch: Sequence[Candidate], ledger: Ledger, folders: Sequence[Path]) 
         one.stored_as = _shortened(name, one.digest)
     taken = ledger.names_taken([one.stored_as for one in batch])
     for one in batch:
-        number = 1
-        plain = one.stored_as
-        stem, dot, suffix = plain.partition(".jsonl")
-        while one.stored_as in taken or any(os.path.lexists(f"{x}/{one.stored_as}") for x in folders):
-            more = "" if number == 1 else f".{number}"
-            one.stored_as = f"{stem}.{one.digest[:8]}{more}{dot}{suffix}"
-            number += 1
-            if one.stored_as not in taken and ledger.names_taken([one.stored_as]):
-                taken.add(one.stored_as)
+        if one.stored_as in taken or _lies_in(folders, one.stored_as):
+            one.stored_as = _another(one, taken, ledger, folders)
         taken.add(one.stored_as)
+
+
+def _another(one: Candidate, taken: Collection[str], ledger: Ledger, folders: Sequence[Path]) -> str:
+    stem, dot, suffix = one.stored_as.partition(".jsonl")
+
+    def name(number: int) -> str:
+        return f"{stem}.{one.digest[:8]}{f'.{number}' if number > 1 else ''}{dot}{suffix}"
+
+    def is_taken(number: int) -> bool:
+        wanted = name(number)
+        return wanted in taken or _lies_in(folders, wanted) or bool(ledger.names_taken([wanted]))
+
+    return name(_first_free(is_taken))
+
+
+def _lies_in(folders: Sequence[Path], name: str) -> bool:
+    return any(os.path.lexists(f"{folder}/{name}") for folder in folders)
+
+
+def _first_free(is_taken: Callable[[int], bool]) -> int:
+    """A number that is free, and the one before it is not: in few looks, although somebody may have dropped the same
+    file every minute for months."""
+    free = 1
+    while is_taken(free):
+        free *= 2
+    last_taken = free // 2
+    while free - last_taken > 1:
+        middle = (free + last_taken) // 2
+        if is_taken(middle):
+            last_taken = middle
+        else:
+            free = middle
+    return free
 
 
 def list_errors(failed: Path) -> list[str]:

@@ -42,13 +42,13 @@ class Status:
         self._config, self._ledger = config, ledger
         self.newest: dict[str, Any] = {}
         self._wrote_at = 0.0
-        self._began, self._started = time.time(), time.monotonic()  # clocks are set, and set back
+        self._started = time.monotonic()  # clocks are set, and set back
         self._points: deque[tuple[float, float, float]] = deque()  # (when, tokens, updates)
         self._noted_at = 0.0
         self._loads: deque[tuple[float, int, float]] = deque()  # (when, tokens, seconds waited for them)
         self._yielded = (0, 0.0)
         self._bad: tuple[tuple[int, ...], str] = (), ""  # what `_bad_lines` saw, and what it said of it
-        metrics.started.set(self._began)
+        metrics.started.set(time.time())
         metrics.watch_process()
         metrics.incoming_files.set_function(lambda: self._incoming().files)
         metrics.incoming_age.set_function(lambda: self._incoming().oldest_s)
@@ -326,9 +326,10 @@ class Status:
         """Since the newest checkpoint; since the start, where there is none."""
         saved_at = self._newest_checkpoint()[1]
         try:
-            at = datetime.fromisoformat(saved_at).replace(tzinfo=UTC).timestamp() if saved_at else self._began
+            at = datetime.fromisoformat(saved_at or "").replace(tzinfo=UTC).timestamp()
         except ValueError:
-            at = self._began
+            # Not by the system clock: it may have been set since, by decades on a machine without one.
+            return round(time.monotonic() - self._started, 1)
         return round(max(time.time() - at, 0.0), 1)
 
 

@@ -83,6 +83,7 @@ class Supervisor:
         self.hub = Hub(config.socket, self.attachment.offered, self.attachment.on_session, self.commands.ask)
         self._stop = self._reload = False
         self._failure = ""
+        self._spool_failure: LedgerError | None = None
         self._status = Status(config, self.ledger)
         self._systemd = Notifier()
         self._watchdog = Watchdog(self._systemd, self._ready, self._status_line)
@@ -134,7 +135,9 @@ class Supervisor:
                 pulse.beat()
                 self.turn()
                 if not spool_thread.is_alive():
-                    raise HogwildError("the spool thread ended; see the log line before this one")
+                    raise self._spool_failure or HogwildError(
+                        "the spool thread ended; see the log line before this one"
+                    )
                 time.sleep(_TURN_S)
         except Exception as error:
             self._failed(error)
@@ -151,10 +154,9 @@ class Supervisor:
         with pulse.watched("spool"):
             try:
                 self.spool.run(stop)
-            except LedgerError:
-                if not stop.is_set():
-                    raise
-                # It is closed: the file that was being read is read again by the next daemon.
+            except LedgerError as error:  # a full disk, mostly; after a stop, it is closed
+                # The file that was being read is read again by the next daemon.
+                self._spool_failure = None if stop.is_set() else error
 
     def turn(self) -> None:
         """One round: what signals and commands asked for, verification that is due, checkpoints that are due.
@@ -173,6 +175,8 @@ class Supervisor:
         if learner is None:
             self._status.write_waiting(self._status_line(), self.hub.refused)
             return
+        if isinstance(learner.failure, LedgerError):
+            raise learner.failure
         if learner.failure is not None:
             raise HogwildError(f"a trainer thread died ({learner.failure!r}): its layer may be half-written")
         if learner.judge.tripped is not None and not self.going_back.stuck:

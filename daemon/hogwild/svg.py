@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 
 WIDTH, HEIGHT = 760, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 26, 34
@@ -54,8 +55,8 @@ def lines(curves: Sequence[Line], *, x: str, y: str, marks: Sequence[Mark] = (),
     x1, y0, y1 = (x1 if x1 > x0 else x0 + 1), y0 - (y1 - y0) * 0.05 * (not zero), y1 + (y1 - y0) * 0.05
     y1 = y1 if y1 > y0 else y0 + (abs(y0) or 1.0) * 0.1
 
-    def at(px: float, py: float) -> tuple[str, str]:
-        return f"{_x(px, x0, x1):.1f}", f"{_y(py, y0, y1):.1f}"
+    def at(px: float, py: float) -> tuple[float, float]:
+        return _x(px, x0, x1), _y(py, y0, y1)
 
     parts = [_axes(x0, x1, y0, y1, x, y)]
     for mark in marks:
@@ -68,7 +69,7 @@ def lines(curves: Sequence[Line], *, x: str, y: str, marks: Sequence[Mark] = (),
             f' text-anchor="{"end" if late else "start"}">{escape(mark.name)}</text>'
         )
     for number, curve in enumerate(drawn):
-        colour, run = COLOURS[number % len(COLOURS)], list[tuple[str, str]]()
+        colour, run = COLOURS[number % len(COLOURS)], list[tuple[float, float]]()
         runs = [run]
         for px, py in curve.points:
             if py is None:
@@ -76,12 +77,12 @@ def lines(curves: Sequence[Line], *, x: str, y: str, marks: Sequence[Mark] = (),
                 runs.append(run)
             else:
                 run.append(at(px, py))
-        for run in runs:
+        for run in map(_thinned, runs):
             if len(run) > 1:
-                joined = " ".join(f"{px},{py}" for px, py in run)
+                joined = " ".join(f"{px:.1f},{py:.1f}" for px, py in run)
                 parts.append(f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="2"/>')
             if len(run) < 100:
-                parts += [f'<circle cx="{px}" cy="{py}" r="2.4" fill="{colour}"/>' for px, py in run]
+                parts += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="2.4" fill="{colour}"/>' for px, py in run]
         parts.append(
             f'<text x="{_LEFT + 130 * number}" y="{_TOP - 12}" font-size="11" fill="{colour}">'
             f"{escape(curve.name)}</text>"
@@ -147,6 +148,18 @@ def _svg(height: int, parts: Sequence[str]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
         f' font-family="sans-serif" fill="#111827" role="img">{"".join(parts)}</svg>'
     )
+
+
+def _thinned(run: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of many points in one column of pixels, the highest and the lowest: of months there are hundreds in each."""
+    if len(run) <= 2 * WIDTH:
+        return run
+    found: list[tuple[float, float]] = []
+    for _, column in groupby(run, lambda point: int(point[0])):
+        points = list(column)
+        ends = {min(points, key=lambda point: point[1]), max(points, key=lambda point: point[1])}
+        found += sorted(ends)
+    return found
 
 
 def _x(value: float, low: float, high: float) -> float:

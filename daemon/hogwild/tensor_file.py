@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from hogwild.errors import CheckpointError
+from hogwild.errors import CheckpointError, in_short
 from hogwild.files import PIECE, Sink, new_file
 
 _DTYPES = {
@@ -69,7 +69,7 @@ def parse_header(raw: bytes, path: Path) -> Header:
                 raise ValueError(f"{entry.name} does not begin where the one before it ends")
             end += entry.nbytes
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error!r}") from error
+        raise CheckpointError(f"{path} is not a whole safetensors file: {in_short(error)}") from error
     return Header(raw, tuple(entries))
 
 
