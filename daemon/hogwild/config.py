@@ -21,7 +21,8 @@ ENV_PREFIX = "HOGWILD_"
 NO_SETTINGS = frozenset(
     ENV_PREFIX + name
     for name in (
-        "CONFIG", "API_KEY", "BASE_WEIGHTS", "SERVER_URL", "SERVER_PID", "PAGE",  # cli_history.py, vllm_plugin/names.py
+        "CONFIG",  # cli_history.py
+        "API_KEY", "BASE_WEIGHTS", "SERVER_URL", "SERVER_CERTIFICATE", "SERVER_PID", "PAGE",  # vllm_plugin/names.py
         "VLLM_ARGUMENTS",  # benchmarks/gpu_vllm.py
     )
 )  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import ssl
 import subprocess
 import urllib.error
 import urllib.request
@@ -11,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hogwild import doctor_machine, installation
+from hogwild import doctor_machine, installation, tls
 from hogwild.doctor import UNIT, Finding, Subject, fail, ok, warn
 from hogwild.vllm_plugin import launch
 
@@ -29,7 +30,19 @@ print(json.dumps(patches.report()))
 def server(subject: Subject) -> Iterator[Finding]:
     attached = subject.status.get("server") or {}
     url = subject.config.server.url or attached.get("url") or launch.url(subject.config.server.arguments)
-    about = _ask(f"{url.rstrip('/')}/hogwild/status", os.environ.get(subject.config.server.api_key_env, ""))
+    certificate = attached.get("certificate") or launch.certificate(subject.config.server.arguments)
+    try:
+        believed = tls.context(certificate, named=bool(subject.config.server.url))
+    except (OSError, ValueError) as error:
+        yield fail(
+            "server",
+            f"its certificate {certificate} cannot be read: {error}",
+            "mend --ssl-certfile in server.arguments; the daemon has to see the file where the server does",
+        )
+        return
+    about = _ask(
+        f"{url.rstrip('/')}/hogwild/status", os.environ.get(subject.config.server.api_key_env, ""), believed
+    )
     if isinstance(about, dict):
         yield ok(
             "server",
@@ -44,6 +57,12 @@ def server(subject: Subject) -> Iterator[Finding]:
             "server",
             f"{url} wants an API key",
             f"set ${subject.config.server.api_key_env}, for the daemon too",
+        )
+    elif isinstance(about, ssl.SSLError):
+        yield fail(
+            "server",
+            f"{url} cannot be asked: {about}",
+            "give it a valid certificate, one for the name in server.url where that is set",
         )
     elif about is not None:
         yield fail(
@@ -179,10 +198,12 @@ def _asks(status: dict[str, Any]) -> bool:
     return bool(status.get("training")) and not unasked
 
 
-def _ask(url: str, key: str) -> Any:
+def _ask(url: str, key: str, believed: ssl.SSLContext) -> Any:
     """What a server answers: an object; a status or an error's name if it is not ours; None if nobody listens."""
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    direct = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=believed)
+    )
     try:
         with direct.open(request, timeout=5) as response:
             about = json.load(response)
@@ -190,6 +211,8 @@ def _ask(url: str, key: str) -> Any:
     except urllib.error.HTTPError as error:
         return error.code
     except urllib.error.URLError as error:
+        if isinstance(error.reason, ssl.SSLError):
+            return error.reason
         return None if isinstance(error.reason, ConnectionRefusedError) else str(error.reason)
     except (OSError, ValueError) as error:
         return repr(error)

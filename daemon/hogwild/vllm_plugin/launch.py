@@ -18,6 +18,7 @@ from hogwild.errors import UsageError
 from hogwild.vllm_plugin import orphan, ready
 from hogwild.vllm_plugin.names import (
     BASE_VARIABLE,
+    CERTIFICATE_VARIABLE,
     PAGE_VARIABLE,
     SOCKET_VARIABLE,
     STATE_VARIABLE,
@@ -71,6 +72,7 @@ def environment(
         SOCKET_VARIABLE: str(socket),
         STATE_VARIABLE: str(state_dir),
         URL_VARIABLE: url(arguments),
+        CERTIFICATE_VARIABLE: certificate(arguments),
         BASE_VARIABLE: "1" if base_weights else "0",
         PAGE_VARIABLE: f"hogwild-page-{secrets.token_hex(16)}",
     }
@@ -82,7 +84,14 @@ def url(arguments: Sequence[str]) -> str:
     """Where this machine reaches a server with these arguments."""
     host = _option(arguments, "--host") or "127.0.0.1"
     host = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    return f"http://{host}:{_option(arguments, '--port') or '8000'}"
+    encrypted = _option(arguments, "--ssl-certfile") or _option(arguments, "--ssl-keyfile")
+    return f"http{'s' if encrypted else ''}://{host}:{_option(arguments, '--port') or '8000'}"
+
+
+def certificate(arguments: Sequence[str]) -> str:
+    """Path of the one that a server with these arguments shows; empty: it shows none."""
+    given = _option(arguments, "--ssl-certfile")
+    return str(Path(given).absolute()) if given else ""
 
 
 def _for_cpu() -> bool:
@@ -149,7 +158,7 @@ def run() -> None:
     sys.argv[0] = "vllm"
     orphan.note_server()
     _provide_vllm_metadata()
-    ready.report(os.environ.get(URL_VARIABLE, ""))
+    ready.report(os.environ.get(URL_VARIABLE, ""), os.environ.get(CERTIFICATE_VARIABLE, ""))
     from vllm.entrypoints.cli.main import main
 
     _end_when_told()
