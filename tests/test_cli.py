@@ -116,6 +116,17 @@ def test_every_argument_of_vllm_is_passed_on(monkeypatch, tmp_path, arguments):
     assert vllm(monkeypatch, "-c", str(config), *arguments)[0] == ["/m", *arguments]
 
 
+def test_a_file_of_vllm_names_the_model_where_nobody_else_does(monkeypatch, tmp_path):
+    (theirs := tmp_path / "vllm.yaml").write_text("model: /theirs\nport: 9000\n")
+    (config := tmp_path / "hogwild.toml").write_text("")
+    ours = ["-c", str(config)]
+    assert vllm(monkeypatch, *ours, "--", "--config", str(theirs))[0] == ["/theirs", "--config", str(theirs)]
+    assert vllm(monkeypatch, *ours, "m", "--", "--config", str(theirs))[0] == ["m", "--config", str(theirs)]
+    reached, ran = vllm(monkeypatch, "m", "--config", str(theirs))
+    assert not reached
+    assert "hogwild vllm MODEL -- --config FILE" in str(ran.exception)
+
+
 def test_a_model_that_is_named_after_options_is_asked_for_before_them(monkeypatch):
     reached, ran = vllm(monkeypatch, "--port", "8000", "m")
     assert not reached

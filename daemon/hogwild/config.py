@@ -136,7 +136,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not TOML: {error}") from error
+        theirs = "; vLLM's own file comes after a `--`: hogwild vllm MODEL -- --config FILE"
+        hint = theirs if path.suffix in (".yaml", ".yml") else ""
+        raise ConfigError(f"{path}: is not TOML: {error}{hint}") from error
 
 
 def _environment() -> Iterator[tuple[str, tuple[str, ...], Any]]:

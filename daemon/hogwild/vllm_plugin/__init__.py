@@ -13,7 +13,7 @@ salt.py     requests carry the weight epoch, so that no answer comes from keys a
 unsalted.py requests that do not carry it read no cached block
 load.py     how many requests there are and how long tokens take, said on the control page
 orphan.py   an engine ends with its API server
-launch.py   `hogwild vllm`: `vllm serve` with everything set
+launch.py   `hogwild vllm`: `vllm serve` with everything set; arguments.py, which reads what vLLM is told
 """
 
 import os

