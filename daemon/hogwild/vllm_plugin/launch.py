@@ -31,7 +31,6 @@ MIDDLEWARE = "hogwild.vllm_plugin.middleware.Generation"
 
 
 CACHE_SHARE = 4  # of the free memory, one part in so many is vLLM's cache of keys and values
-_TOLD = 128 + signal.SIGTERM  # as a shell says it of a process that TERM has ended
 _CACHE_OPTIONS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
 
 
@@ -127,11 +126,14 @@ def _provide_vllm_metadata() -> None:
 
 
 def _end_when_told() -> None:
-    """TERM ends a server that is loading, as it ends one that serves.
+    """TERM and Ctrl-C end a server that is loading, as they end one that serves.
 
-    vLLM makes a KeyboardInterrupt of it, which it swallows while it waits for its engine (vllm/utils/network_utils.py:
-    zmq_socket_ctx, vLLM 0.32); then it waits for ten minutes for an engine that waits for it. Can go when it does not.
+    vLLM makes a KeyboardInterrupt of TERM, which it swallows while it waits for its engine (vllm/utils/network_utils.py:
+    zmq_socket_ctx, vLLM 0.32); then it waits for ten minutes for an engine that waits for it. Of INT, asyncio would tell
+    it when its engine has loaded, unless somebody else listens to it. Can go when it does not.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a server in the background ignores it
+        signal.signal(signal.SIGINT, _interrupt)
     from vllm.v1.engine import utils
 
     real = getattr(utils, "zmq_socket_ctx", None)
@@ -143,10 +145,14 @@ def _end_when_told() -> None:
         with real(*given, **named) as socket:
             try:
                 yield socket
-            except KeyboardInterrupt:
-                sys.exit(_TOLD)
+            except KeyboardInterrupt as error:  # as a shell says it of a process that a signal has ended
+                sys.exit(128 + (signal.SIGINT if error.args == (signal.SIGINT,) else signal.SIGTERM))
 
     utils.zmq_socket_ctx = context
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def run() -> None:
