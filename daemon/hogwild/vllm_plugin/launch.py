@@ -128,9 +128,9 @@ def _provide_vllm_metadata() -> None:
 def _end_when_told() -> None:
     """TERM and Ctrl-C end a server that is loading, as they end one that serves.
 
-    vLLM makes a KeyboardInterrupt of TERM, which it swallows while it waits for its engine (vllm/utils/network_utils.py:
-    zmq_socket_ctx, vLLM 0.32); then it waits for ten minutes for an engine that waits for it. Of INT, asyncio would tell
-    it when its engine has loaded, unless somebody else listens to it. Can go when it does not.
+    vLLM makes a KeyboardInterrupt of TERM, which it swallows while it waits for its engine (vllm/utils/
+    network_utils.py: zmq_socket_ctx, vLLM 0.32); then it waits for ten minutes for an engine that waits for it. Of INT
+    asyncio would tell it when its engine has loaded, unless somebody else listens. Can go when it does not.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a server in the background ignores it
         signal.signal(signal.SIGINT, _interrupt)
