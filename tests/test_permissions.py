@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from hogwild import cli_watch, doctor, doctor_folders, doctor_service, state_lock
+from hogwild import cli_watch, config, doctor, doctor_folders, doctor_service, state_lock
+from hogwild.cli import app
 from hogwild.errors import HogwildError
 from hogwild.ledger import Ledger
 from hogwild.settings import Config, SpoolConfig
@@ -192,3 +194,18 @@ def test_root_may_have_a_report_of_another_users_daemon_where_only_root_may_writ
 def as_root(work: Callable[[], object]) -> str:
     """As `unprivileged`, with root's rights to give up."""
     return unprivileged(work, uid=0)
+
+
+def test_what_the_units_load_and_only_root_may_read_is_said_to_be_missing(place, monkeypatch):
+    """It holds keys. Without it, what they run with is something else."""
+    monkeypatch.setattr(config, "SYSTEM_FILE", place / "hogwild.toml")
+    (place / "hogwild.toml").write_text("")
+    (beside := place / "environment").write_text("HOGWILD_TRAINING__THREADS=7\n")
+    beside.chmod(0)
+    for arguments, said in (
+        (["config"], f"what {beside} sets is missing here"),
+        (["config", "training.threads"], "2\n"),
+        (["doctor", "--quick"], f"environment: {beside} cannot be read"),
+    ):
+        asked = [*arguments, "-c", str(place / "hogwild.toml")]
+        assert said in unprivileged(lambda asked=asked: CliRunner().invoke(app, asked).output)

@@ -41,7 +41,7 @@ def server(subject: Subject) -> Iterator[Finding]:
         )
         return
     about = _ask(
-        f"{url.rstrip('/')}/hogwild/status", os.environ.get(subject.config.server.api_key_env, ""), believed
+        f"{url.rstrip('/')}/hogwild/status", subject.variable(subject.config.server.api_key_env), believed
     )
     if isinstance(about, dict):
         yield ok(
