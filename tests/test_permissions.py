@@ -209,3 +209,18 @@ def test_what_the_units_load_and_only_root_may_read_is_said_to_be_missing(place,
     ):
         asked = [*arguments, "-c", str(place / "hogwild.toml")]
         assert said in unprivileged(lambda asked=asked: CliRunner().invoke(app, asked).output)
+
+
+def test_a_user_without_a_home_is_told_what_to_set(place, monkeypatch):
+    """As in a container that runs as a number."""
+    for name in ("HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME", "STATE_DIRECTORY", "HOGWILD_STATE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    unknown = 2**31 - 7
+    said = unprivileged(lambda: CliRunner().invoke(app, ["config", "state_dir"]).exception, unknown)
+    assert f"user {unknown} has no home folder: set state_dir, or $HOME" in said
+    monkeypatch.setenv("HOGWILD_STATE_DIR", str(place))
+    said = unprivileged(lambda: CliRunner().invoke(app, ["config", "state_dir"]).output, unknown)
+    assert said == f"{place}\n"
+    monkeypatch.delenv("HOGWILD_STATE_DIR")
+    monkeypatch.setenv("HOME", "somewhere")
+    assert config.load().state_dir == Path("somewhere/.local/state/hogwild").absolute()

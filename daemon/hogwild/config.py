@@ -39,11 +39,11 @@ SYSTEM_FILE = Path("/etc/hogwild/hogwild.toml")
 
 def find() -> Path | None:
     """The file that is read when nobody names one: the user's own, or the machine's; None if there is neither."""
-    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    for path in (home / "hogwild" / "hogwild.toml", SYSTEM_FILE):
-        if path.is_file():
-            return path
-    return None
+    given = os.environ.get("XDG_CONFIG_HOME")
+    own = []
+    with contextlib.suppress(RuntimeError):  # a user that nobody knows, in a container, has no home
+        own.append((Path(given) if given else Path.home() / ".config") / "hogwild" / "hogwild.toml")
+    return next((path for path in (*own, SYSTEM_FILE) if path.is_file()), None)
 
 
 def load(path: Path | None = None, overrides: Mapping[str, Any] = MappingProxyType({})) -> Config:
