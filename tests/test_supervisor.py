@@ -13,6 +13,7 @@ import pytest
 from hogwild import state_lock
 from hogwild.arena import client
 from hogwild.layout import Source, weight_files
+from hogwild.weights import load_arena
 from support import Daemon, Process, environment, free_port, wait_until
 from world import World, sums
 
@@ -170,6 +171,30 @@ def test_another_model_than_the_state_folder_has_learned_is_refused(world):
 
     world.server()
     daemon.wait_for("arena.attached")  # the right model is still taken
+
+
+def test_a_server_of_another_model_in_place_of_the_first_is_no_riddle(world):
+    """The daemon holds the weights of the first, and learns on. Why the new one does not come, the status says."""
+    arena = load_arena(world.model)
+    server, daemon = world.server(arena), world.daemon()
+    daemon.wait_for("server.attached")
+    server.kill()
+    daemon.wait_for("server.lost")
+    other = world.server(world.make("other", seed=1))
+    daemon.wait_for("arena.refused")
+    refusal = wait_until(lambda: daemon.ask("status").get("refused"), "the status says why")
+    assert f"will not drop them for a new arena filled from {world.root / 'other'}" in refusal
+    assert (
+        f"no server is attached: the weights of one were refused: {refusal}"
+        in daemon.ask("status")["warnings"]
+    )
+    doctor = daemon.command("doctor", "--quick").stdout
+    assert f"FAIL  daemon: process {daemon.pid} refused the server's weights: " in doctor
+    other.kill()
+    server = world.server(arena)
+    wait_until(lambda: daemon.ask("status").get("server"), "the first comes back")
+    assert daemon.ask("status")["refused"] == ""
+    server.kill()
 
 
 def test_a_checkpoint_that_cannot_be_restored_is_refused_and_comes_back_when_it_is_mended(world):

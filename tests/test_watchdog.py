@@ -199,6 +199,10 @@ SITUATION = {
             {"attached": False, "refused": "another model"},
             "refused, see arena.refused in the log: another model",
         ),
+        (
+            {"server": None, "refused": "another model"},
+            "no server: one's weights were refused, see arena.refused",
+        ),
         ({"scanned": False}, "the spool cannot be used"),
         ({"training": False}, "not training: the server has not been verified"),
         ({"saving": True}, "writing a checkpoint"),

@@ -85,17 +85,6 @@ class Attachment:
         Raises:
             HogwildError: it is refused; nothing has been written to it.
         """
-        try:
-            self._take(arena)
-        except Exception as error:
-            lines = str(error).splitlines() or [repr(error)]
-            self.refused = " ".join(
-                line.strip(" -") for line in lines[:2]
-            )  # the first problem, where it lists some
-            raise
-        self.refused = ""
-
-    def _take(self, arena: Arena) -> None:
         with self.changing:
             self._keeper.restore_current()  # mended, where it is damaged
             taken = recovery.take(
@@ -120,6 +109,14 @@ class Attachment:
             repeated=taken.repeated,
             moments=len(learner.optimizer),
         )
+        self.refused = ""
+
+    def on_refused(self, error: Exception) -> None:
+        """A server has brought weights that are not taken: these, or any while others are held."""
+        lines = str(error).splitlines() or [repr(error)]
+        self.refused = " ".join(
+            line.strip(" -") for line in lines[:2]
+        )  # the first problem, where it lists some
 
     def on_session(self, server: dict[str, Any], begins: bool) -> None:
         """A server has come, or gone. Runs in the session's thread."""
@@ -131,6 +128,7 @@ class Attachment:
             if self._servers and self._servers[-1] is not self.server:
                 self.server = self._servers[-1]
                 self.must_check = True
+                self.refused = ""  # of another one, before it
                 self._asked("")
         if begins:
             log.info("server.attached", **server)

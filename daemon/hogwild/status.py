@@ -55,11 +55,18 @@ class Status:
         metrics.checkpoint_age.set_function(self._checkpoint_age_s)
 
     def write(
-        self, learner: Learner, server: dict[str, Any], saved_step: int, *, stuck: bool, unasked: str
+        self,
+        learner: Learner,
+        server: dict[str, Any],
+        saved_step: int,
+        *,
+        stuck: bool,
+        unasked: str,
+        refused: str = "",
     ) -> None:
         """For `hogwild status` and for Prometheus, if it is time."""
         if self._due() or not self.newest:  # what was written before said that there is no server
-            self.newest = self.of(learner, server, saved_step, stuck=stuck, unasked=unasked)
+            self.newest = self.of(learner, server, saved_step, stuck=stuck, unasked=unasked, refused=refused)
             self._put(self.newest)
 
     def write_waiting(self, why: str, refused: str) -> None:
@@ -112,9 +119,20 @@ class Status:
             self._wrote_at = time.monotonic() + _RETRY_S - _WRITE_S
 
     def of(
-        self, learner: Learner, server: dict[str, Any], saved_step: int, *, stuck: bool, unasked: str
+        self,
+        learner: Learner,
+        server: dict[str, Any],
+        saved_step: int,
+        *,
+        stuck: bool,
+        unasked: str,
+        refused: str = "",
     ) -> dict[str, Any]:
-        """The status now. Cheap enough for every few seconds."""
+        """The status now. Cheap enough for every few seconds.
+
+        Args:
+            refused: why the weights that a server brought last were refused; empty: they were not.
+        """
         control, judge = learner.arena.control, learner.judge
         counts = asdict(self._ledger.counts())
         left, loss = self._ledger.remaining()
@@ -139,6 +157,7 @@ class Status:
             "epoch": learner.progress.epoch,
             "training": learner.training,
             "server": server,
+            "refused": "" if attached else refused,
             "saved_step": saved_step,
             "generation": control.generation,
             **counts,
@@ -164,7 +183,13 @@ class Status:
             "guards": {"trips": self._ledger.guards.trips(), "newest": self._ledger.guards.newest_trips(3)},
             "memory": {"resident_bytes": resident, "private_bytes": private},
             "warnings": self._warnings(
-                learner, counts, attached=attached, stuck=stuck, unasked=unasked, incoming=incoming
+                learner,
+                counts,
+                attached=attached,
+                stuck=stuck,
+                unasked=unasked,
+                refused=refused,
+                incoming=incoming,
             ),
         }  # fmt: skip
 
@@ -176,6 +201,7 @@ class Status:
         attached: bool,
         stuck: bool,
         unasked: str,
+        refused: str,
         incoming: Incoming,
     ) -> list[str]:
         found = []
@@ -186,7 +212,8 @@ class Status:
         elif learner.judge.tripped is not None:
             found.append("the probes have fallen: going back to the last good generation")
         if not attached:
-            found.append("no server is attached")
+            why = f": the weights of one were refused: {refused}" if refused else ""
+            found.append(f"no server is attached{why}")
         elif unasked:
             found.append(f"the server could not be asked whether it serves what is trained: {unasked}")
         elif not learner.training and learner.judge.tripped is None:

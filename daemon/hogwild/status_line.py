@@ -48,6 +48,10 @@ def compose(
         f"{done} learned",
         f"step {status.get('step', 0)}",
         "writing a checkpoint" if saving else f"generation {status.get('generation', 0)}",
-        f"server {server}" if server is not None else "no server: learning goes on without it",
+        f"server {server}"
+        if server is not None
+        else f"no server: one's weights were refused, see arena.refused in the log: {refused}"
+        if refused
+        else "no server: learning goes on without it",
     ]
     return "; ".join(parts)

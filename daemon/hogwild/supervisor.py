@@ -80,7 +80,13 @@ class Supervisor:
         self.schedule = CheckpointSchedule(config, self.ledger, self.keeper)
         self.attachment = Attachment(config, self.ledger, self.keeper, self.curriculum, self.schedule)
         self.going_back = GoingBack(self.ledger, self.keeper, self.schedule, self.attachment)
-        self.hub = Hub(config.socket, self.attachment.offered, self.attachment.on_session, self.commands.ask)
+        self.hub = Hub(
+            config.socket,
+            self.attachment.offered,
+            self.attachment.on_session,
+            self.commands.ask,
+            self.attachment.on_refused,
+        )
         self._stop = self._reload = False
         self._failure = ""
         self._status = Status(config, self.ledger)
@@ -193,6 +199,7 @@ class Supervisor:
             self.schedule.saved_step,
             stuck=self.going_back.stuck,
             unasked=self.attachment.unasked,
+            refused=self.attachment.refused,
         )
 
     def _obey(self, command: Command) -> None:

@@ -32,6 +32,7 @@ class Hub:
             the longest text that it takes; not there if it has not said}.
         on_command: called with the name and arguments of what a person asks for, in that session's thread; returns
             the answer. None: commands are refused.
+        on_refused: called with the reason when an arena is not taken, whoever found it.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class Hub:
         on_offer: Callable[[Arena], None],
         on_session: Callable[[dict[str, Any], bool], None],
         on_command: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None,
+        on_refused: Callable[[Exception], None] = lambda _error: None,
     ) -> None:
         self._path, self._on_offer, self._on_session = path, on_offer, on_session
-        self._on_command = on_command
+        self._on_command, self._on_refused = on_command, on_refused
         self._held: Arena | None = None
         self._taking = threading.Lock()  # one arena is verified at a time
         self._sessions: set[socket.socket] = set()
@@ -147,6 +149,7 @@ class Hub:
         except Exception as error:  # transformers raises what it likes for a folder that it cannot use
             if self._stopping:  # and what is needed for it is closed
                 return {"status": "refused", "error": "the daemon is stopping"}, ()
+            self._on_refused(error)
             if not isinstance(error, HogwildError):
                 log.exception("arena.refused", error=str(error), problems=[])
                 return {"status": "refused", "error": f"the daemon failed on it: {error!r}"}, ()
