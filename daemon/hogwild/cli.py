@@ -91,7 +91,11 @@ def vllm(
     if model.startswith("-"):  # the first argument is an option: the model is the configured one
         model, passed = "", [model, *passed]
     arguments = [*settings.server.arguments, *passed]
+    if why := launch.missing(model):
+        raise UsageError(why)
     model = model or settings.server.model or settings.model or option(in_full(arguments), "--model") or ""
+    if why := launch.missing(model):  # of a service: its disk may be late, and the next try may find it
+        typer.echo(f"hogwild: {why}", err=True)
     if not model:
         raise ConfigError(
             "no model: name its folder, before any option of vLLM, or set `model` in the configuration"

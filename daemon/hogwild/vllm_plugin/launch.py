@@ -44,10 +44,21 @@ def refuse(arguments: Sequence[str]) -> None:
         raise UsageError(
             f"--load-format {loader}: nothing could be trained; leave it out, hogwild loads safetensors itself"
         )
+    if option(in_full(arguments), "--port") == "0":
+        raise UsageError("--port 0: the daemon has to know where the server answers; give a number")
     if option(in_full(arguments), "--uds"):
         raise UsageError(
             "--uds: the daemon asks the server over TCP whether it serves what is trained; give --port"
         )
+
+
+def missing(model: str) -> str:
+    """Why what can only be a folder cannot be served; empty: nothing is wrong, or it may be a name on the hub. vLLM
+    takes it for one, and half a minute to say that it is no good one."""
+    folder = Path(model)
+    if (folder.is_absolute() or model.startswith(".")) and not folder.exists():
+        return f"{model}: there is no such folder: give that of a Hugging Face model, or a name on the hub"
+    return ""
 
 
 def command(model: str, arguments: Sequence[str], *, available: int = 0) -> list[str]:
