@@ -14,6 +14,7 @@ from typing import Any
 
 from hogwild import doctor_machine, installation, tls
 from hogwild.doctor import UNIT, Finding, Subject, fail, ok, warn
+from hogwild.errors import UsageError
 from hogwild.vllm_plugin import launch
 
 _ASK_PLUGIN = """
@@ -29,8 +30,14 @@ print(json.dumps(patches.report()))
 
 def server(subject: Subject) -> Iterator[Finding]:
     attached = subject.status.get("server") or {}
-    url = subject.config.server.url or attached.get("url") or launch.url(subject.config.server.arguments)
-    certificate = attached.get("certificate") or launch.certificate(subject.config.server.arguments)
+    arguments = subject.config.server.arguments
+    try:
+        launch.refuse(arguments)
+    except UsageError as error:
+        yield fail("server", error, "mend server.arguments: hogwild vllm does not start with them")
+        return
+    url = subject.config.server.url or attached.get("url") or launch.url(arguments)
+    certificate = attached.get("certificate") or launch.certificate(arguments)
     try:
         believed = tls.context(certificate, named=bool(subject.config.server.url))
     except (OSError, ValueError) as error:
