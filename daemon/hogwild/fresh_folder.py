@@ -27,7 +27,8 @@ def refuse(folder: Path) -> None:
 
 
 def _not_empty(folder: Path) -> UsageError:
-    return UsageError(f"{folder} is not empty: give a folder that is, or does not exist")
+    what = "not empty" if folder.is_dir() else "no folder"
+    return UsageError(f"{folder} is {what}: give a folder that is empty, or does not exist")
 
 
 @contextlib.contextmanager
