@@ -136,7 +136,7 @@ def check(
     """Show every line of FILES as it will be trained, without training it. Exit code 1 if a line is wrong."""
     from rich.console import Console
 
-    from hogwild.check import Checker, tokenizer_in
+    from hogwild.check import Checker, freezes, tokenizer_in
     from hogwild.encoding import context_length
 
     settings = configuration.load(config)
@@ -148,6 +148,7 @@ def check(
         Console(quiet=as_json),
         tokenizer_in(folder) if folder else None,
         context_length(folder) if folder else None,
+        freezes(folder, settings.training) if folder else True,
         tokens=tokens,
     )
     for record in checker.files(files):

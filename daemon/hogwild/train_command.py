@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from hogwild import terminal
-from hogwild.check import Checker, tokenizer_in
+from hogwild.check import Checker, freezes, tokenizer_in
 from hogwild.encoding import context_length
 from hogwild.errors import HogwildError, UsageError
 from hogwild.ledger_records import GoodLine
@@ -134,7 +134,14 @@ def _sum_up(checker: Checker, files: Sequence[Path]) -> None:
 
 def _check(files: Sequence[Path], config: Config, model: Path, console: Console, strict: bool) -> None:
     """As `hogwild check`, but silent about what is well."""
-    checker = Checker(config, console, tokenizer_in(model), context_length(model), problems_only=True)
+    checker = Checker(
+        config,
+        console,
+        tokenizer_in(model),
+        context_length(model),
+        freezes(model, config.training),
+        problems_only=True,
+    )
     _sum_up(checker, files)
     if strict and checker.bad:
         raise HogwildError(
