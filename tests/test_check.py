@@ -5,12 +5,15 @@ import json
 
 import pytest
 from rich.console import Console
+from transformers import Gemma3nTextConfig
+from typer.testing import CliRunner
 
 from chat_families import tokenizer_of
-from hogwild.check import Checker, tokenizer_in
+from hogwild.check import Checker, freezes, tokenizer_in
+from hogwild.cli import app
 from hogwild.config import load
 from hogwild.errors import UsageError
-from tiny import tokenizer
+from tiny import SIZES, tokenizer
 
 LINES = (
     '{"messages": [{"role": "user", "content": "[b]Who?"}, {"role": "assistant", "content": "[/b] Ada."}]}\n'
@@ -34,6 +37,25 @@ def checked(files, *, color=False, config=None, tokenizer=None, **options):
     records = list(checker.files(files))
     checker.sum_up()
     return records, out.getvalue()
+
+
+def test_a_context_that_this_model_cannot_freeze_counts(tmp_path):
+    """Layers of Gemma 3n and 4 share keys and values. The daemon trains all of a line then, and would refuse it."""
+    training = load(overrides={"training.max_trained_tokens": 8}).training
+    sizes = {**SIZES, "num_hidden_layers": 4, "head_dim": 8}
+    for shared, expected in ((0, True), (2, False)):
+        Gemma3nTextConfig(
+            **sizes, laurel_rank=4, num_kv_shared_layers=shared, activation_sparsity_pattern=[0.0] * 4,
+            vocab_size_per_layer_input=64, hidden_size_per_layer_input=8, architectures=["Gemma3nForCausalLM"],
+        ).save_pretrained(tmp_path / "model")  # fmt: skip
+        assert freezes(tmp_path / "model", training) is expected
+        assert freezes(tmp_path / "model", load().training), "nothing depends on it"
+    (file := tmp_path / "a.jsonl").write_text('{"prompt": "w1 w2 w3 w4 w5 w6 w7 w8", "completion": " w9"}\n')
+    tokenizer(tmp_path / "model")
+    environment = {"HOGWILD_TRAINING__MAX_TRAINED_TOKENS": "8"}
+    ran = CliRunner().invoke(app, ["check", str(file), "--model", str(tmp_path / "model")], env=environment)
+    assert ran.exit_code == 1
+    assert "tokens, all of them with gradients, and training.max_trained_tokens is 8" in ran.output
 
 
 def test_every_line_is_ok_or_has_its_reason(file):

@@ -116,6 +116,30 @@ def test_every_argument_of_vllm_is_passed_on(monkeypatch, tmp_path, arguments):
     assert vllm(monkeypatch, "-c", str(config), *arguments)[0] == ["/m", *arguments]
 
 
+def test_a_file_of_vllm_names_the_model_where_nobody_else_does(monkeypatch, tmp_path):
+    (theirs := tmp_path / "vllm.yaml").write_text("model: /theirs\nport: 9000\n")
+    (config := tmp_path / "hogwild.toml").write_text("")
+    ours = ["-c", str(config)]
+    assert vllm(monkeypatch, *ours, "--", "--config", str(theirs))[0] == ["/theirs", "--config", str(theirs)]
+    assert vllm(monkeypatch, *ours, "m", "--", "--config", str(theirs))[0] == ["m", "--config", str(theirs)]
+    reached, ran = vllm(monkeypatch, "m", "--config", str(theirs))
+    assert not reached
+    assert "hogwild vllm MODEL -- --config FILE" in str(ran.exception)
+
+
+def test_a_folder_that_is_not_there_is_said_before_vllm_takes_it_for_a_name(monkeypatch, tmp_path):
+    for model in ("/models/typo", "./typo", "../typo"):
+        reached, ran = vllm(monkeypatch, model)
+        assert not reached
+        assert f"{model}: there is no such folder" in str(ran.exception)
+    assert vllm(monkeypatch, "org/name")[0] == ["org/name"]
+    assert vllm(monkeypatch, str(tmp_path))[0] == [str(tmp_path)]
+    (config := tmp_path / "hogwild.toml").write_text('model = "/models/late"\n')
+    reached, ran = vllm(monkeypatch, "-c", str(config))
+    assert reached[:1] == ["/models/late"], "a service tries again, and its disk may have come"
+    assert "/models/late: there is no such folder" in ran.output
+
+
 def test_a_model_that_is_named_after_options_is_asked_for_before_them(monkeypatch):
     reached, ran = vllm(monkeypatch, "--port", "8000", "m")
     assert not reached
@@ -128,6 +152,7 @@ def test_a_model_that_is_named_after_options_is_asked_for_before_them(monkeypatc
     [
         ("--load_format=auto", "--load-format auto: nothing could be trained"),
         ("--uds=/run/vllm.sock", "--uds: the daemon asks the server over TCP"),
+        ("--port=0", "--port 0: the daemon has to know where the server answers"),
     ],
 )
 def test_a_server_whose_weights_could_not_be_trained_is_not_started(monkeypatch, argument, says):

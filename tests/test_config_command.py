@@ -11,6 +11,7 @@ from hogwild import config as configuration
 from hogwild import presets
 from hogwild.cli import app
 from hogwild.config import field_paths, load
+from hogwild.errors import ConfigError
 from hogwild.settings import Config
 
 
@@ -99,6 +100,31 @@ def test_the_file_of_the_user_then_of_the_machine(tmp_path: Path) -> None:
     own.parent.mkdir(parents=True)
     own.write_text("[training]\nthreads = 6\n")
     assert run("training.threads") == "6\n"
+
+
+def test_what_the_units_load_beside_the_machines_file_counts_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they run with it. What a person says in their own shell counts for more, and with another file it does not."""
+    machine, other, beside = tmp_path / "etc.toml", tmp_path / "other.toml", tmp_path / "environment"
+    for path in (machine, other):
+        path.write_text("[training]\nthreads = 5\n")
+    beside.write_text(
+        '# ours\n; and\nHOGWILD_TRAINING__THREADS=7\nHOGWILD_MODEL="/srv/my \\"own\\" model"\n\nVLLM_API_KEY=k\n'
+        "HOGWILD_API_KEY='k k'\nHOGWILD_SOCKET=/run/\\\nx.sock \r\n  HOGWILD_TRAINING__PASSES = 9\n"
+    )
+    found = {one["key"]: (one["value"], one["origin"]) for one in json.loads(run("--json"))}
+    assert found["training.threads"] == (7, f"{beside}: $HOGWILD_TRAINING__THREADS")
+    assert found["model"] == ('/srv/my "own" model', f"{beside}: $HOGWILD_MODEL")
+    assert found["socket"][0] == "/run/x.sock"
+    assert found["training.passes"] == (3, "default"), "systemd takes no space there"
+    assert run("training.threads", "-c", machine) == "7\n"
+    assert run("training.threads", "-c", other) == "5\n"
+    monkeypatch.setenv("HOGWILD_TRAINING__THREADS", "8")
+    assert run("training.threads") == "8\n"
+    beside.write_text("HOGWILD_TRAINING_THREADS=7\n")
+    with pytest.raises(ConfigError, match=rf"{beside}: \$HOGWILD_TRAINING_THREADS: names no setting"):
+        load(machine)
 
 
 @pytest.mark.parametrize("name", presets.names())

@@ -216,6 +216,17 @@ def test_the_server_is_looked_for_where_its_arguments_put_it(
     assert found == f"nobody listens on {url}: the port is free"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ('["--config", "/nowhere/vllm.yaml"]', "--config /nowhere/vllm.yaml, of vLLM: cannot be read"),
+        ('["--uds=/run/x"]', "--uds: the daemon asks the server over TCP"),
+    ],
+)
+def test_arguments_with_which_the_server_does_not_start(service: Service, arguments: str, said: str) -> None:
+    assert said in service.found("server", "fail", HOGWILD_SERVER__ARGUMENTS=arguments)["found"]
+
+
 def test_a_socket_of_a_daemon_with_another_state_folder(service: Service) -> None:
     path = service.root / "run" / "arena.sock"
     path.parent.mkdir()

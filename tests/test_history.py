@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from hogwild import delta, generation, history_report
+from hogwild import delta, generation, history_read, history_report
 from hogwild.checkpoint import Checkpoints
-from hogwild.errors import CheckpointError
+from hogwild.errors import CheckpointError, UsageError
 from hogwild.files import PIECE, Sink
 from hogwild.history import History
 from hogwild.history_nodes import BASE, BLOBS, DELTA, ENTRY, INDEX, load
@@ -409,6 +409,43 @@ def test_who_asks_for_the_model_as_it_came_too_early_is_told_to_wait(tmp_path):
         world.history.export(0, tmp_path / "early")
     world.history.record()
     world.history.export(0, tmp_path / "later")
+
+
+def test_an_export_is_whole_or_not_there(tmp_path, monkeypatch):
+    """What an interrupted one left is no reason to refuse the next; what is somebody's is."""
+    world = World(tmp_path)
+    world.run(2)
+    out = tmp_path / "out"
+    read = history_read.Reader.read
+
+    def interrupted(*_):
+        assert not (out / "config.json").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(history_read.Reader, "read", interrupted)
+    shutil.rmtree(world.checkpoints.folders()[1])
+    with pytest.raises(KeyboardInterrupt):
+        world.history.export(1, out)
+    assert not out.exists()
+
+    def export(pipe):
+        monkeypatch.setattr(
+            history_read.Reader, "read", lambda *_: pipe.send(("reading", None)) or time.sleep(600)
+        )
+        world.history.export(1, out)
+
+    killed = Child(export)
+    killed.hear("reading")
+    monkeypatch.setattr(history_read.Reader, "read", read)
+    with pytest.raises(UsageError, match="is being written by another process"):
+        world.history.export(1, out)
+    killed.kill()
+    assert list(out.iterdir()), "what it was killed in"
+    world.history.export(1, out)
+    assert files(out) == world.saved[1]
+    with pytest.raises(UsageError, match="is not empty"):
+        world.history.export(1, out)
+    assert files(out) == world.saved[1]
 
 
 # --- crashes and full disks ------------------------------------------------------------------------------------------

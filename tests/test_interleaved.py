@@ -426,3 +426,35 @@ def test_a_step_that_takes_too_much_memory_is_not_taken_again_after_a_restart(ro
     studio.train()
     assert (studio.states()["failed"], studio.states()["trained"]) == (1, 3)
     studio.close()
+
+
+def ends(studio: Studio) -> None:
+    wait_until(lambda: studio.learner.failure or studio.ledger.is_idle(), "it ends, or is done", DEADLINE_S)
+
+
+def test_what_is_replayed_and_takes_too_much_memory_costs_no_new_line(root, monkeypatch):
+    """It was learned when there was more room. Now it is what goes, and not the short lines that it stands beside."""
+    losses = Trainer._losses
+
+    def small(self, group):
+        if torch.is_grad_enabled() and any(len(item.ids) > 30 for item in group):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.16 GiB.")
+        return losses(self, group)
+
+    studio = Studio(root, **QUIET)
+    studio.accept("long", [json.dumps({"text": " ".join(["w1 w2 w3 w4"] * 10)}).encode()])
+    studio.train()
+    arena = studio.close()
+    monkeypatch.setattr(Trainer, "_losses", small)
+    for restart in range(9):
+        studio = Studio(root, arena, **QUIET)
+        if not restart:
+            studio.drop("short", 3)
+        studio.learner.start()
+        ends(studio)
+        if studio.learner.failure is None:
+            break
+        arena = studio.close()
+    assert (studio.states()["failed"], studio.states()["trained"]) == (0, 3)
+    assert [one.file for one in studio.ledger.guards.suspects(9)] == ["long"]
+    studio.close()

@@ -27,12 +27,15 @@ def engine(server: Server) -> bool:
     return False
 
 
-def test_a_server_that_is_told_to_end_while_it_loads_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_told_to_end_while_it_loads_ends(tmp_path: Path, number: signal.Signals) -> None:
+    """At once: what it does when it has loaded is another thing."""
     server = Server(chat_model(tmp_path / "model"), tmp_path / "server.log", tmp_path / "arena.sock")
     try:
         wait_until(lambda: engine(server), "its engine is started")
-        server.popen.send_signal(signal.SIGTERM)
-        assert server.popen.wait(60) == 128 + signal.SIGTERM, server.tail()
+        server.popen.send_signal(number)
+        assert server.popen.wait(60) == 128 + number, server.tail()
+        assert "offering it" not in server.log.read_text()
     finally:
         server.kill()
 

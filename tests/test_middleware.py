@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from starlette.responses import PlainTextResponse, StreamingResponse
 
 from hogwild.arena.client import Arena
-from hogwild.errors import ArenaError
+from hogwild.errors import ArenaError, UsageError
 from hogwild.vllm_plugin import launch, orphan, page
 from hogwild.vllm_plugin.middleware import Generation
 from hogwild.vllm_plugin.names import PAGE_VARIABLE, SERVER_PID_VARIABLE, URL_VARIABLE
@@ -246,13 +246,40 @@ def test_the_daemon_is_told_where_the_server_listens(arguments, url):
     assert launch.environment(Path("s"), Path("d"), arguments, {}, base_weights=False)[URL_VARIABLE] == url
 
 
-def test_the_launcher_leaves_memory_to_the_daemon():
+def test_a_file_of_vllm_counts_and_the_command_line_counts_for_more(tmp_path):
+    (theirs := tmp_path / "vllm.yaml").write_text(
+        "port: 9000\nhost: 0.0.0.0\nssl_certfile: /c.pem\nenforce-eager: true\nmiddleware: [a.b]\nload-format: auto\n"
+    )
+    given = ["--config", str(theirs)]
+    assert launch.url(given) == launch.url(["--enforce-eager", *given]) == "https://127.0.0.1:9000"
+    assert launch.url([*given, "--port", "1"]) == launch.url(["--port=1", *given]) == "https://127.0.0.1:1"
+    assert launch.certificate(given) == "/c.pem"
+    launch.refuse(given)
+    theirs.write_text("uds: /run/vllm.sock\n")
+    with pytest.raises(UsageError, match="--uds: the daemon asks the server over TCP"):
+        launch.refuse(given)
+
+
+@pytest.mark.parametrize("text", [None, "a: [", "- a", "", b"a: \xff"])
+def test_a_file_of_vllm_that_is_none_is_said_before_it_starts(tmp_path, text):
+    theirs = tmp_path / "vllm.yaml"
+    if text is not None:
+        theirs.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UsageError, match=rf"--config {theirs}, of vLLM: "):
+        launch.refuse(["--config", str(theirs)])
+
+
+def test_the_launcher_leaves_memory_to_the_daemon(tmp_path):
     def cache(*arguments: str, available: int = 8 << 30) -> str:
         found = launch.command("model", arguments, available=available)
         places = [i for i, one in enumerate(found) if one.startswith("--kv-cache-memory-bytes")]
         return " ".join(found[places[0] : places[0] + 2]) if places else ""
 
     assert cache() == cache("--port", "1") == f"--kv-cache-memory-bytes {2 << 30}"
-    assert cache(available=0) == cache("--gpu-memory-utilization=0.5") == cache("--config", "x.yaml") == ""
+    assert cache(available=0) == cache("--gpu-memory-utilization=0.5") == ""
     assert cache("--gpu_memory_utilization=0.5") == cache("--gpu_memory_utilization", "0.5") == ""
+    (theirs := tmp_path / "vllm.yaml").write_text("port: 1\n")
+    assert cache("--config", str(theirs)) == cache()
+    theirs.write_text("kv_cache_memory_bytes: 1G\n")
+    assert cache("--config", str(theirs)) == ""
     assert cache("--kv-cache-memory-bytes", "1G") == "--kv-cache-memory-bytes 1G"

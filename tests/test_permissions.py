@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from hogwild import cli_watch, doctor, doctor_folders, doctor_service, state_lock
+from hogwild import cli_watch, config, doctor, doctor_folders, doctor_service, state_lock
+from hogwild.cli import app
 from hogwild.errors import HogwildError
 from hogwild.ledger import Ledger
 from hogwild.settings import Config, SpoolConfig
@@ -192,3 +194,36 @@ def test_root_may_have_a_report_of_another_users_daemon_where_only_root_may_writ
 def as_root(work: Callable[[], object]) -> str:
     """As `unprivileged`, with root's rights to give up."""
     return unprivileged(work, uid=0)
+
+
+def test_what_the_units_load_and_only_root_may_read_is_said_to_be_missing(place, monkeypatch):
+    """It holds keys. Without it, what they run with is something else."""
+    monkeypatch.setattr(config, "SYSTEM_FILE", place / "hogwild.toml")
+    (place / "hogwild.toml").write_text("")
+    (beside := place / "environment").write_text("HOGWILD_TRAINING__THREADS=7\n")
+    beside.chmod(0)
+    for arguments, roots, said in (
+        (["config"], f"{beside}: $HOGWILD_TRAINING__THREADS", f"what {beside} sets is missing here"),
+        (["config", "training.threads"], "7\n", "2\n"),
+        (["doctor", "--quick"], "sets HOGWILD_TRAINING__THREADS", f"environment: {beside} cannot be read"),
+    ):
+        asked = [*arguments, "-c", str(place / "hogwild.toml")]
+        if os.getuid() == 0:  # first: what is imported late may lie where only root can read
+            assert roots in CliRunner().invoke(app, asked).output
+        assert said in unprivileged(lambda asked=asked: CliRunner().invoke(app, asked).output)
+
+
+def test_a_user_without_a_home_is_told_what_to_set(place, monkeypatch):
+    """As in a container that runs as a number."""
+    for name in ("HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME", "STATE_DIRECTORY", "HOGWILD_STATE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    unknown = 2**31 - 7
+    CliRunner().invoke(app, ["config", "state_dir"])  # what is imported late may lie where only root can read
+    said = unprivileged(lambda: CliRunner().invoke(app, ["config", "state_dir"]).exception, unknown)
+    assert f"user {unknown} has no home folder: set state_dir, or $HOME" in said
+    monkeypatch.setenv("HOGWILD_STATE_DIR", str(place))
+    said = unprivileged(lambda: CliRunner().invoke(app, ["config", "state_dir"]).output, unknown)
+    assert said == f"{place}\n"
+    monkeypatch.delenv("HOGWILD_STATE_DIR")
+    monkeypatch.setenv("HOME", "somewhere")
+    assert config.load().state_dir == Path("somewhere/.local/state/hogwild").absolute()

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hogwild import state_lock
-from hogwild.arena import client, protocol
+from hogwild.arena import client
 from hogwild.layout import Source, weight_files
 from hogwild.weights import load_arena
 from support import Daemon, Process, environment, free_port, wait_until
@@ -174,6 +173,30 @@ def test_another_model_than_the_state_folder_has_learned_is_refused(world):
     daemon.wait_for("arena.attached")  # the right model is still taken
 
 
+def test_a_server_of_another_model_in_place_of_the_first_is_no_riddle(world):
+    """The daemon holds the weights of the first, and learns on. Why the new one does not come, the status says."""
+    arena = load_arena(world.model)
+    server, daemon = world.server(arena), world.daemon()
+    daemon.wait_for("server.attached")
+    server.kill()
+    daemon.wait_for("server.lost")
+    other = world.server(world.make("other", seed=1))
+    daemon.wait_for("arena.refused")
+    refusal = wait_until(lambda: daemon.ask("status").get("refused"), "the status says why")
+    assert f"will not drop them for a new arena filled from {world.root / 'other'}" in refusal
+    assert (
+        f"no server is attached, the newest one's weights were refused: {refusal}"
+        in daemon.ask("status")["warnings"]
+    )
+    doctor = daemon.command("doctor", "--quick").stdout
+    assert f"FAIL  daemon: process {daemon.pid} refused the server's weights: " in doctor
+    other.kill()
+    server = world.server(arena)
+    wait_until(lambda: daemon.ask("status").get("server"), "the first comes back")
+    assert daemon.ask("status")["refused"] == ""
+    server.kill()
+
+
 def test_a_checkpoint_that_cannot_be_restored_is_refused_and_comes_back_when_it_is_mended(world):
     """Nothing of it is written before all of it is known to fit, so that the same server can still have it."""
     saved, expected = world.checkpoint()
@@ -251,28 +274,6 @@ def test_an_old_server_that_ends_after_a_new_one_has_come_takes_nothing_with_it(
         assert "no server is attached" not in said["warnings"]
     held[1].close()
     wait_until(lambda: "no server is attached" in daemon.ask("status")["warnings"], "now there is none")
-
-
-def test_a_server_that_is_refused_beside_weights_that_are_held_is_told_of(world):
-    """Somebody serves another model: nothing but a line in the log said that it is not trained."""
-    old = world.server()
-    daemon = world.daemon()
-    daemon.wait_for("server.attached", pid=old.pid)
-    old.kill()
-    arena = load_arena(world.model)  # in other memory than that which is held
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.connect(str(world.sock))
-        protocol.send(sock, {"op": "offer", "version": protocol.VERSION, **arena.to_json()}, arena.fds)
-        answer = protocol.receive(sock)
-    assert answer is not None
-    assert answer[0]["status"] == "refused"
-    said = wait_until(lambda: (one := daemon.ask("status")).get("refused") and one, "the status says so")
-    assert any(one.startswith("no server is attached, the newest one's") for one in said["warnings"])
-    assert "will not drop them" in daemon.command("doctor", "--quick").stdout
-    source = Source.of(world.model, weight_files(world.model))
-    held = client.ask(world.sock, source, {"url": "http://127.0.0.1:2"})
-    assert held is not None
-    wait_until(lambda: not daemon.ask("status")["refused"], "a server that has come is not refused")
 
 
 # --- daemons in which something goes wrong that nobody has foreseen ---------------------------------------------------

@@ -194,11 +194,14 @@ SITUATION = {
     [
         ({}, "training, 2 examples to go; 5 learned; step 30; generation 3; server http://x"),
         ({"server": None}, "training, 2 examples to go; 5 learned; step 30; generation 3; no server"),
-        ({"server": None, "refused": "another model"}, "the newest server's weights were refused"),
         ({"attached": False}, "waiting for a server on /run/arena.sock"),
         (
             {"attached": False, "refused": "another model"},
             "refused, see arena.refused in the log: another model",
+        ),
+        (
+            {"server": None, "refused": "another model"},
+            "no server: the newest one's weights were refused, see arena.refused in the log: another model",
         ),
         ({"scanned": False}, "the spool cannot be used"),
         ({"training": False}, "not training: the server has not been verified"),

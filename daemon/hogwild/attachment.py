@@ -60,6 +60,7 @@ class Attachment:
         self.changing = threading.Lock()
         self._closed = False
         self._api: served.Server | None = None
+        self._asks = "", ""  # its URL and certificate
 
     @property
     def connected(self) -> bool:
@@ -165,11 +166,14 @@ class Attachment:
         assert learner is not None
         asked = self.must_check
         self.must_check = False  # first: a server that comes meanwhile has to be asked, too
-        url = self._config.server.url or self.server.get("url", "")
+        named, announced = self._config.server.url, self.server.get("url", "")
+        url, certificate = named or announced, self.server.get("certificate", "")
         try:
-            if self._api is None or self._api.url != url:
-                own = not self._config.server.url
-                self._api = served.Server(url, self._config.server.api_key_env, own=own)
+            if self._api is None or self._asks != (url, certificate):
+                self._asks = url, certificate
+                self._api = served.Server(
+                    url, self._config.server.api_key_env, certificate, named=bool(named)
+                )
             answers = self._api.ready()
             if asked:
                 self.unasked = "" if answers else f"GET {url.rstrip('/')}/health is not answered"
@@ -182,6 +186,7 @@ class Attachment:
         except served.ServerError as error:
             log.warning("server.unchecked", after=after, error=str(error))
             self._asked(str(error))
+            self._api = None  # its certificate may have been renewed
             if after == "attach" or not learner.training:
                 self.must_check = True  # nothing is trained before a check has passed
             return

@@ -18,7 +18,7 @@ from hogwild.examples import Example, encode
 from hogwild.ledger_records import BadLine, GoodLine
 from hogwild.lines import SUFFIXES, DamagedFileError, read_lines
 from hogwild.plural import counted
-from hogwild.settings import Config
+from hogwild.settings import Config, TrainingConfig
 from hogwild.terminal import plain
 
 Record = dict[str, object]
@@ -42,6 +42,21 @@ def tokenizer_in(folder: Path) -> Any:
         raise UsageError(f"--model {folder}: no tokenizer there: {why:.160}") from error
 
 
+def freezes(folder: Path, training: TrainingConfig) -> bool:
+    """Can the context of the model in `folder` be frozen? False: its code rules it out, as layers that share keys and
+    values do. What only the weights can tell is left to the daemon (`context.not_frozen`), and so is a model that
+    cannot be built."""
+    if training.most_trained == training.max_tokens:
+        return True  # nothing depends on it
+    from hogwild.context import Layers  # only here: torch takes seconds
+    from hogwild.skeleton import empty
+
+    try:
+        return Layers(empty(folder)).known
+    except Exception:  # transformers raises what it likes for a folder that it cannot use
+        return True
+
+
 @dataclass
 class Checker:
     """Prints what becomes of each line.
@@ -50,6 +65,7 @@ class Checker:
         tokenizer: the model's; without it only the form of a line is checked.
         context_length: longest text that the model takes, in tokens, if it is known.
         stops: texts of the tokens at which the server ends an answer, from `encoding.stop_texts`.
+        freezes: can the model's context be frozen?
         tokens: show where each token begins and ends, and all of them.
         problems_only: say nothing of lines that are well.
     """
@@ -59,6 +75,7 @@ class Checker:
     tokenizer: Tokenizer | None = None
     context_length: int | None = None
     stops: Collection[str] = ()
+    freezes: bool = True
     tokens: bool = False
     problems_only: bool = False
     good: int = 0
@@ -132,6 +149,7 @@ class Checker:
             max_tokens=training.max_tokens,
             max_trained=training.most_trained,
             context=training.context,
+            freezes=self.freezes,
             context_length=self.context_length,
             train_on=training.train_on,
             stops=self.stops,

@@ -84,13 +84,18 @@ def vllm(
     It begins with what the daemon holds, or with the newest checkpoint of MODEL in the state folder.
     """
     from hogwild.vllm_plugin import launch
+    from hogwild.vllm_plugin.arguments import in_full, option
 
     settings = _load_or_tell_the_journal(config)
     model, *passed = (re.sub(r"^---", "-", one) for one in (model, *context.args))  # see `_PassesOn`
     if model.startswith("-"):  # the first argument is an option: the model is the configured one
         model, passed = "", [model, *passed]
     arguments = [*settings.server.arguments, *passed]
-    model = model or settings.server.model or settings.model
+    if why := launch.missing(model):
+        raise UsageError(why)
+    model = model or settings.server.model or settings.model or option(in_full(arguments), "--model") or ""
+    if why := launch.missing(model):  # of a service: its disk may be late, and the next try may find it
+        typer.echo(f"hogwild: {why}", err=True)
     if not model:
         raise ConfigError(
             "no model: name its folder, before any option of vLLM, or set `model` in the configuration"

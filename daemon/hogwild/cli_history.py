@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hogwild import commands, owner, progress, running, state_lock
+from hogwild import commands, fresh_folder, owner, progress, running, state_lock
 from hogwild import config as configuration
-from hogwild.errors import HogwildError, UsageError
+from hogwild.errors import HogwildError
 from hogwild.plural import counted
 
 if TYPE_CHECKING:
@@ -101,8 +101,7 @@ def export(
     config: ConfigOption = None,
 ) -> None:
     """Write a generation as a plain Hugging Face folder, bit-identical to what was saved."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} is not empty: give a folder that is, or does not exist")
+    fresh_folder.refuse(folder)  # before anything takes long
     history = _open(configuration.load(config), generation)
     with progress.writing(f"generation {generation}"):
         history.export(generation, folder)

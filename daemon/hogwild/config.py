@@ -1,19 +1,23 @@
-"""Where settings come from: defaults, the file, `HOGWILD_<TABLE>__<KEY>` environment variables, the command line.
+"""Where settings come from: defaults, the file, `HOGWILD_<TABLE>__<KEY>` environment variables (with the machine's file
+also those in /etc/hogwild/environment), the command line.
 
 Later sources win. Everything that is wrong is listed in one `ConfigError`.
 """
 
+import contextlib
 import difflib
 import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from hogwild import service_environment
 from hogwild.errors import ConfigError
 from hogwild.settings import Config
 
@@ -21,7 +25,8 @@ ENV_PREFIX = "HOGWILD_"
 NO_SETTINGS = frozenset(
     ENV_PREFIX + name
     for name in (
-        "CONFIG", "API_KEY", "BASE_WEIGHTS", "SERVER_URL", "SERVER_PID", "PAGE",  # cli_history.py, vllm_plugin/names.py
+        "CONFIG",  # cli_history.py
+        "API_KEY", "BASE_WEIGHTS", "SERVER_URL", "SERVER_CERTIFICATE", "SERVER_PID", "PAGE",  # vllm_plugin/names.py
         "VLLM_ARGUMENTS",  # benchmarks/gpu_vllm.py
     )
 )  # fmt: skip
@@ -34,11 +39,11 @@ SYSTEM_FILE = Path("/etc/hogwild/hogwild.toml")
 
 def find() -> Path | None:
     """The file that is read when nobody names one: the user's own, or the machine's; None if there is neither."""
-    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    for path in (home / "hogwild" / "hogwild.toml", SYSTEM_FILE):
-        if path.is_file():
-            return path
-    return None
+    given = os.environ.get("XDG_CONFIG_HOME")
+    own = []
+    with contextlib.suppress(RuntimeError):  # a user that nobody knows, in a container, has no home
+        own.append((Path(given) if given else Path.home() / ".config") / "hogwild" / "hogwild.toml")
+    return next((path for path in (*own, SYSTEM_FILE) if path.is_file()), None)
 
 
 def load(path: Path | None = None, overrides: Mapping[str, Any] = MappingProxyType({})) -> Config:
@@ -53,7 +58,7 @@ def load(path: Path | None = None, overrides: Mapping[str, Any] = MappingProxyTy
         ConfigError: listing every problem, each with its key and where the value came from.
     """
     data, origin = gather(path, overrides)
-    problems = [_unknown_variable(name) for name in _strangers(data)]
+    problems = [_unknown_variable(variable) for variable in _strangers(path, data)]
     try:
         config = Config.model_validate(data)
         if not problems:
@@ -74,6 +79,8 @@ def gather(
 ) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
     """What was set, unchecked, nested like the file; and by key where: a path, "$NAME" or "command line".
 
+    With the machine's file, what the units load beside it counts, too: before what is in this process's environment.
+
     Raises:
         ConfigError: the file cannot be read, or is not TOML.
     """
@@ -82,9 +89,10 @@ def gather(
     if path is not None:
         data = _read_toml(path)
         origin.update((keys, str(path)) for keys, _ in _leaves(data))
-    for name, keys, value in _environment():
-        if _put(data, keys, value):
-            origin[keys] = f"${name}"
+    for variable in _environment(path):
+        keys = _keys(variable.name)
+        if _names_setting(variable.name) and _put(data, keys, parse(variable.text, keys)):
+            origin[keys] = variable.source
     for keys, value in _leaves(overrides):
         dotted = tuple(part for key in keys for part in key.split("."))
         if value is not None and _put(data, dotted, value):
@@ -135,15 +143,35 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not TOML: {error}") from error
+        theirs = "; vLLM's own file comes after a `--`: hogwild vllm MODEL -- --config FILE"
+        hint = theirs if path.suffix in (".yaml", ".yml") else ""
+        raise ConfigError(f"{path}: is not TOML: {error}{hint}") from error
 
 
-def _environment() -> Iterator[tuple[str, tuple[str, ...], Any]]:
+@dataclass(frozen=True)
+class _Variable:
+    name: str
+    text: str
+    source: str  # as it is shown
+
+
+def _environment(path: Path | None) -> Iterator[_Variable]:
     """`HOGWILD_TRAINING__THREADS=3`, `HOGWILD_STATE_DIR=...`; every other name is one of `_strangers`."""
-    for name, value in sorted(os.environ.items()):
-        if name.startswith(ENV_PREFIX) and _names_setting(name):
-            keys = _keys(name)
-            yield name, keys, parse(value, keys)
+    beside = service_environment.beside(path, SYSTEM_FILE)
+    if beside is not None:
+        with contextlib.suppress(PermissionError):  # `unread` says it
+            for name, text in service_environment.read(beside).items():
+                if name.startswith(ENV_PREFIX):
+                    yield _Variable(name, text, f"{beside}: ${name}")
+    for name, text in sorted(os.environ.items()):
+        if name.startswith(ENV_PREFIX):
+            yield _Variable(name, text, f"${name}")
+
+
+def unread(path: Path | None) -> Path | None:
+    """What the units load beside this file, and whoever asks may not read; None: nothing."""
+    beside = service_environment.beside(path, SYSTEM_FILE)
+    return beside if beside is not None and not os.access(beside, os.R_OK) else None
 
 
 def _keys(variable: str) -> tuple[str, ...]:
@@ -156,29 +184,29 @@ def _names_setting(variable: str) -> bool:
     return len(keys) > 1 or keys in set(field_paths())
 
 
-def _strangers(data: Mapping[str, Any]) -> list[str]:
+def _strangers(path: Path | None, data: Mapping[str, Any]) -> list[_Variable]:
     """Variables with the prefix that name neither a setting nor anything else that is known: typing errors."""
     server = data.get("server")
     key = server.get("api_key_env") if isinstance(server, dict) else None  # may be called anything
     return [
-        name
-        for name in sorted(os.environ)
-        if name.startswith(ENV_PREFIX)
-        and name not in NO_SETTINGS
+        variable
+        for variable in _environment(path)
+        if (name := variable.name) not in NO_SETTINGS
         and name != key
         and not _SERVICE.fullmatch(name)
         and not _names_setting(name)
     ]
 
 
-def _unknown_variable(name: str) -> str:
+def _unknown_variable(variable: _Variable) -> str:
     """Names the nearest variable: by its whole name, else by its key alone."""
+    name = variable.name
     variables = {ENV_PREFIX + "__".join(keys).upper(): keys[-1] for keys in field_paths()}
     close = difflib.get_close_matches(name, [*variables, *NO_SETTINGS], n=1, cutoff=0.8)
     key = name.removeprefix(ENV_PREFIX).lower()
-    close += [variable for variable, last in variables.items() if last == key]
+    close += [one for one, last in variables.items() if last == key]
     said = f"; did you mean ${close[0]}?" if close else ": unset it"
-    return f"${name}: names no setting{said}"
+    return f"{variable.source}: names no setting{said}"
 
 
 def parse(text: str, keys: tuple[str, ...]) -> Any:

@@ -79,6 +79,8 @@ def show(settings: list[Setting], path: Path | None) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(Text(f"# file: {path or 'none'}; what says no origin has its default", style="dim"))
+    if beside := configuration.unread(path):
+        console.print(Text(f"# what {beside} sets is missing here: only root may read it", style="yellow"))
     width = max(
         (len(one.key.rpartition(".")[2]) + len(presets.toml(one.value)) for one in settings), default=0
     )

@@ -8,13 +8,13 @@ import functools
 import json
 import os
 import pwd
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from hogwild import config as configuration
-from hogwild import probe_file, running, state_lock
+from hogwild import probe_file, running, service_environment, state_lock
 from hogwild.errors import ConfigError, HogwildError
 from hogwild.settings import Config
 
@@ -58,11 +58,17 @@ class Subject:
         config: effective.
         user: who the service runs as: that of the installed unit, else who asks.
         quick: leave out what takes seconds.
+        environment: what the units load beside this configuration.
     """
 
     config: Config
     user: pwd.struct_passwd
     quick: bool
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def variable(self, name: str) -> str:
+        """Of this process, or else what the units are given; empty: neither has it, or it may not be read."""
+        return os.environ.get(name) or self.environment.get(name, "")
 
     def daemon(self) -> int | None:
         """Process id of the daemon that works in the state folder; None: none does, or it cannot be seen."""
@@ -116,9 +122,11 @@ def examine(path: Path | None, *, quick: bool, as_json: bool, model: Path | None
 
     show = _Json() if as_json else _Console()
     config, found = _configuration(path)
-    findings = [found]
-    show.add(found)
-    subject = Subject(config, _service_user(), quick)
+    loaded, beside = _environment(path)
+    findings = [found, *beside]
+    for one in findings:
+        show.add(one)
+    subject = Subject(config, _service_user(), quick, loaded)
     checks: tuple[Check, ...]
     checks = (*doctor_machine.CHECKS, *doctor_folders.CHECKS, *doctor_service.CHECKS)
     if model is not None:
@@ -157,6 +165,22 @@ def _configuration(path: Path | None) -> tuple[Config, Finding]:
             "configuration", f"no file: that of the running daemon, process {one.pid}{source}"
         )
     return config, ok("configuration", "no file: defaults and environment")
+
+
+def _environment(path: Path | None) -> tuple[Mapping[str, str], list[Finding]]:
+    """What the units load beside this file, and what to say of it."""
+    beside = service_environment.beside(path, configuration.SYSTEM_FILE)
+    if beside is None:
+        return {}, []
+    try:
+        found = service_environment.read(beside)
+    except PermissionError:
+        return {}, [
+            warn(
+                "environment", f"{beside} cannot be read: what it sets is missing here", "sudo hogwild doctor"
+            )
+        ]
+    return found, [ok("environment", f"{beside} sets {', '.join(found) or 'nothing'}")]
 
 
 def look(check: Check, subject: Subject) -> list[Finding]:

@@ -17,6 +17,7 @@ from hogwild import gpu_memory, openmp
 from hogwild.doctor import Finding, Subject, fail, ok, warn
 from hogwild.plural import counted
 from hogwild.settings import Config
+from hogwild.vllm_plugin.arguments import in_full
 
 _SHOWN = 3  # names of frozen tensors that are written out
 
@@ -28,7 +29,7 @@ def model(folder: Path, subject: Subject) -> Iterator[Finding]:
         return
     with tempfile.TemporaryDirectory(prefix="hogwild-") as scratch:
         out = Path(scratch) / "layout.json"
-        arguments = _without_place(subject.config.server.arguments)
+        arguments = _without_place(in_full(subject.config.server.arguments))
         ran = _python("hogwild.vllm_plugin.try_model", out, folder.absolute(), *arguments)
         if not out.is_file():
             yield fail(
@@ -101,7 +102,7 @@ def _fits(about: dict[str, Any], config: Config) -> Iterator[Finding]:
         allowed = f"training.gpu_memory_gib allows {config.training.gpu_memory_gib:g}"
         yield warn("gpu memory", f"{found}; {allowed}", f"allow {_up(own)}, or {less}")
     elif about["gpu_nbytes"] and needs.total > (
-        left := gpu_memory.left(about["gpu_nbytes"], config.server.arguments)
+        left := gpu_memory.left(about["gpu_nbytes"], in_full(config.server.arguments))
     ):
         share = max(1 - needs.total / about["gpu_nbytes"], 0)
         yield warn(

@@ -12,8 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hogwild import doctor_machine, installation
+from hogwild import doctor_machine, installation, tls
 from hogwild.doctor import UNIT, Finding, Subject, fail, ok, warn
+from hogwild.errors import UsageError
 from hogwild.vllm_plugin import launch
 
 _ASK_PLUGIN = """
@@ -29,9 +30,26 @@ print(json.dumps(patches.report()))
 
 def server(subject: Subject) -> Iterator[Finding]:
     attached = subject.status.get("server") or {}
-    url = subject.config.server.url or attached.get("url") or launch.url(subject.config.server.arguments)
-    key = os.environ.get(subject.config.server.api_key_env, "")
-    about = _ask(f"{url.rstrip('/')}/hogwild/status", key, own=not subject.config.server.url)
+    arguments = subject.config.server.arguments
+    try:
+        launch.refuse(arguments)
+    except UsageError as error:
+        yield fail("server", error, "mend server.arguments: hogwild vllm does not start with them")
+        return
+    url = subject.config.server.url or attached.get("url") or launch.url(arguments)
+    certificate = attached.get("certificate") or launch.certificate(arguments)
+    try:
+        believed = tls.context(certificate, named=bool(subject.config.server.url))
+    except (OSError, ValueError) as error:
+        yield fail(
+            "server",
+            f"its certificate {certificate} cannot be read: {error}",
+            "mend --ssl-certfile in server.arguments; the daemon has to see the file where the server does",
+        )
+        return
+    about = _ask(
+        f"{url.rstrip('/')}/hogwild/status", subject.variable(subject.config.server.api_key_env), believed
+    )
     if isinstance(about, dict):
         yield ok(
             "server",
@@ -46,6 +64,12 @@ def server(subject: Subject) -> Iterator[Finding]:
             "server",
             f"{url} wants an API key",
             f"set ${subject.config.server.api_key_env}, for the daemon too",
+        )
+    elif isinstance(about, ssl.SSLError):
+        yield fail(
+            "server",
+            f"{url} cannot be asked: {about}",
+            "give it a valid certificate, one for the name in server.url where that is set",
         )
     elif about is not None:
         yield fail(
@@ -181,15 +205,11 @@ def _asks(status: dict[str, Any]) -> bool:
     return bool(status.get("training")) and not unasked
 
 
-def _ask(url: str, key: str, *, own: bool) -> Any:
-    """What a server answers: an object; a status or an error's name if it is not ours; None if nobody listens.
-
-    `own`: as in served.Server.
-    """
+def _ask(url: str, key: str, believed: ssl.SSLContext) -> Any:
+    """What a server answers: an object; a status or an error's name if it is not ours; None if nobody listens."""
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
-    context = ssl._create_unverified_context() if own else ssl.create_default_context()
     direct = urllib.request.build_opener(
-        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=believed)
     )
     try:
         with direct.open(request, timeout=5) as response:
@@ -198,6 +218,8 @@ def _ask(url: str, key: str, *, own: bool) -> Any:
     except urllib.error.HTTPError as error:
         return error.code
     except urllib.error.URLError as error:
+        if isinstance(error.reason, ssl.SSLError):
+            return error.reason
         return None if isinstance(error.reason, ConnectionRefusedError) else str(error.reason)
     except (OSError, ValueError) as error:
         return repr(error)

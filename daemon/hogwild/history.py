@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hogwild import clock
+from hogwild import clock, fresh_folder
 from hogwild import generation as generations
 from hogwild import log as logs
 from hogwild.checkpoint import Checkpoints, folder_bytes, now, remove, side_files
@@ -253,26 +253,26 @@ class History:
         return made
 
     def export(self, number: int, target: Path) -> None:
-        """Write a generation as a plain model folder, bit-identical to what was saved, into `target`.
+        """Write a generation as a plain model folder, bit-identical to what was saved, into `target`: whole or not.
 
         Raises:
             CheckpointError: it cannot be restored, or written.
+            UsageError: `target` is not empty.
         """
 
-        def write(reader: Reader) -> None:
-            for path in target.iterdir():
+        def write(reader: Reader, folder: Path) -> None:
+            for path in folder.iterdir():
                 remove(path)
-            (target / "hogwild").mkdir()
-            state = fill(target, reader, self.root)
+            (folder / "hogwild").mkdir()
+            state = fill(folder, reader, self.root)
             text = generations.encode_state(state)
-            new_file(target / STATE, lambda sink: sink.write(text))
-            fsync(target / "hogwild")
-            fsync(target)
+            new_file(folder / STATE, lambda sink: sink.write(text))
+            fsync(folder / "hogwild")
 
         self.broken.clear()
         try:
-            target.mkdir(parents=True, exist_ok=True)
-            self.use(number, write)
+            with fresh_folder.filling(target) as folder:
+                self.use(number, lambda reader: write(reader, folder))
         except OSError as error:
             raise CheckpointError(f"{target} cannot be written: {error}") from error
 

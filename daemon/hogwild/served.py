@@ -13,7 +13,7 @@ import httpx
 import torch
 from transformers import PreTrainedModel
 
-from hogwild import disagreement
+from hogwild import disagreement, tls
 from hogwild.errors import HogwildError, VerificationError
 from hogwild.plural import counted
 
@@ -34,30 +34,48 @@ class Server:
     """vLLM's OpenAI-compatible API, as far as verification needs it.
 
     Args:
-        own: the server itself has said the URL, over the arena's socket: its certificate is for the name by which
-            others know this machine, and need not be looked at.
+        certificate: file of the one that it shows; empty: unknown.
+        named: a person wrote the URL, and not the server itself. Both: see `tls.context`.
 
     Raises:
         ServerError: nobody can be asked by that URL, or with that key.
     """
 
-    def __init__(self, url: str, api_key_env: str, *, own: bool = False) -> None:
+    def __init__(self, url: str, api_key_env: str, certificate: str = "", *, named: bool = False) -> None:
         self.url, self._key_name = url, api_key_env
         key = os.environ.get(api_key_env, "")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
             self._client = httpx.Client(
-                base_url=url.rstrip("/"), headers=headers, timeout=_TIMEOUT_S, trust_env=False, verify=not own
+                base_url=url.rstrip("/"),
+                headers=headers,
+                timeout=_TIMEOUT_S,
+                trust_env=False,
+                verify=tls.context(certificate, named=named),
             )
+        except OSError as error:
+            raise ServerError(
+                f"{url} cannot be asked: its certificate {certificate} cannot be read: {error.strerror or error}; the "
+                "daemon has to see it where the server does"
+            ) from error
         except (httpx.InvalidURL, ValueError) as error:
             raise ServerError(f"{url} cannot be asked: {error}") from error
         self._model = ""
 
     def ready(self) -> bool:
-        """Does the server answer requests?"""
+        """Does the server answer requests?
+
+        Raises:
+            ServerError: it never will, asked like this.
+        """
         try:
             return self._client.get("/health", timeout=2.0).is_success
-        except httpx.HTTPError:
+        except httpx.HTTPError as error:
+            if why := tls.failed(error):
+                raise ServerError(
+                    f"{self.url} cannot be asked: {why}; is its certificate that of this address, valid, and one "
+                    "that needs none from a client? (docs/operations.md, TLS)"
+                ) from error
             return False
 
     def log_probabilities(self, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:

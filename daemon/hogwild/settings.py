@@ -285,11 +285,11 @@ class Config(Table):
         if not isinstance(data, dict):
             return data
         data = dict(data)
-        state_dir = _absolute(data.get("state_dir")) or default_state_dir()
+        state_dir = _absolute(data.get("state_dir")) or default_state_dir().absolute()
         data["state_dir"] = state_dir
         if not isinstance(state_dir, Path):
             return data  # no path, which pydantic is about to say
-        data["socket"] = _absolute(data.get("socket")) or default_socket(state_dir)
+        data["socket"] = _absolute(data.get("socket")) or default_socket(state_dir).absolute()
         spool = data.get("spool", {})
         if isinstance(spool, SpoolConfig):
             spool = spool.model_dump()
@@ -319,11 +319,18 @@ class Config(Table):
 
 
 def default_state_dir() -> Path:
-    """systemd's $STATE_DIRECTORY (its first folder), or the XDG place for state."""
+    """systemd's $STATE_DIRECTORY (its first folder), or the XDG place for state.
+
+    Raises:
+        ValueError: that is in the home of a user who has none.
+    """
     if given := os.environ.get("STATE_DIRECTORY"):
         return Path(given.split(":")[0])
     xdg = os.environ.get("XDG_STATE_HOME")
-    return (Path(xdg) if xdg else Path.home() / ".local/state") / "hogwild"
+    try:
+        return (Path(xdg) if xdg else Path.home() / ".local/state") / "hogwild"
+    except RuntimeError:
+        raise ValueError(f"user {os.geteuid()} has no home folder: set state_dir, or $HOME") from None
 
 
 def default_socket(state_dir: Path) -> Path:

@@ -128,7 +128,11 @@ class Status:
         unasked: str,
         refused: str = "",
     ) -> dict[str, Any]:
-        """The status now. Cheap enough for every few seconds."""
+        """The status now. Cheap enough for every few seconds.
+
+        Args:
+            refused: why the weights that a server brought last were refused; empty: they were not.
+        """
         control, judge = learner.arena.control, learner.judge
         counts = asdict(self._ledger.counts())
         left, loss = self._ledger.remaining()

@@ -43,14 +43,14 @@ def compose(
         what = f"training, {counted(left, 'example')} to go"
     else:
         what = "idle, everything dropped so far is learned"
-    alone = (
-        "the newest server's weights were refused" if refused else "no server: learning goes on without it"
-    )
+    alone = "learning goes on without it"
+    if refused:
+        alone = f"the newest one's weights were refused, see arena.refused in the log: {refused}"
     parts = [
         what,
         f"{done} learned",
         f"step {status.get('step', 0)}",
         "writing a checkpoint" if saving else f"generation {status.get('generation', 0)}",
-        f"server {server}" if server is not None else alone,
+        f"server {server}" if server is not None else f"no server: {alone}",
     ]
     return "; ".join(parts)

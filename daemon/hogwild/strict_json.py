@@ -50,7 +50,9 @@ def loads(text: str) -> Any:
         surrogate = "\\u" in text and _LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False))
     except json.JSONDecodeError as error:
         hint = _OVER_LINES.get(text.strip(), "")
-        raise ExampleError(f"not JSON: {error.msg} at column {error.colno}{hint}") from None
+        raise ExampleError(
+            f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}{hint}"
+        ) from None
     except RecursionError:
         raise ExampleError("nested too deeply") from None
     except ValueError:  # an integer with more digits than Python converts

@@ -87,7 +87,7 @@ class Turn:
             self._curriculum.wake()
             return
         except torch.OutOfMemoryError as error:
-            self._too_large(new, error)
+            self._too_large(new, old, error)
             raise
         with trainer.stream.current():
             self._drift.after(result.step)
@@ -129,10 +129,19 @@ class Turn:
         self._guard.tried(batch.examples)
         self._curriculum.done(batch)
 
-    def _too_large(self, new: Sequence[tuple[Pending, Group]], error: Exception) -> None:
-        """The service is about to end, and must not come back to the very same step."""
-        if new:
-            one, _ = max(new, key=lambda pair: len(pair[1].ids))
+    def _too_large(
+        self,
+        new: Sequence[tuple[Pending, Group]],
+        old: Sequence[tuple[Pending, Group]],
+        error: Exception,
+    ) -> None:
+        """The service is about to end, and must not come back to the very same step.
+
+        Unless something that was learned before is longer than what is new: that is drawn anew, and where it is drawn
+        again and again, its deaths set it aside (`guard.py`)."""
+        longest = max([*new, *old], key=lambda pair: len(pair[1].ids), default=None)
+        if longest is not None and longest in new:
+            one, _ = longest
             reason = (
                 "the GPU's memory did not suffice for a step with it; less training.batch_tokens or "
                 f"training.max_tokens, or more training.gpu_memory_gib, makes room ({str(error).splitlines()[0]:.200})"

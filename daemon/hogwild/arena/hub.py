@@ -96,9 +96,11 @@ class Hub:
             if received is None:
                 return
             message, fds = received
-            server = {"url": _url(message.get("server")), "pid": pid}
+            server = {"url": _text(message.get("server"), "url"), "pid": pid}
             if (longest := protocol.max_model_len(message.get("server"))) is not None:
                 server["max_model_len"] = longest
+            if certificate := _text(message.get("server"), "certificate"):
+                server["certificate"] = certificate
             reply, reply_fds = self._answer(sock, message, fds)
             protocol.send(sock, reply, reply_fds)
             if reply["status"] in ("held", "attached"):
@@ -247,7 +249,7 @@ def _hang_up(sock: socket.socket) -> None:
         pass  # it was gone already
 
 
-def _url(server: Any) -> str:
-    """Where a server says that it answers; nothing else that a peer sends goes into the log as it is."""
-    url = server.get("url") if isinstance(server, dict) else None
-    return url if isinstance(url, str) else ""
+def _text(server: Any, key: str) -> str:
+    """What a server says of itself; nothing else that a peer sends goes into the log as it is."""
+    found = server.get(key) if isinstance(server, dict) else None
+    return found if isinstance(found, str) else ""

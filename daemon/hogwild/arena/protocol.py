@@ -10,8 +10,8 @@ descriptors travel with the length. Never pickle.
 
 "verifying": an arena has been offered, and it is not yet known whether it will be held; to be asked again.
 
-`server` is {"url": where it answers, "max_model_len": tokens of the longest text that it takes}; of a server that is
-older than the second of them, or nobody's, either may be missing.
+`server` is {"url": where it answers, "max_model_len": tokens of the longest text that it takes, "certificate": file of
+the one that it shows over https}; of a server that is older than the second of them, or nobody's, any may be missing.
 
 The descriptors are those of the weights, one for each part that the layout names (on a CPU there is one), and the
 control page's as the last. Weights that only legacy CUDA IPC shares have none: their handle goes beside the layout, as

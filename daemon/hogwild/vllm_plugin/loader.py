@@ -27,7 +27,13 @@ from hogwild.errors import ArenaError, CheckpointError, VerificationError
 from hogwild.layout import Layout, Region, Source
 from hogwild.tensor_file import read_header
 from hogwild.vllm_plugin import page, place, refuse, unsalted
-from hogwild.vllm_plugin.names import BASE_VARIABLE, SOCKET_VARIABLE, STATE_VARIABLE, URL_VARIABLE
+from hogwild.vllm_plugin.names import (
+    BASE_VARIABLE,
+    CERTIFICATE_VARIABLE,
+    SOCKET_VARIABLE,
+    STATE_VARIABLE,
+    URL_VARIABLE,
+)
 from hogwild.vllm_plugin.trace import CopyTrace
 from hogwild.vllm_plugin.vacant import Vacancies, building
 
@@ -319,7 +325,11 @@ def _only_live(
 def _server(model_config: ModelConfig) -> dict[str, Any]:
     """What the daemon is told about this server (arena/protocol.py): where it answers requests, and how long texts may
     be, from which vLLM takes rotary frequencies when it builds the model."""
-    return {"url": os.environ.get(URL_VARIABLE, ""), "max_model_len": model_config.max_model_len}
+    return {
+        "url": os.environ.get(URL_VARIABLE, ""),
+        "certificate": os.environ.get(CERTIFICATE_VARIABLE, ""),
+        "max_model_len": model_config.max_model_len,
+    }
 
 
 def _versions() -> dict[str, str]:

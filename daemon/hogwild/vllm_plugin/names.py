@@ -3,6 +3,8 @@
 LOAD_FORMAT = "hogwild"
 SOCKET_VARIABLE = "HOGWILD_SOCKET"
 URL_VARIABLE = "HOGWILD_SERVER_URL"
+CERTIFICATE_VARIABLE = "HOGWILD_SERVER_CERTIFICATE"
+"""File of the certificate that the server shows over https; empty: it serves http."""
 STATE_VARIABLE = "HOGWILD_STATE_DIR"
 """The daemon's state folder: the server begins with the newest checkpoint that lies there."""
 BASE_VARIABLE = "HOGWILD_BASE_WEIGHTS"

@@ -5,6 +5,7 @@ import logging
 import os
 import ssl
 from collections.abc import Iterator
+from pathlib import Path
 
 from hogwild.errors import UsageError
 from hogwild.vllm_plugin.names import LOAD_FORMAT
@@ -45,6 +46,11 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
 def url(args: argparse.Namespace) -> str:
     """Where this machine reaches the server."""
     return address(args.host, args.port, secure=bool(args.ssl_certfile or args.ssl_keyfile))
+
+
+def full_path(certificate: str | None) -> str:
+    """Of the file that a server shows a certificate from; empty: it shows none."""
+    return str(Path(certificate).absolute()) if certificate else ""
 
 
 def address(host: str | None, port: object, *, secure: bool) -> str:
