@@ -107,9 +107,7 @@ def test_the_daemon_finds_a_server_by_what_its_own_configuration_file_says(tmp_p
 
 
 def test_a_server_out_of_reach_is_refused_wherever_that_was_said(tmp_path: Path) -> None:
-    (config := tmp_path / "vllm.yaml").write_text(
-        "uds: /tmp/vllm.sock\nheadless: true\ntokens-only: true\nssl-cert-reqs: 2\n"
-    )
+    (config := tmp_path / "vllm.yaml").write_text("headless: true\ntokens-only: true\nssl-cert-reqs: 2\n")
     server = Server(
         chat_model(tmp_path / "model"),
         tmp_path / "server.log",
@@ -119,8 +117,7 @@ def test_a_server_out_of_reach_is_refused_wherever_that_was_said(tmp_path: Path)
     )
     try:
         assert server.popen.wait(120) == 2, server.tail()
-        assert "hogwild vllm: --uds" in server.tail()
         for what in ("--headless", "--tokens-only", "--ssl-cert-reqs", "VLLM_USE_RUST_FRONTEND"):
-            assert f"\n{what}" in server.tail()
+            assert f"{what}: " in server.tail() or f"{what} 2: " in server.tail()
     finally:
         server.kill()

@@ -93,7 +93,15 @@ class Checker:
         if model is None:
             return cls(config, console, **options)
         tokenizer = tokenizer_in(model)
-        return cls(config, console, tokenizer, context_length(model), stop_texts(model, tokenizer), **options)
+        return cls(
+            config,
+            console,
+            tokenizer,
+            context_length(model),
+            stop_texts(model, tokenizer),
+            freezes(model, config.training),
+            **options,
+        )
 
     def files(self, files: Sequence[Path]) -> Iterator[Record]:
         """Checks files, printing as it goes.
