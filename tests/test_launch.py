@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -27,6 +28,15 @@ def engine(server: Server) -> bool:
     return False
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """A shell lets what it starts in its background ignore INT, and children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_server_that_is_told_to_end_while_it_loads_ends(tmp_path: Path, number: signal.Signals) -> None:
     """At once: what it does when it has loaded is another thing."""
