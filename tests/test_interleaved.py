@@ -21,7 +21,7 @@ from hogwild.errors import CheckpointError, LedgerError
 from hogwild.files import Sink
 from hogwild.going_back import GoingBack
 from hogwild.ledger import Trip
-from hogwild.status import Status
+from hogwild.status import Status, Troubles
 from hogwild.trainer import Trainer
 from hogwild.weights import read_tensors
 from studio import DEADLINE_S, Studio, model
@@ -338,7 +338,7 @@ def test_a_server_that_wants_a_key_is_asked_now_and_then_and_the_reason_is_kept(
         assert len(asked) == 3
         server.shutdown()
     status = Status(studio.config, studio.ledger).of(
-        studio.learner, attachment.server, 0, stuck=False, unasked=attachment.unasked
+        studio.learner, attachment.server, 0, Troubles(unasked=attachment.unasked)
     )
     assert any("could not be asked" in one and "401" in one for one in status["warnings"])
     studio.close()
@@ -384,7 +384,7 @@ def test_a_server_that_does_not_answer_is_named(root):
     attachment.check(after="attach")
     assert attachment.must_check
     status = Status(studio.config, studio.ledger).of(
-        studio.learner, attachment.server, 0, stuck=False, unasked=attachment.unasked
+        studio.learner, attachment.server, 0, Troubles(unasked=attachment.unasked)
     )
     assert any(f"GET http://127.0.0.1:{port}/v1/health is not answered" in one for one in status["warnings"])
     studio.close()

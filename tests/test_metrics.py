@@ -14,7 +14,7 @@ from prometheus_client import generate_latest
 
 from hogwild import metrics
 from hogwild.spool_files import look_into
-from hogwild.status import Status
+from hogwild.status import Status, Troubles
 from studio import Studio, model
 from support import free_port
 
@@ -150,7 +150,7 @@ def test_what_the_spool_never_takes_does_not_wait_and_is_named(tmp_path):
         for name in ("hogwild_spool_files", "hogwild_spool_age_seconds")
     }
     assert asked == {"hogwild_spool_files": 0, "hogwild_spool_age_seconds": 0}
-    said = status.of(studio.learner, {}, 0, stuck=False, unasked="")
+    said = status.of(studio.learner, {}, 0, Troubles())
     assert said["spool"] == {
         "files": 0,
         "oldest_s": 0.0,
@@ -174,5 +174,5 @@ def test_a_clock_that_is_set_back_shortens_no_uptime(tmp_path, monkeypatch):
     monkeypatch.setattr("time.time", lambda: now - 3600)
     status.write_waiting("a server", "")
     assert json.loads((studio.config.state_dir / "status.json").read_text())["uptime_s"] >= 0
-    assert status.of(studio.learner, {}, 0, stuck=False, unasked="")["uptime_s"] >= 0
+    assert status.of(studio.learner, {}, 0, Troubles())["uptime_s"] >= 0
     studio.close()

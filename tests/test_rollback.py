@@ -213,15 +213,20 @@ def test_a_damaged_current_checkpoint_is_made_anew_from_history(root):
     studio.close()
 
 
-def test_where_that_is_impossible_the_last_good_one_is_current_and_the_rest_is_trained_again(root, capsys):
-    studio = Studio(root)
-    versions = story(studio)
-    studio.close()
+def damage_beyond_repair(root):
+    """Generation 3, in its folder and in history."""
     for path in (
         "checkpoints/generation-00000003/model.safetensors",
         "history/generation-00000003/delta.bin",
     ):
         damage(root / "state" / path)
+
+
+def test_where_that_is_impossible_the_last_good_one_is_current_and_the_rest_is_trained_again(root, capsys):
+    studio = Studio(root)
+    versions = story(studio)
+    studio.close()
+    damage_beyond_repair(root)
     studio = Studio(root)
     assert "history.fell_back" in capsys.readouterr().out
     assert studio.keeper.checkpoints.current_generation() == 2
@@ -238,11 +243,7 @@ def test_what_takes_the_place_of_a_damaged_one_is_not_tidied_away_before_it_does
     studio = Studio(root, checkpoint__keep=1)
     versions = story(studio)
     studio.close()
-    for path in (
-        "checkpoints/generation-00000003/model.safetensors",
-        "history/generation-00000003/delta.bin",
-    ):
-        damage(root / "state" / path)
+    damage_beyond_repair(root)
     restore, restore_current = History.restore, Keeper.restore_current
     keepers: list[Keeper] = []
 

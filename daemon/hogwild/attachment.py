@@ -37,6 +37,7 @@ class Attachment:
         connected: is one there now?
         must_check: served equals trained, as soon as the server answers.
         unasked: why the server could not be asked what it serves, in one line; empty: it could, or has not been.
+        prompts_differ: from those that chats are trained behind, as far as the server has said.
         changing: held by whoever replaces the weights: an arena is taken, a generation is rolled back to.
     """
 
@@ -56,6 +57,7 @@ class Attachment:
         self._coming_and_going = threading.Lock()
         self.must_check = False
         self.unasked = ""
+        self.prompts_differ: prompts.Difference | None = None
         self._wait_s, self._wait_until = 0.0, 0.0
         self.changing = threading.Lock()
         self._closed = False
@@ -212,7 +214,7 @@ class Attachment:
 
     def _compare_prompts(self, learner: Learner, server: served.Server) -> None:
         """Say, once, if chats are trained behind other prompts than are served."""
-        before, now = learner.prompts_differ, prompts.difference(server, learner.encoder)
-        learner.prompts_differ = now
+        before, now = self.prompts_differ, prompts.difference(server, learner.encoder)
+        self.prompts_differ = now
         if now is not None and now != before:
             log.warning("prompts.differ", **asdict(now))

@@ -10,7 +10,6 @@ from transformers import AutoTokenizer
 from hogwild import encoding, examples
 from hogwild import log as logs
 from hogwild.cautions import Warned, cautions
-from hogwild.chat import Chat
 from hogwild.errors import ExampleError
 from hogwild.examples import Example
 from hogwild.groups import Group
@@ -46,11 +45,9 @@ class Encoder:
         such chat, or there is none."""
         with self.lock:
             try:
-                answered = [*messages, {"role": "assistant", "content": "."}]
-                text = Chat(answered, None, self.tokenizer).prompt(len(messages))
+                return encoding.prompt(messages, self.tokenizer)
             except ExampleError:
                 return None
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def text(self, ids: Sequence[int]) -> str:
         """What these tokens say, special ones too."""

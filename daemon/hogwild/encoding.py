@@ -59,6 +59,17 @@ class _Part:
     turns: list[tuple[int, int, int]]
 
 
+def prompt(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[int]:
+    """The token ids of what a server sends to the model for an answer to these messages.
+
+    Raises:
+        ExampleError: the chat template takes no such chat, or there is none.
+    """
+    answered = [*messages, {"role": "assistant", "content": "."}]
+    text = Chat(answered, None, tokenizer).prompt(len(messages))
+    return _tokens(text, tokenizer, add_special_tokens=False)
+
+
 def encode_chat(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None,

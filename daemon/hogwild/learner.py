@@ -29,7 +29,6 @@ from hogwild.history_report import layer
 from hogwild.judge import Judge
 from hogwild.ledger import Ledger
 from hogwild.preparation import Directions, Preparation
-from hogwild.prompts import Difference
 from hogwild.settings import Config
 from hogwild.trainer import Progress, Trainer
 from hogwild.turn import Turn
@@ -118,7 +117,6 @@ class Learner:
             moved=self.progress.moved,
             between=self.governor.between_layers,
         )
-        self.prompts_differ: Difference | None = None  # from the server's, as far as is known
         self.failure: BaseException | None = None
         self._stopping = threading.Event()
         self._may_train = threading.Event()

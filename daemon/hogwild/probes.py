@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hogwild import metrics, model_file, probe_file, pulse, selfreplay
+from hogwild import encoding, metrics, model_file, probe_file, pulse, selfreplay
 from hogwild.errors import ExampleError
 from hogwild.examples import Encoded, Example
 from hogwild.loss import negative_log_likelihoods
@@ -229,7 +229,7 @@ def make(
         turn = number // 2 if tokenizer.chat_template else number
         if chat:
             name = QUESTIONS[turn % len(QUESTIONS)]
-            ids = selfreplay.asked(name, tokenizer)
+            ids = encoding.prompt([{"role": "user", "content": name}], tokenizer)
         else:
             name = BEGINNINGS[turn % len(BEGINNINGS)]
             ids = tokenizer(name, add_special_tokens=True)["input_ids"]

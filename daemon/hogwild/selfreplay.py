@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from hogwild import model_file
-from hogwild.chat import Chat
+from hogwild import encoding, model_file
 from hogwild.context import Layers
 from hogwild.likeliest import Likeliest
 
@@ -133,18 +132,12 @@ def prompts(tokenizer: Any, count: int) -> list[list[int]]:
     for i in range(count):
         turn = i // 2 if tokenizer.chat_template else i
         if tokenizer.chat_template and i % 2:
-            ids = asked(QUESTIONS[turn % len(QUESTIONS)], tokenizer)
+            question = {"role": "user", "content": QUESTIONS[turn % len(QUESTIONS)]}
+            ids = encoding.prompt([question], tokenizer)
         else:
             ids = tokenizer(FIRST_WORDS[turn % len(FIRST_WORDS)], add_special_tokens=True)["input_ids"]
         found.append(list(ids))
     return found
-
-
-def asked(question: str, tokenizer: Any) -> list[int]:
-    """The token ids of what a server sends to the model for a question; raises as `Chat`."""
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "."}]
-    text = Chat(messages, None, tokenizer).prompt(1)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def ends(model: PreTrainedModel, tokenizer: Any) -> set[int]:

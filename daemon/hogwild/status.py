@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections import deque
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -31,6 +31,23 @@ _SERIES_S = 60.0  # between two notes of how the server does
 _FILES = 8
 
 
+@dataclass(frozen=True)
+class Troubles:
+    """What is wrong with a server, or with what it is sent.
+
+    Attributes:
+        stuck: the probes have fallen, and no generation could be gone back to.
+        unasked: why the server could not be asked what it serves; empty: it could, or has not been.
+        refused: why the weights that a server brought last were refused; empty: they were not.
+        prompts_differ: chats are trained behind other prompts than the server makes.
+    """
+
+    stuck: bool = False
+    unasked: str = ""
+    refused: str = ""
+    prompts_differ: bool = False
+
+
 class Status:
     """Collects. One for the life of a daemon.
 
@@ -54,19 +71,10 @@ class Status:
         metrics.incoming_age.set_function(lambda: self._incoming().oldest_s)
         metrics.checkpoint_age.set_function(self._checkpoint_age_s)
 
-    def write(
-        self,
-        learner: Learner,
-        server: dict[str, Any],
-        saved_step: int,
-        *,
-        stuck: bool,
-        unasked: str,
-        refused: str = "",
-    ) -> None:
+    def write(self, learner: Learner, server: dict[str, Any], saved_step: int, troubles: Troubles) -> None:
         """For `hogwild status` and for Prometheus, if it is time."""
         if self._due() or not self.newest:  # what was written before said that there is no server
-            self.newest = self.of(learner, server, saved_step, stuck=stuck, unasked=unasked, refused=refused)
+            self.newest = self.of(learner, server, saved_step, troubles)
             self._put(self.newest)
 
     def write_waiting(self, why: str, refused: str) -> None:
@@ -119,20 +127,9 @@ class Status:
             self._wrote_at = time.monotonic() + _RETRY_S - _WRITE_S
 
     def of(
-        self,
-        learner: Learner,
-        server: dict[str, Any],
-        saved_step: int,
-        *,
-        stuck: bool,
-        unasked: str,
-        refused: str = "",
+        self, learner: Learner, server: dict[str, Any], saved_step: int, troubles: Troubles
     ) -> dict[str, Any]:
-        """The status now. Cheap enough for every few seconds.
-
-        Args:
-            refused: why the weights that a server brought last were refused; empty: they were not.
-        """
+        """The status now. Cheap enough for every few seconds."""
         control, judge = learner.arena.control, learner.judge
         counts = asdict(self._ledger.counts())
         left, loss = self._ledger.remaining()
@@ -157,7 +154,7 @@ class Status:
             "epoch": learner.progress.epoch,
             "training": learner.training,
             "server": server,
-            "refused": "" if attached else refused,
+            "refused": "" if attached else troubles.refused,
             "saved_step": saved_step,
             "generation": control.generation,
             **counts,
@@ -182,40 +179,38 @@ class Status:
             "checkpoint": {"generation": generation, "saved_at": saved_at, "age_s": self._checkpoint_age_s()},
             "guards": {"trips": self._ledger.guards.trips(), "newest": self._ledger.guards.newest_trips(3)},
             "memory": {"resident_bytes": resident, "private_bytes": private},
-            "warnings": self._warnings(
-                learner, counts, attached=attached, stuck=stuck, unasked=unasked, refused=refused, incoming=incoming
-            ),
+            "warnings": self._warnings(learner, counts, troubles, attached=attached, incoming=incoming),
         }  # fmt: skip
 
     def _warnings(
         self,
         learner: Learner,
         counts: dict[str, int],
+        troubles: Troubles,
         *,
         attached: bool,
-        stuck: bool,
-        unasked: str,
-        refused: str,
         incoming: Incoming,
     ) -> list[str]:
         found = []
-        if stuck:
+        if troubles.stuck:
             found.append(
                 "the probes have fallen and no generation could be gone back to: training has stopped"
             )
         elif learner.judge.tripped is not None:
             found.append("the probes have fallen: going back to the last good generation")
-        if not attached and refused:
-            found.append(f"no server is attached, the newest one's weights were refused: {refused}")
+        if not attached and troubles.refused:
+            found.append(f"no server is attached, the newest one's weights were refused: {troubles.refused}")
         elif not attached:
             found.append("no server is attached")
-        elif unasked:
-            found.append(f"the server could not be asked whether it serves what is trained: {unasked}")
+        elif troubles.unasked:
+            found.append(
+                f"the server could not be asked whether it serves what is trained: {troubles.unasked}"
+            )
         elif not learner.training and learner.judge.tripped is None:
             found.append(
                 "training waits: the server has not been verified, or does not serve what is trained"
             )
-        if learner.prompts_differ is not None:
+        if attached and troubles.prompts_differ:
             found.append(
                 "the server makes other prompts of chats than are trained: give a template to both, as "
                 f"chat_template.jinja in {learner.folder}, and the server no other tokenizer"

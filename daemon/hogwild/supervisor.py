@@ -29,7 +29,7 @@ from hogwild.notify import Notifier
 from hogwild.settings import Config
 from hogwild.spool import Spool
 from hogwild.spool_lock import SpoolLock
-from hogwild.status import Status
+from hogwild.status import Status, Troubles
 from hogwild.watchdog import Watchdog
 
 log = logs.get(__name__)
@@ -195,9 +195,12 @@ class Supervisor:
             learner,
             self.attachment.server if self.attachment.connected else {},
             self.schedule.saved_step,
-            stuck=self.going_back.stuck,
-            unasked=self.attachment.unasked,
-            refused=self.hub.refused,
+            Troubles(
+                stuck=self.going_back.stuck,
+                unasked=self.attachment.unasked,
+                refused=self.hub.refused,
+                prompts_differ=self.attachment.prompts_differ is not None,
+            ),
         )
 
     def _obey(self, command: Command) -> None:
