@@ -91,6 +91,18 @@ def thinking_says(message: Message) -> str:
     return f"{thought}\n</think>\n\n" + content(message).lstrip("\n")
 
 
+def r1_says(message: Message) -> str:
+    return f"{message.get('reasoning_content', '').strip(chr(10))}\n</think>\n\n{content(message)}"
+
+
+def nemotron_says(message: Message) -> str:
+    return f"{message.get('reasoning_content', '').strip(chr(10))}\n</think>\n\n{content(message).strip()}\n"
+
+
+def glm47_says(message: Message) -> str:
+    return f"{message.get('reasoning_content', '').strip()}</think>{content(message).strip()}"
+
+
 FAMILIES = [
     Family("chatml", "<|im_end|>", content),
     Family("llama3", "<|eot_id|>", llama_says, tools=True),
@@ -108,13 +120,28 @@ FAMILIES = [
     Family("gemma3", "<end_of_turn>", lambda message: content(message).strip()),
     Family("phi3", "<|end|>", content, stops=("<|endoftext|>", "<|assistant|>", "<|end|>")),
     Family("glm4", "<|user|>", content, stops=("<|endoftext|>", "<|user|>", "<|observation|>")),
+    Family(
+        "gemma4",
+        "<turn|>",
+        lambda message: content(message).strip(),
+        stops=("<turn|>", "<|tool_response>", "<eos>"),
+    ),
+    Family(
+        "glm4.7",
+        "<|user|>",
+        glm47_says,
+        reasoning=True,
+        stops=("<|endoftext|>", "<|user|>", "<|observation|>"),
+    ),
+    Family("nemotron2", "<SPECIAL_12>", nemotron_says, reasoning=True, stops=("<SPECIAL_12>",)),
+    Family("deepseek-r1", "<｜end▁of▁sentence｜>", r1_says, reasoning=True),
 ]
 
 
 @functools.cache
 def tokenizer_of(name: str) -> Any:
     """The tokenizer of a family, with its template."""
-    if name in ("chatml", "qwen3", "qwen3-thinking", "llama3", "deepseek-r1", "phi3", "glm4"):
+    if not name.startswith(("mistral", "gemma")):
         result = AutoTokenizer.from_pretrained(demo_model.build(REPOSITORY / ".demo" / "model"))
         if name != "chatml":  # Llama 3 and Qwen split at the end of a line, not before its last newline
             result.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -131,11 +158,19 @@ def tokenizer_of(name: str) -> Any:
             marks = ["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"]
             result.add_special_tokens({"additional_special_tokens": marks})
             result.bos_token, result.eos_token = marks[0], marks[3]
-        elif name in ("phi3", "glm4"):
+            result.add_tokens(["<think>", "</think>"])
+        elif name == "nemotron2":
+            result.add_special_tokens({"additional_special_tokens": ["<SPECIAL_10>", "<SPECIAL_12>"]})
+            result.add_tokens(["<think>", "</think>"])
+            result.eos_token = "<SPECIAL_12>"
+        elif name in ("phi3", "glm4", "glm4.7"):
             marks = ["<|system|>", "<|user|>", "<|assistant|>"]
             marks += ["<|end|>"] if name == "phi3" else ["[gMASK]", "<sop>", "<|observation|>"]
             result.add_special_tokens({"additional_special_tokens": marks})
             result.eos_token = "<|endoftext|>"
+            result.add_tokens(
+                ["<think>", "</think>", "<tool_call>", "</tool_call>"] if name == "glm4.7" else []
+            )
         else:  # as Qwen3 has them: tokens of their own, but not special
             result.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
             result.add_tokens(["<tool_response>", "</tool_response>"])
@@ -144,9 +179,11 @@ def tokenizer_of(name: str) -> Any:
         marks += ["[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
         result = _pieces(["<unk>", "<s>", "</s>"], marks, prefix_space=True)
     else:
-        result = _pieces(
-            ["<unk>", "<bos>", "<eos>"], ["<start_of_turn>", "<end_of_turn>"], prefix_space=False
-        )
+        marks = ["<start_of_turn>", "<end_of_turn>"]
+        if name == "gemma4":
+            marks = ["<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>"]
+            marks += ["<|tool_response>", "<tool_response|>"]
+        result = _pieces(["<unk>", "<bos>", "<eos>"], marks, prefix_space=False)
     result.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
     return result
 

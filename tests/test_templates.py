@@ -160,7 +160,9 @@ def test_what_the_assistant_says_and_its_end_are_trained_after_the_served_prompt
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_one_sequence_holds_all_turns_unless_the_template_changes_earlier_ones(family):
     count = len(check_masks(family, MULTI, None, "all"))
-    assert count == (3 if family.reasoning else 1), "thinking blocks of earlier turns are dropped"
+    assert count == (3 if family.reasoning or family.name == "gemma4" else 1), (
+        "thoughts of earlier turns are dropped"
+    )
 
 
 def test_a_context_that_the_server_writes_differently_gets_a_sequence_of_its_own():
@@ -181,6 +183,37 @@ def test_a_call_ends_with_the_token_that_begins_the_tools_answer_where_a_templat
         said = [tokenizer.decode(part.ids[start:end]) for start, end in runs(part)]
         assert said == ['weather\n{"city": "Oslo"}<|observation|>', "Grey.<|user|>"][: len(said)]
         assert len(said) == (1 if messages is ASKED else 2)
+
+
+def said(name: str, messages: list[Message]) -> list[str]:
+    """What is trained, as text."""
+    (family,) = (family for family in FAMILIES if family.name == name)
+    parts = encode(Example(messages=tuple(messages)), family.tokenizer, max_tokens=1000, stops=family.stops)
+    return [family.tokenizer.decode(part.ids[start:end]) for part in parts for start, end in runs(part)]
+
+
+@pytest.mark.parametrize("reasoning", [{}, {"reasoning_content": "Ask."}], ids=["plain", "thought"])
+def test_a_model_that_is_served_without_thinking_is_not_taught_to_think(reasoning):
+    """Gemma 4's, which would write the thought before a call that its prompt has none of."""
+    messages = [ASKED[0], {**ASKED[1], **reasoning}]
+    assert said("gemma4", messages) == [
+        '<|tool_call>call:weather{"city": "Oslo"}<tool_call|><|tool_response>'
+    ]
+    assert said("gemma4", [*messages, *TOLD[2:]]) == ["Grey.<turn|>"]
+
+
+def test_a_call_without_a_thought_ends_one_where_the_prompt_begins_it():
+    """GLM 4.7's, whose call ends with the token that begins the tool's answer."""
+    assert said("glm4.7", ASKED) == ['</think><tool_call>weather{"city": "Oslo"}</tool_call><|observation|>']
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-thinking", "nemotron2", "deepseek-r1"])
+def test_a_thought_in_the_content_is_that_of_the_prompt(name):
+    """As data sets have it that were written by R1."""
+    (family,) = (family for family in FAMILIES if family.name == name)
+    apart = [user("Who?"), assistant("Ada.", reasoning_content="The first\n\nprogrammer.")]
+    together = [user("Who?"), assistant("<think>\nThe first\n\nprogrammer.\n</think>\n\nAda.")]
+    assert said(name, together) == said(name, apart) == [family.says(apart[1]) + family.end]
 
 
 # --- any conversation ---
@@ -256,12 +289,14 @@ def test_a_system_prompt_that_the_family_does_not_know_is_refused_in_the_templat
         encode(Example(messages=(SYSTEM, *SINGLE)), tokenizer_of("gemma2"), max_tokens=1000)
 
 
-def test_a_template_that_never_renders_what_the_prompt_began_is_refused():
+def test_a_prompt_that_the_template_never_goes_on_from_is_refused():
+    tokenizer = copy.copy(tokenizer_of("chatml"))
+    tokenizer.chat_template += "{{ 'Dear reader:' if add_generation_prompt else '' }}"
     with pytest.raises(ExampleError, match=r"messages\[1\]: .* differently .*; use \"prompt\""):
-        encode(Example(messages=tuple(SINGLE)), tokenizer_of("deepseek-r1"), max_tokens=1000)
+        encode(Example(messages=tuple(SINGLE)), tokenizer, max_tokens=1000)
 
 
-@pytest.mark.parametrize("name", ["chatml", "gemma2"])
+@pytest.mark.parametrize("name", ["chatml", "gemma2", "qwen3-thinking", "deepseek-r1"])
 def test_a_tool_call_that_the_template_leaves_out_does_not_teach_silence(name):
     messages = [user("Weather in Oslo?"), assistant(tool_calls=[call(1)])]
     with pytest.raises(ExampleError, match=r"messages\[1\]: .*leaves its tool_calls out"):

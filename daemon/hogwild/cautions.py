@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from hogwild import thoughts
 from hogwild.chat import Chat
 from hogwild.encoding import Tokenizer, special_tokens, strings_of
 from hogwild.errors import ExampleError
@@ -76,8 +77,7 @@ def _of_chat(example: Example, tokenizer: Tokenizer, only_last: bool) -> Iterato
         if first is not None and same(True, _changed(first)):
             yield Caution("ignored", f"the chat template leaves the {role} message out")
     for i, (_, answer) in zip(trained, rendered, strict=True):
-        thought = answer.split("</think>")[0].removeprefix("<think>")
-        if "</think>" in answer and not thought.strip() and not messages[i].get("reasoning_content"):
+        if thoughts.is_empty(answer) and not messages[i].get("reasoning_content"):
             yield Caution(
                 "empty-thinking",
                 f"messages[{i}] has no reasoning_content: the model learns to answer without thinking",

@@ -14,11 +14,13 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from hogwild import strict_json
+from hogwild import strict_json, thoughts
 from hogwild.errors import ExampleError
+from hogwild.thoughts import Thought
 
 Message = Mapping[str, Any]
 _ANSWER, _QUESTION = "an answer that nobody wrote", "a question that nobody asked"
+_THOUGHT = "a thought that nobody had"
 
 
 class Templated(Protocol):
@@ -153,15 +155,51 @@ class Chat:
             ExampleError: see `render`; or the template does not render what the model would have to answer.
         """
         prompt = self.prompt(i)
-        answered = self._render([*self._served[:i], self._said[i]], generation_prompt=False)
-        start = len(prompt) if answered.startswith(prompt) else self._answer_start(prompt, answered, i)
-        if start is None or start >= len(answered):
+        if (thought := thoughts.at_end(prompt)) is not None:
+            answer = self._after_thought(prompt, thought, i)
+        else:
+            answered = self._rendered(i, self._said[i])
+            start = len(prompt) if answered.startswith(prompt) else self._answer_start(prompt, answered, i)
+            answer = "" if start is None else answered[start:]
+        if not answer:
             raise ExampleError(
                 "the chat template renders this turn differently from what the model has to answer "
                 'to the prompt that is served; use "prompt" and "completion"',
                 f"messages[{i}]",
             )
-        return prompt, answered[start:]
+        return prompt, answer
+
+    def _after_thought(self, prompt: str, thought: Thought, i: int) -> str:
+        """What the model has to answer to a prompt that begins its thought, or has ended it; "": that cannot be told.
+
+        A template may write no thought where there was none (GLM 4.7, Nemotron 3, MiniMax): then one shows what is
+        written around it. It may never write what its prompt has (Gemma 4, DeepSeek R1): then it is written here.
+        """
+        content = self.messages[i].get("content") or ""
+        reasoning = self.messages[i].get("reasoning_content") or ""
+        if thought.is_open and not reasoning:
+            reasoning, content = thought.said_in(content)
+        for thinks in (reasoning, _THOUGHT) if thought.is_open and not reasoning else (reasoning,):
+            answered = self._rendered(i, self._saying(i, content, thinks))
+            if answered.startswith(prompt) and thought.is_followed(answered[len(prompt) :], thinks):
+                return answered[len(prompt) :].replace(_THOUGHT, "", 1)
+        answered = self._rendered(i, self._saying(i, content))
+        for before in (prompt, thought.before):
+            if answered.startswith(before):
+                return thought.followed_by(answered[len(before) :], reasoning)
+        return ""
+
+    def _saying(self, i: int, content: str, reasoning: str = "") -> Message:
+        """The assistant's message `i` with these words and thoughts."""
+        message = dict(self.messages[i])
+        for name, text in (("content", content), ("reasoning_content", reasoning)):
+            message.pop(name, None)
+            message |= {name: text} if text else {}
+        return served_messages([message], self._template, own_calls=True)[0]
+
+    def _rendered(self, i: int, said: Message) -> str:
+        """The chat up to where the assistant says this as message `i`."""
+        return self._render([*self._served[:i], said], generation_prompt=False)
 
     def goes_on(self, i: int) -> str:
         """What the template writes right behind the assistant's message `i` when somebody speaks after it; "" if that
@@ -170,7 +208,7 @@ class Chat:
         Raises:
             ExampleError: see `turn`.
         """
-        begun = "".join(self.turn(i))
+        begun = self._rendered(i, self._said[i])
         calls = self._said[i].get("tool_calls")
         if calls:
             more = [self._said[i], self._anybody("tool", tool_call_id=calls[0].get("id", ""))]
@@ -199,7 +237,7 @@ class Chat:
         if not text or before < 0:
             return None
         shared = prompt[before:]
-        probe = self._render([*self._served[:i], self._anybody("assistant")], generation_prompt=False)
+        probe = self._rendered(i, self._anybody("assistant"))
         end = probe.rfind(shared) + len(shared)
         return end if end >= len(shared) and answered[:end] == probe[:end] else None
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from hogwild import thoughts
 from hogwild.chat import Chat
 from hogwild.errors import ExampleError
 
@@ -321,7 +322,8 @@ def _end_of_turn(ids: list[int], message: Mapping[str, Any], where: str, tokeniz
     last = max((i for i, token in enumerate(ids) if token in special), default=None)
     if last is None or str(tokenizer.decode(ids[last + 1 :])).strip():
         return len(ids)
-    if not str(tokenizer.decode(ids[:last])).strip():
+    said = str(tokenizer.decode(ids[:last]))
+    if not (thoughts.after(said) if message.get("tool_calls") else said).strip():
         raise ExampleError(
             "nothing of this turn is left to train: the chat template leaves its "
             + ("tool_calls out" if message.get("tool_calls") else "content out"),
