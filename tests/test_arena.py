@@ -542,6 +542,43 @@ def test_a_server_that_comes_back_while_its_weights_are_verified_waits_for_what_
         hub.stop()
 
 
+def test_a_server_that_asks_a_daemon_just_started_gets_what_an_older_one_lives_on_with(start, sock):
+    """The older one notices within half a second that there is a daemon again. Filled from disk meanwhile, the weights
+    of the new one would be refused for as long as both live."""
+    daemon = start(run_daemon)
+    server = start(run_server)
+    arena = server.hear("arena")
+    told(server, "attached", "attached")
+    daemon.tell("stop")
+    told(server, "detached", "detached")
+    time.sleep(1)  # it has tried in vain
+    start(run_daemon)
+    held = client.ask(sock, SOURCE, {})
+    assert held is not None
+    assert held[0].control.arena_id == arena[0]
+    held[1].close()
+
+
+def test_what_is_offered_and_refused_again_and_again_is_logged_once(sock, capsys):
+    """A server goes on offering, every few seconds."""
+    problem = ["w: one problem"]
+
+    def on_offer(_arena: Arena) -> None:
+        raise VerificationError("not this model", list(problem))
+
+    hub = Hub(sock, on_offer, lambda _server, _begins: None)
+    hub.start()
+    try:
+        for _ in range(3):
+            assert offer_by_hand(sock, make_arena())["problems"] == problem
+        problem[:] = ["x: another"]
+        for _ in range(3):
+            assert offer_by_hand(sock, make_arena())["problems"] == problem
+    finally:
+        hub.stop()
+    assert capsys.readouterr().out.count("arena.refused") == 2
+
+
 def test_what_does_not_verify_is_refused_with_its_problems_and_not_held(start, sock):
     daemon = start(run_daemon, "not this model")
     descriptors = told(daemon, "descriptors", "descriptors")

@@ -100,7 +100,7 @@ def test_rounding_alone_does_not_trip_on_a_short_text(tmp_path):
 class Off:
     """Answers what the trainer computes, off by so many nats for each text."""
 
-    url = "http://off"
+    url, longest = "http://off", served.MAX_PROBE_TOKENS
 
     def __init__(self, model: skeleton.PreTrainedModel, nats: list[float]) -> None:
         self._model, self._nats = model, nats

@@ -86,7 +86,8 @@ def certificate(file: Path) -> Path:
 
 
 def test_the_daemon_finds_a_server_by_what_its_own_configuration_file_says(tmp_path: Path) -> None:
-    """vLLM's --config may also say that it speaks TLS: the daemon asked another address, and never trained."""
+    """vLLM's --config may also say that it speaks TLS: the daemon asked another address, and never trained. Nor did it
+    where a server takes shorter texts than those that are compared."""
     pem, sock, model = (
         certificate(tmp_path / "server.pem"),
         tmp_path / "arena.sock",
@@ -100,6 +101,7 @@ def test_the_daemon_finds_a_server_by_what_its_own_configuration_file_says(tmp_p
         model,
         tmp_path / "server.log",
         sock,
+        more=["--max-model-len", "12"],
         HOGWILD_SERVER__ARGUMENTS=json.dumps(["--config", str(config)]),
     )
     daemon = Daemon(tmp_path, sock)

@@ -62,7 +62,7 @@ class Attachment:
         self.changing = threading.Lock()
         self._closed = False
         self._api: served.Server | None = None
-        self._asks = "", ""  # its URL and certificate
+        self._asks: tuple[str, str, int | None] = "", "", None  # its URL, certificate and longest text
 
     @property
     def connected(self) -> bool:
@@ -171,10 +171,15 @@ class Attachment:
         named, announced = self._config.server.url, self.server.get("url", "")
         url, certificate = named or announced, self.server.get("certificate", "")
         try:
-            if self._api is None or self._asks != (url, certificate):
-                self._asks = url, certificate
+            longest = self.server.get("max_model_len")
+            if self._api is None or self._asks != (url, certificate, longest):
+                self._asks = url, certificate, longest
                 self._api = served.Server(
-                    url, self._config.server.api_key_env, certificate, named=bool(named)
+                    url,
+                    self._config.server.api_key_env,
+                    certificate,
+                    named=bool(named),
+                    max_model_len=longest,
                 )
             answers = self._api.ready()
             if asked:

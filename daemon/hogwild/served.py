@@ -36,13 +36,26 @@ class Server:
     Args:
         certificate: file of the one that it shows; empty: unknown.
         named: a person wrote the URL, and not the server itself. Both: see `tls.context`.
+        max_model_len: tokens of the longest text that it takes, with what it answers; None: it has not said.
+
+    Attributes:
+        longest: tokens of the longest text that it gives log-probabilities of: it answers with one token at least.
 
     Raises:
         ServerError: nobody can be asked by that URL, or with that key.
     """
 
-    def __init__(self, url: str, api_key_env: str, certificate: str = "", *, named: bool = False) -> None:
+    def __init__(
+        self,
+        url: str,
+        api_key_env: str,
+        certificate: str = "",
+        *,
+        named: bool = False,
+        max_model_len: int | None = None,
+    ) -> None:
         self.url, self._key_name = url, api_key_env
+        self.longest = min(MAX_PROBE_TOKENS, (max_model_len or MAX_PROBE_TOKENS + 1) - 1)
         key = os.environ.get(api_key_env, "")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
@@ -150,7 +163,8 @@ def check(
     The trainer runs before and after the server: while threads train, the server's value may lie anywhere between.
 
     Args:
-        groups: of token ids. A short text alone says little: its mean scatters.
+        groups: of token ids, of which as much is compared as the server takes. A short text alone says little: its
+            mean scatters.
         tolerance: mean difference in nats that is accepted; 0: measured, see `disagreement.tolerance` and
             `allowed`.
         loaded: folder of the checkpoint that the server was filled from: what a module has that it no longer reads.
@@ -160,7 +174,7 @@ def check(
             modules that explain it.
         ServerError: the server cannot be asked.
     """
-    groups = [group for group in groups if group]
+    groups = [[prompt[: server.longest] for prompt in group] for group in groups if group]
     prompts = [prompt for group in groups for prompt in group]
     before = [trained_log_probabilities(model, prompt) for prompt in prompts]
     served = server.log_probabilities(prompts)

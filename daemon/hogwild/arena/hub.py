@@ -5,6 +5,7 @@ import os
 import socket
 import stat
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from hogwild.layout import Source, source_from_json
 log = logs.get(__name__)
 
 _MESSAGE_TIMEOUT_S = 30.0
+_SETTLING_S = 1.5
+"""Within which a server offers again what a daemon before this one held: client._RETRY_S, and time to spare."""
+_SAID_AGAIN_S = 3600.0
 
 
 class Hub:
@@ -50,7 +54,9 @@ class Hub:
         self._taking = threading.Lock()  # one arena is verified at a time
         self._sessions: set[socket.socket] = set()
         self._stopping = False
+        self._settled_at = 0.0
         self.refused = ""
+        self._said: dict[str, float] = {}  # of each refusal, when it was logged
         self._listener = _listen(path)
         self._thread = threading.Thread(target=self._accept, name="arena-hub", daemon=True)
 
@@ -60,6 +66,7 @@ class Hub:
         return self._held
 
     def start(self) -> None:
+        self._settled_at = time.monotonic() + _SETTLING_S
         self._thread.start()
 
     def stop(self) -> None:
@@ -105,6 +112,7 @@ class Hub:
             protocol.send(sock, reply, reply_fds)
             if reply["status"] in ("held", "attached"):
                 self.refused = ""
+                self._said.clear()
                 sock.settimeout(None)
                 self._session(sock, server)
         except (ProtocolError, OSError) as error:
@@ -156,13 +164,22 @@ class Hub:
             self.refused = " ".join(
                 line.strip(" -") for line in lines[:2]
             )  # the first problem, where some are listed
-            if not isinstance(error, HogwildError):
-                log.exception("arena.refused", error=str(error), problems=[])
-                return {"status": "refused", "error": f"the daemon failed on it: {error!r}"}, ()
             problems = getattr(error, "problems", [])
-            log.error("arena.refused", error=str(error), problems=problems)
+            if self._is_news(f"{error!r} {problems}"):
+                unforeseen = not isinstance(error, HogwildError)
+                log.error("arena.refused", error=str(error), problems=problems, exc_info=unforeseen)
+            if not isinstance(error, HogwildError):
+                return {"status": "refused", "error": f"the daemon failed on it: {error!r}"}, ()
             return {"status": "refused", "error": str(error), "problems": problems}, ()
         return {"status": "attached"}, ()
+
+    def _is_news(self, refusal: str) -> bool:
+        """Was it not logged within the hour, nor since a server came? One that is refused offers every few seconds."""
+        now = time.monotonic()
+        self._said = {one: at for one, at in self._said.items() if now - at < _SAID_AGAIN_S}
+        known = refusal in self._said
+        self._said.setdefault(refusal, now)
+        return not known
 
     def _command(self, message: protocol.Message) -> protocol.Message:
         name, arguments = message.get("name"), message.get("arguments")
@@ -177,10 +194,11 @@ class Hub:
             source: Source = source_from_json(message.get("source"))
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"the server asked with a malformed source: {error!r}") from error
-        # Also where whoever offers is gone: that arena will be held, and another one would be refused beside it.
-        if self._taking.locked():
-            return {"status": "verifying"}, ()
+        # Also where whoever offers is gone: that arena will be held, and another one would be refused beside it. So it
+        # would where an older server lives on, and has yet to notice that there is a daemon again.
         held = self._held
+        if self._taking.locked() or (held is None and time.monotonic() < self._settled_at):
+            return {"status": "verifying"}, ()
         if held is None or not held.layout.source.same_files(source):
             return {"status": "empty"}, ()
         if held.weights.handle:  # only the server that made it can hand it on
