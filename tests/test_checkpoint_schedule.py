@@ -1,5 +1,6 @@
 """When a checkpoint is due, and how many steps no checkpoint holds. Everything of the daemon, a tiny model."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -138,3 +139,31 @@ def test_what_is_trained_as_soon_as_a_rollback_is_done_is_not_taken_for_saved(st
     assert command.wait()["examples_reopened"] == 2
     assert studio.learner.progress.steps > 8
     assert schedule.saved_step == 8
+
+
+def test_a_checkpoint_that_cannot_be_written_says_so_and_what_mends_it_until_one_is(studio, root):
+    """The model's folder is not there: its tokenizer and configuration belong into every checkpoint."""
+    schedule = CheckpointSchedule(studio.config, studio.ledger, studio.keeper)
+    studio.drop("c", 2)
+    studio.train()
+    away = (root / "model").rename(root / "away")
+    assert not schedule.save(studio.learner)
+    assert "generation-00000003 could not be written" in schedule.unwritten
+    assert f"bring back, or let user {os.geteuid()} read, {root / 'model'}" in schedule.unwritten
+    away.rename(root / "model")
+    assert schedule.save(studio.learner)
+    assert schedule.unwritten == ""
+
+
+def test_history_that_cannot_be_written_says_so_until_it_can(studio, root):
+    studio.drop("c", 2)
+    studio.train()
+    history = root / "state" / "history"
+    away = history.rename(root / "history-away")
+    history.write_text("a file where the folder was")
+    studio.save()
+    assert str(history) in studio.keeper.unrecorded
+    history.unlink()
+    away.rename(history)
+    studio.keeper.tidy()
+    assert studio.keeper.unrecorded == ""

@@ -68,6 +68,20 @@ def test_all_problems_are_in_one_error_with_file_key_and_the_nearest_name(tmp_pa
     assert caught.value.exit_code == 78
 
 
+NUMBERS = [
+    keys
+    for keys in field_paths()
+    if len(keys) == 2 and type(getattr(getattr(Config(), keys[0]), keys[1])) in (int, float)
+]
+
+
+@pytest.mark.parametrize("keys", NUMBERS, ids=".".join)
+@pytest.mark.parametrize("too_much", [10**20, -(10**20), 1e300, float("nan"), float("inf")])
+def test_a_number_that_neither_the_ledger_nor_a_wait_could_hold_is_refused(keys, too_much):
+    with pytest.raises(ConfigError, match=re.escape(f"command line: {'.'.join(keys)}: ")):
+        load(overrides={".".join(keys): too_much})
+
+
 def test_later_sources_win(tmp_path, monkeypatch):
     path = write(tmp_path, "[training]\nthreads = 3\npasses = 3\nseed = 3\n")
     monkeypatch.setenv("HOGWILD_TRAINING__PASSES", "5")
@@ -183,7 +197,7 @@ def test_a_missing_file_is_named(tmp_path):
         ("optimizer", 'lr = "0.1"', "optimizer.lr: input should be a valid number, not '0.1'"),
         ("optimizer", "lr = true", "optimizer.lr: input should be a valid number, not True"),
         ("optimizer", 'betas = ["0.9", 0.999]', "optimizer.betas.0: input should be a valid number, not '0.9'"),
-        ("server", 'arguments = "--port 8000"', "server.arguments: input should be a valid tuple"),
+        ("server", 'arguments = "--port 8000"', "server.arguments: input should be a valid array"),
         ("server", "arguments = [8000]", "server.arguments.0: input should be a valid string, not 8000"),
     ],
 )  # fmt: skip

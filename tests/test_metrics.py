@@ -172,7 +172,7 @@ def test_a_clock_that_is_set_back_shortens_no_uptime(tmp_path, monkeypatch):
     status = Status(studio.config, studio.ledger)
     now = time.time()
     monkeypatch.setattr("time.time", lambda: now - 3600)
-    status.write_waiting("a server", "")
+    status.write_waiting("a server", Troubles())
     assert json.loads((studio.config.state_dir / "status.json").read_text())["uptime_s"] >= 0
     assert status.of(studio.learner, {}, 0, Troubles())["uptime_s"] >= 0
     studio.close()

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import generate_latest
 
-from hogwild import generation, rollback
+from hogwild import generation, metrics, rollback
 from hogwild.arena.client import Arena
 from hogwild.checkpoint import Checkpoints
 from hogwild.errors import CheckpointError
@@ -57,6 +58,33 @@ def test_weights_and_moments_are_those_that_were_saved_bit_for_bit(root):
         assert control.steps == steps, "steps never go backwards"
         assert control.epoch >= epoch + 2, "answers from before, from the middle and from after differ by it"
         assert rollback.pending(studio.ledger) is None
+    studio.close()
+
+
+def test_the_probes_that_are_shown_are_those_of_the_weights_that_came_back(root):
+    """Not those of the weights that were gone back from: who goes back because of them looks there."""
+    studio = Studio(root, probes__margin=50)
+    judge = studio.learner.judge
+    assert studio.learner.wait_for_own_texts(60)
+    judge.begin()
+    scores = {0: judge.score()}
+    for number, name in enumerate(("a", "b"), 1):
+        studio.drop(name, 4)
+        studio.train()
+        studio.save()
+        scores[number] = judge.score()
+    assert scores[0].losses != scores[1].losses != scores[2].losses
+    studio.drop("unsaved", 2)
+    studio.train()
+    judge.score()
+    for target in (1, 0, 2):
+        studio.roll_back(target)
+        shown = judge.probes.newest
+        assert shown.losses == pytest.approx(scores[target].losses, abs=1e-4)
+        assert shown.right == pytest.approx(scores[target].right, abs=1e-4)
+        assert judge.score().losses == pytest.approx(shown.losses, abs=1e-4), "they are what is measured"
+    page = generate_latest(metrics.REGISTRY).decode()
+    assert f'hogwild_probe_loss_nats{{probes="own"}} {judge.probes.newest.losses["own"]}' in page
     studio.close()
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +16,17 @@ from hogwild.plural import counted
 from hogwild.screen import screen
 from hogwild.settings import Config, SpoolConfig
 from hogwild.spool import Spool
-from hogwild.status import Status
+from hogwild.status import Status, Troubles
+from support import wait_until
 
 GOOD = '{"text": "a"}\n'
 
 
 class Desk:
     def __init__(self, root: Path) -> None:
-        self.config = Config(state_dir=root, spool=SpoolConfig(dir=root / "spool", settle_s=0))
+        self.config = Config(
+            state_dir=root, spool=SpoolConfig(dir=root / "spool", settle_s=0, rescan_interval_s=0.1)
+        )
         self.ledger = Ledger(root / "ledger.sqlite")
         self.spool = Spool(self.config.spool, self.ledger, passes=1)
         self.spool.prepare()
@@ -35,7 +39,7 @@ class Desk:
 
     def status(self) -> dict[str, object]:
         self._status.expire()
-        self._status.write_waiting("a server", "")
+        self._status.write_waiting("a server", Troubles(spool=self.spool.trouble))
         return dict(json.loads((self.config.state_dir / "status.json").read_text()))
 
     def warnings(self) -> list[str]:
@@ -81,6 +85,27 @@ def test_a_line_that_turns_out_not_to_be_trainable_is_warned_of_even_after_its_f
     desk.spool._write_errors()
     (warning,) = desk.warnings()
     assert warning.startswith(f"2 lines cannot be trained: {desk.failed / 'a.jsonl.errors.jsonl'}")
+
+
+def test_a_spool_that_cannot_be_used_is_warned_of_until_it_can(desk: Desk) -> None:
+    stop = threading.Event()
+    thread = threading.Thread(target=desk.spool.run, args=(stop,))
+    away = desk.config.spool.dir.rename(desk.config.state_dir / "away")
+    desk.config.spool.dir.write_text("a file where the folder was")
+    thread.start()
+    try:
+        wait_until(lambda: desk.spool.trouble, "the spool's thread notices")
+        (warning,) = desk.warnings()
+        assert warning.startswith("no files are taken: ")
+        assert str(desk.config.spool.dir) in warning
+        desk.config.spool.dir.unlink()
+        away.rename(desk.config.spool.dir)
+        wait_until(lambda: not desk.spool.trouble, "and that it is mended")
+        assert desk.warnings() == []
+    finally:
+        stop.set()
+        desk.spool.wake()
+        thread.join()
 
 
 def test_a_folder_that_cannot_be_read_ends_no_daemon(desk: Desk) -> None:

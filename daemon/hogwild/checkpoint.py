@@ -210,9 +210,13 @@ class Checkpoints:
             fsync(self.root)
 
     def _unwritten(self, number: int, error: Exception) -> CheckpointError:
+        remedy = f"make room or mend the permissions of {self.root} (user {os.geteuid()})"
+        name = getattr(error, "filename", None)
+        if name is not None and not Path(name).is_relative_to(self.root):  # the model's folder, copied from
+            remedy = f"bring back, or let user {os.geteuid()} read, {name}"
         return CheckpointError(
             f"checkpoint {self.root / generations.name(number)} could not be written: {error}. The previous checkpoint "
-            f"is still current; make room or mend the permissions of {self.root} (user {os.geteuid()})."
+            f"is still current; {remedy}."
         )
 
     def _discard(self, folder: Path) -> None:

@@ -29,11 +29,12 @@ class CheckpointSchedule:
     Attributes:
         save_now: a signal asks for one; nobody waits for an answer.
         saved_step: the step whose weights are on disk, by the live counter.
+        unwritten: why the newest checkpoint could not be written; empty: it could, or there was none.
     """
 
     def __init__(self, config: Config, ledger: Ledger, keeper: Keeper) -> None:
         self._config, self._ledger, self._keeper = config, ledger, keeper
-        self.save_now = False
+        self.save_now, self.unwritten = False, ""
         self.saved_step, self._tried_step, self._tried_at = 0, 0, time.monotonic()
         self._asked: list[Command] = []  # for a checkpoint that is not begun yet
         self._saving: list[Command] = []  # for the one that is being written
@@ -49,7 +50,7 @@ class CheckpointSchedule:
 
     def mark_saved(self, step: int) -> None:
         """What the weights are now is on disk."""
-        self.saved_step = self._tried_step = step
+        self.saved_step, self._tried_step, self.unwritten = step, step, ""
 
     def ask(self, command: Command) -> None:
         """Save as soon as no other save is under way, and answer then."""
@@ -113,12 +114,13 @@ class CheckpointSchedule:
     def _after_save(self, saved: Saved | CheckpointError) -> bool:
         metrics.checkpoints.labels(outcome="failed" if isinstance(saved, CheckpointError) else "saved").inc()
         if isinstance(saved, CheckpointError):
-            log.error("checkpoint.failed", step=self._tried_step, error=str(saved))
+            self.unwritten = str(saved)
+            log.error("checkpoint.failed", step=self._tried_step, error=self.unwritten)
             for command in self._saving:
                 command.refuse(str(saved))
             self._saving = []
             return False
-        self.saved_step = saved.step
+        self.saved_step, self.unwritten = saved.step, ""
         self._answer(saved.path, saved.step, unchanged=False)
         return True
 

@@ -261,6 +261,6 @@ def unknown_key(keys: tuple[str, ...]) -> str:
 
 
 def _message(text: str, value: Any) -> str:
-    text = text.removeprefix("Value error, ")
+    text = text.removeprefix("Value error, ").replace("a valid tuple", "a valid array")  # as TOML calls it
     text = text[:1].lower() + text[1:]
     return f"{text}, not {value!r}" if isinstance(value, str | int | float | bool) else text

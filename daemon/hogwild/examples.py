@@ -9,6 +9,7 @@ from hogwild.errors import ExampleError
 from hogwild.fields import choice, filled, integer, kind, number, unknown
 from hogwild.messages import Message, parse_messages, parse_tools
 from hogwild.other_formats import recognised
+from hogwild.settings import MAX_PASSES
 from hogwild.strict_json import loads_object
 
 __all__ = ["Context", "Encoded", "Example", "Tokenizer", "TrainOn", "encode", "parse_line"]
@@ -23,7 +24,6 @@ FORMS: dict[str, tuple[str, ...]] = {
     "text": ("text", *COMMON),
 }
 MAX_PRIORITY = 2**31
-MAX_PASSES = 10_000
 MAX_ID_CHARS = 256
 MAX_TAGS = 16
 MAX_TAG_CHARS = 64

@@ -87,8 +87,16 @@ class Judge:
         """From now on the probes are compared with that generation's. What it does not say is measured in time."""
         self.probes.good = self.probes.of_state(saved) if saved is not None else None
         if self.probes.good is None and self._control.generation == 0:
-            known = json.loads(self._ledger.get_meta(_META) or "{}")
-            self.probes.good = self.probes.of_state({"generation": 0, **known})
+            self.probes.good = self.probes.of_state(self._as_it_came())
+
+    def went_back(self, saved: Mapping[str, Any]) -> None:
+        """The weights are that generation's."""
+        self.hold_against(saved)
+        self.probes.went_back(saved if saved["generation"] else {**saved, **self._as_it_came()})
+
+    def _as_it_came(self) -> dict[str, Any]:
+        """What state.json would say of the model as it came, if it had one."""
+        return {"generation": 0, **json.loads(self._ledger.get_meta(_META) or "{}")}
 
     def start_over(self) -> None:
         """The model computes otherwise than before, with the same weights: what its probes were means nothing now."""

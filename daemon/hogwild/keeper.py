@@ -35,6 +35,9 @@ FSYNC_S = 600.0
 class Keeper:
     """What is kept of the model on disk.
 
+    Attributes:
+        unrecorded: why `tidy` failed when it last had its turn; empty: it did not.
+
     Raises:
         CheckpointError: the folders cannot be made or written.
     """
@@ -46,6 +49,7 @@ class Keeper:
         self.configure(config)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self.hurry = threading.Event()
+        self.unrecorded = ""
         self._saving: Future[Saved] | None = None
         self._choosing = threading.Lock()  # what `current` leads to: what it will, must stay
 
@@ -115,6 +119,10 @@ class Keeper:
 
     def tidy(self) -> None:
         """Bring history up to date, and let go of what is too old. Failures are logged: nothing depends on them."""
+        self.unrecorded = self._tidy()
+
+    def _tidy(self) -> str:
+        """What went wrong; empty: nothing did."""
         try:
             for recorded in self.history.record():
                 log.info(
@@ -131,11 +139,14 @@ class Keeper:
                 finally:
                     self._choosing.release()
         except PutOffError:
-            pass  # it is done at the next chance
+            return self.unrecorded  # it is done at the next chance
         except CheckpointError as error:
             log.error("history.failed", error=str(error))
+            return str(error)
         except Exception as error:  # nobody else looks at what this thread does
             log.exception("history.failed", error=repr(error))
+            return repr(error)
+        return ""
 
     def _prune(self) -> None:
         folders = self.checkpoints.prune(self.history.may_go)

@@ -170,7 +170,7 @@ class Learner:
             restored = [self.arena.control.arena_id, state["generation"], self.progress.steps]
             self.ledger.set_meta(RESTORED, json.dumps(restored))
             also()
-        self.judge.hold_against(state)
+        self.judge.went_back(state)
         return state
 
     def claim(self, step: int = 0) -> None:

@@ -132,12 +132,25 @@ class Probes:
             found = {name: [measure(model, probe) for probe in probes] for name, probes in self.sets.items()}
         losses = {name: sum(loss for loss, _ in all_) / len(all_) for name, all_ in found.items() if all_}
         rights = {name: sum(right for _, right in all_) / len(all_) for name, all_ in found.items() if all_}
-        for name in losses:
-            metrics.probe_loss.labels(probes=name).set(losses[name])
-            metrics.probe_right.labels(probes=name).set(rights[name])
         self._scored_at = max(self._scored_at, step)
-        self.newest = Score(step, losses, rights)
-        return self.newest
+        score = Score(step, losses, rights)
+        self._show(score)
+        return score
+
+    def went_back(self, state: Mapping[str, Any]) -> None:
+        """The weights are a generation's again, and their scores what its state.json says: those that were measured
+        last are of weights that are gone."""
+        same = self.enabled and state.get("probes_digest") == self.digest
+        self._show(Score(state["step"], state["probes"], state.get("probes_right", {})) if same else None)
+
+    def _show(self, score: Score | None) -> None:
+        self.newest = score
+        metrics.probe_loss.clear()
+        metrics.probe_right.clear()
+        if score is not None:
+            for gauge, values in ((metrics.probe_loss, score.losses), (metrics.probe_right, score.right)):
+                for name, value in values.items():
+                    gauge.labels(probes=name).set(value)
 
     def fallen(self, score: Score, good: Good | None = None) -> dict[str, tuple[float, float]]:
         """set -> (loss of the good generation, loss now), of each set that is worse by more than the margin."""
@@ -164,9 +177,13 @@ class Probes:
         """For state.json."""
         if score is None:
             return {}
-        losses = {name: round(loss, 4) for name, loss in score.losses.items()}
-        held = {name: round(loss, 4) for name, loss in self.held_against(score).items()}
-        return {"probes": losses, "probes_held": held, "probes_digest": self.digest}
+        found = {
+            "probes": score.losses,
+            "probes_right": score.right,
+            "probes_held": self.held_against(score),
+        }
+        rounded = {key: {name: round(x, 4) for name, x in values.items()} for key, values in found.items()}
+        return {**rounded, "probes_digest": self.digest}
 
     def of_state(self, state: Mapping[str, Any]) -> Good | None:
         """What state.json says of a generation's probes, if these are still the same."""

@@ -139,7 +139,9 @@ def _probes(status: dict[str, Any]) -> Text:
             text.append(
                 f" ({round(risen, 3) + 0.0:+.3f} since generation {good['generation']}, {margin} allowed)"
             )
-        text.append(f", {newest['right'].get(name, 0):.0%} of tokens right  ")
+        if name in newest["right"]:
+            text.append(f", {newest['right'][name]:.0%} of tokens right")
+        text.append("  ")
     return text
 
 

@@ -20,8 +20,13 @@ from pydantic import (
 
 SUN_PATH_BYTES = 107  # sockaddr_un.sun_path is 108 bytes on Linux, the last one a NUL
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+MOST = 10**9
+"""Of every number without a bound of its own: what is more is a slip, and would not fit into the ledger or a wait."""
+MAX_PASSES = 10_000
+"""Of one example, whoever says so: the configuration or its line."""
+
+Positive = Annotated[float, Field(gt=0, le=MOST, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, le=MOST, allow_inf_nan=False)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -72,7 +77,7 @@ class SpoolConfig(Table):
     """Seconds between full scans of incoming/. File events only shorten the wait; the scan is the truth."""
     settle_s: NotNegative = 1.0
     """Seconds for which a file's size and modification time must stay the same before it is read."""
-    max_line_bytes: int = Field(default=8 * 1024 * 1024, ge=1024)
+    max_line_bytes: int = Field(default=8 * 1024 * 1024, ge=1024, le=MOST)
     """Bytes of the longest line that is read; a longer one is rejected without holding it in memory."""
 
 
@@ -81,20 +86,20 @@ class TrainingConfig(Table):
     """Trainer threads that update the weights at the same time, without locks."""
     intra_op_threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads inside one tensor operation. Several trainer threads beat several intra-op threads."""
-    passes: int = Field(default=3, ge=1)
+    passes: int = Field(default=3, ge=1, le=MAX_PASSES)
     """Times an example is trained on, unless its line says otherwise. Fixed when the example is accepted."""
-    max_tokens: int = Field(default=2048, ge=2)
+    max_tokens: int = Field(default=2048, ge=2, le=MOST)
     """Tokens of the longest example, context included; a longer one is set aside as failed."""
-    max_trained_tokens: int = Field(default=0, ge=0)
+    max_trained_tokens: int = Field(default=0, ge=0, le=MOST)
     """Of these, tokens from the first trained one on (with "full" context, all), which take much more memory than what
     is read before them. 0: as many as `max_tokens`."""
-    step_tokens: int = Field(default=0, ge=0)
+    step_tokens: int = Field(default=0, ge=0, le=MOST)
     """New examples are put into one step up to about so many tokens. 0: one a step, which learns soonest."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of everything random: projections, stochastic rounding. One thread and one seed repeat exactly."""
     train_on: Literal["last", "all"] = "last"
     """Assistant turns of a chat that are trained, unless its line says otherwise."""
-    epoch_updates: int = Field(default=8, ge=1)
+    epoch_updates: int = Field(default=8, ge=1, le=MOST)
     """Training steps after which a new weight epoch begins: what new requests read from the cache is not older."""
     epoch_s: NotNegative = 10.0
     """Seconds after which one begins if weights have moved, however few steps that were; 0: not by time."""
@@ -104,9 +109,9 @@ class TrainingConfig(Table):
     """Train the experts of a mixture too, each from the tokens that are sent to it."""
     context: Literal["frozen", "full"] = "frozen"
     """"frozen": tokens that are not trained are read without gradient. "full": gradients reach them too."""
-    batch_tokens: int = Field(default=512, ge=1)
+    batch_tokens: int = Field(default=512, ge=1, le=MOST)
     """Trained tokens that go through the model at once: examples of one step share a pass up to that many."""
-    activation_mib: int = Field(default=2048, ge=0)
+    activation_mib: int = Field(default=2048, ge=0, le=MOST)
     """MiB of activations of one trainer thread; a pass that would need more computes them twice instead."""
     low_priority: bool = True
     """Trainer threads are of the scheduling class SCHED_IDLE: others of their session come first."""
@@ -126,7 +131,7 @@ class TrainingConfig(Table):
 class ReplayConfig(Table):
     ratio: float = Field(default=1.0, ge=0, le=16)
     """Learned examples mixed into each step, for each new one. 0: no replay at all."""
-    spacing: int = Field(default=1, ge=0)
+    spacing: int = Field(default=1, ge=0, le=MOST)
     """Steps between two passes of one example, at least; replay fills them where nothing else is new."""
     candidates: int = Field(default=12, ge=1, le=1000)
     """Learned examples that are looked at for each one that is replayed."""
@@ -134,11 +139,11 @@ class ReplayConfig(Table):
     """Examples after which the third of the candidates that is recent thins out by half."""
     difficulty: NotNegative = 1.0
     """Exponent of a candidate's newest loss in its weight. 0: easy and hard ones alike."""
-    reopen_factor: float = Field(default=1.5, ge=1, allow_inf_nan=False)
+    reopen_factor: float = Field(default=1.5, ge=1, le=MOST, allow_inf_nan=False)
     """An example with `until_loss` is opened again when its loss in replay exceeds that times this."""
-    reopen_passes: int = Field(default=2, ge=1)
+    reopen_passes: int = Field(default=2, ge=1, le=MOST)
     """Passes that an example gets when it is opened again, at most."""
-    max_reopened: int = Field(default=3, ge=0)
+    max_reopened: int = Field(default=3, ge=0, le=MOST)
     """Times that one example is opened again."""
     self_texts: int = Field(default=48, ge=0, le=10_000)
     """Texts that the model writes itself before it is trained, to stand in for old data. 0: none."""
@@ -148,9 +153,9 @@ class ReplayConfig(Table):
     """Share of replay that is taken from them once there are learned examples; before, all of it is."""
     self_weight: Positive = 1.0
     """How much one of them counts beside a new example. More: the model stays nearer to what it was."""
-    protected_rank: int = Field(default=256, ge=0)
+    protected_rank: int = Field(default=256, ge=0, le=MOST)
     """Directions of each layer's inputs, in the model's own texts, that updates leave alone. 0: none."""
-    protected_every: int = Field(default=50, ge=0)
+    protected_every: int = Field(default=50, ge=0, le=MOST)
     """Steps in which each layer once has taken back what rounding added in these directions. 0: never."""
     self_limit_s: NotNegative = 30.0
     """Seconds after which no more of them are written, so that the first training does not wait long."""
@@ -159,7 +164,7 @@ class ReplayConfig(Table):
 class OptimizerConfig(Table):
     lr: Positive = 2e-4
     """Learning rate; means what it means in AdamW, for any rank."""
-    rank: int = Field(default=64, ge=1)
+    rank: int = Field(default=64, ge=1, le=MOST)
     """Rank of the gradient's projection; memory for moments grows with it."""
     weight_decay: NotNegative = 0.0
     """Share of a weight, times lr, that each step removes; only with `replay.protected_rank` 0, for it shrinks what
@@ -168,9 +173,9 @@ class OptimizerConfig(Table):
     """Decay of the first and second moments."""
     eps: Positive = 1e-6
     """Added to the root of the second moment."""
-    gap: int = Field(default=200, ge=1)
+    gap: int = Field(default=200, ge=1, le=MOST)
     """Steps of one weight between two random projections."""
-    gamma: float = Field(default=1.01, gt=1, allow_inf_nan=False)
+    gamma: float = Field(default=1.01, gt=1, le=MOST, allow_inf_nan=False)
     """Largest growth of an update's norm from one step to the next."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     """Rounding of the bf16 write. "nearest" loses 75-99% of the updates at fine-tuning rates."""
@@ -179,9 +184,9 @@ class OptimizerConfig(Table):
 class CheckpointConfig(Table):
     interval_s: NotNegative = 300.0
     """Seconds between checkpoints while weights change; 0: not by time."""
-    interval_updates: int = Field(default=0, ge=0)
+    interval_updates: int = Field(default=0, ge=0, le=MOST)
     """Training steps between checkpoints; 0: not by steps."""
-    keep: int = Field(default=3, ge=1)
+    keep: int = Field(default=3, ge=1, le=MOST)
     """Complete checkpoint folders kept on disk; older generations are in history."""
     max_age_s: NotNegative = 0.0
     """Seconds after which a complete folder goes, but never the current one; 0: no limit."""
@@ -190,9 +195,9 @@ class CheckpointConfig(Table):
 
 
 class HistoryConfig(Table):
-    keep: int = Field(default=100, ge=0)
+    keep: int = Field(default=100, ge=0, le=MOST)
     """Generations that can be rolled back to; 0: no history, only the complete folders."""
-    base_every: int = Field(default=32, ge=0)
+    base_every: int = Field(default=32, ge=0, le=MOST)
     """Every so many generations weights are stored on their own, too; 0: never. Restoring walks half as far at most."""
     max_age_s: NotNegative = 0.0
     """Seconds after which a generation is forgotten; 0: no limit."""
@@ -203,19 +208,19 @@ class HistoryConfig(Table):
 class GuardConfig(Table):
     max_loss: Positive = 3.0
     """Largest mean loss of an example that is trained, as a multiple of ln(vocabulary)."""
-    strikes: int = Field(default=3, ge=1)
+    strikes: int = Field(default=3, ge=1, le=MOST)
     """Times that an example is tried whose loss or update is not finite or explodes, or in whose step the daemon ends
     with an error, before it is set aside; by a signal, three times as often."""
     max_rise: Positive = 2.0
     """Nats a token by which an example's own loss may grow over its passes before it is set aside."""
-    file_trips: int = Field(default=2, ge=1)
+    file_trips: int = Field(default=2, ge=1, le=MOST)
     """Falls of the probes with examples of one file in the window, after which the rest of the file is set aside."""
 
 
 class ProbesConfig(Table):
     file: AnyPath = Path()
     """Prompts with expected answers, or reference texts, as the spool takes them. Empty: none but the model's own."""
-    every_updates: int = Field(default=50, ge=0)
+    every_updates: int = Field(default=50, ge=0, le=MOST)
     """Training steps between two scorings; 0: only before a checkpoint."""
     margin: Positive = 0.25
     """Nats a token by which the loss of the probes may exceed that of the last good generation."""

@@ -83,6 +83,7 @@ class Spool:
         self._said: dict[str, tuple[object, ...]] = {}
         self._errors_not_before = 0.0
         self._recovered = False
+        self.trouble = ""  # why the folder cannot be used; empty: it can
         self.scanned = threading.Event()  # once everything that lay there has been looked at
 
     def claim(self) -> None:
@@ -128,13 +129,15 @@ class Spool:
                     self._watch.ensure()
                     waiting = bool(self.scan_once(stop).waiting)
                     self.scanned.set()
+                    self.trouble = ""
                     if self._growth.check(self._passes) or waiting:
                         pause = min(pause, max(self._config.settle_s / 2, 0.02))
                     self._write_errors()
                     if self._said.pop("", None):
                         logger.info("spool.healed", folder=str(self.incoming))
                 except (SpoolError, OSError) as error:
-                    self._say_once("", "spool.failed", error=str(error), user=user())
+                    self.trouble = str(error)
+                    self._say_once("", "spool.failed", error=self.trouble, user=user())
                 rest = min(pause, IDLE_SHARE * (time.monotonic() - began))
                 pulse.beat(pause)
                 if not self._watch.wait(rest, events=False):

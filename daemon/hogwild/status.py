@@ -33,15 +33,21 @@ _FILES = 8
 
 @dataclass(frozen=True)
 class Troubles:
-    """What is wrong with a server, or with what it is sent.
+    """What is wrong.
 
     Attributes:
+        spool: why the folder for files cannot be used; empty: it can.
+        unwritten: why the newest checkpoint could not be written; empty: it could, or there was none.
+        unrecorded: why generations could not be put into history, or old ones removed; empty: they could.
         stuck: the probes have fallen, and no generation could be gone back to.
         unasked: why the server could not be asked what it serves; empty: it could, or has not been.
         refused: why the weights that a server brought last were refused; empty: they were not.
         prompts_differ: chats are trained behind other prompts than the server makes.
     """
 
+    spool: str = ""
+    unwritten: str = ""
+    unrecorded: str = ""
     stuck: bool = False
     unasked: str = ""
     refused: str = ""
@@ -77,12 +83,11 @@ class Status:
             self.newest = self.of(learner, server, saved_step, troubles)
             self._put(self.newest)
 
-    def write_waiting(self, why: str, refused: str) -> None:
+    def write_waiting(self, why: str, troubles: Troubles) -> None:
         """The same, before a server has brought its weights.
 
         Args:
             why: what is waited for.
-            refused: why the newest server's weights were refused; empty: none were.
         """
         if not self._due():
             return
@@ -93,10 +98,10 @@ class Status:
                 **self._signature(),
                 "training": False,
                 "waiting": why,
-                "refused": refused,
+                "refused": troubles.refused,
                 **counts,
                 "spool": _spool(incoming),
-                "warnings": self._lasting(counts, incoming),
+                "warnings": self._lasting(counts, incoming, troubles),
             }
         )
 
@@ -215,11 +220,15 @@ class Status:
                 "the server makes other prompts of chats than are trained: give a template to both, as "
                 f"chat_template.jinja in {learner.folder}, and the server no other tokenizer"
             )
-        return found + self._lasting(counts, incoming)
+        return found + self._lasting(counts, incoming, troubles)
 
-    def _lasting(self, counts: dict[str, int], incoming: Incoming) -> list[str]:
+    def _lasting(self, counts: dict[str, int], incoming: Incoming, troubles: Troubles) -> list[str]:
         """What is wrong with or without a server."""
-        found = []
+        found = [troubles.unwritten] if troubles.unwritten else []
+        if troubles.unrecorded:
+            found.append(f"history is behind: {troubles.unrecorded}")
+        if troubles.spool:
+            found.append(f"no files are taken: {troubles.spool}")
         if counts["quarantined"]:
             are = counted(counts["quarantined"], "example is", "examples are")
             found.append(f"{are} in quarantine: hogwild quarantine")

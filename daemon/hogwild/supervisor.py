@@ -173,7 +173,7 @@ class Supervisor:
             self._status.expire()
         learner = self.attachment.learner
         if learner is None:
-            self._status.write_waiting(self._status_line(), self.hub.refused)
+            self._status.write_waiting(self._status_line(), self._troubles())
             return
         if isinstance(learner.failure, LedgerError):
             raise learner.failure
@@ -195,12 +195,18 @@ class Supervisor:
             learner,
             self.attachment.server if self.attachment.connected else {},
             self.schedule.saved_step,
-            Troubles(
-                stuck=self.going_back.stuck,
-                unasked=self.attachment.unasked,
-                refused=self.hub.refused,
-                prompts_differ=self.attachment.prompts_differ is not None,
-            ),
+            self._troubles(),
+        )
+
+    def _troubles(self) -> Troubles:
+        return Troubles(
+            spool=self.spool.trouble,
+            unwritten=self.schedule.unwritten,
+            unrecorded=self.keeper.unrecorded,
+            stuck=self.going_back.stuck,
+            unasked=self.attachment.unasked,
+            refused=self.hub.refused,
+            prompts_differ=self.attachment.prompts_differ is not None,
         )
 
     def _obey(self, command: Command) -> None:
