@@ -177,7 +177,7 @@ class Chat:
         """
         content = self.messages[i].get("content") or ""
         reasoning = self.messages[i].get("reasoning_content") or ""
-        if thought.is_open and not reasoning:
+        if not reasoning:
             reasoning, content = thought.said_in(content)
         for thinks in (reasoning, _THOUGHT) if thought.is_open and not reasoning else (reasoning,):
             answered = self._rendered(i, self._saying(i, content, thinks))
