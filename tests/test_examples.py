@@ -215,6 +215,14 @@ def test_an_answer_may_be_dropped_as_a_server_gave_it(more):
     assert error.field == "messages[1].refusal"
 
 
+@pytest.mark.parametrize("weight", [0.5, 2, -1, True, "1", []])
+def test_the_weight_of_a_message_is_0_or_1(weight):
+    error = reason(line(messages=[CHAT[0], CHAT[1] | {"weight": weight}]))
+    assert (error.field, "must be 0 or 1" in error.reason) == ("messages[1].weight", True)
+    assert reason(line(messages=[CHAT[0] | {"weight": 1}, CHAT[1]])).field == "messages[0].weight"
+    assert "nothing is trained" in reason(line(messages=[CHAT[0], CHAT[1] | {"weight": 0}])).reason
+
+
 def test_content_may_be_one_part_of_text():
     said = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in CHAT]
     assert parse_line(line(messages=said)) == parse_line(line(messages=CHAT))

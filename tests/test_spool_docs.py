@@ -72,7 +72,9 @@ def made(command: str, folder: Path) -> list[Example]:
 def test_the_commands_turn_other_formats_into_lines(tmp_path):
     sources(tmp_path)
     openai, sharegpt, alpaca, notes, table = (made(command, tmp_path) for command in COMMANDS)
-    assert [(line.messages, line.tools) for line in openai] == [((*CHAT, *CHAT), tuple(TOOLS)), (CHAT, None)]
+    weighted = (CHAT[0], CHAT[1] | {"weight": 0}, CHAT[0], CHAT[1] | {"weight": 1})
+    assert [(line.messages, line.tools) for line in openai] == [(weighted, tuple(TOOLS)), (CHAT, None)]
+    assert [line.train_on for line in openai] == ["all", "all"]
     system = {"role": "system", "content": "s"}
     assert [(line.id, line.messages) for line in sharegpt] == [("7", CHAT), (None, (system, *CHAT))]
     asked = [line.messages[0]["content"] for line in alpaca if line.messages]

@@ -50,7 +50,7 @@ def cautions(example: Example, tokenizer: Tokenizer, train_on: TrainOn = "last")
 def _of_chat(example: Example, tokenizer: Tokenizer, only_last: bool) -> Iterator[Caution]:
     messages = example.messages or ()
     chat = Chat(messages, example.tools, tokenizer)
-    trained = chat.turns[-1:] if only_last else chat.turns
+    trained = chat.trained(only_last)
     rendered = [chat.turn(i) for i in trained]
 
     def same(tools: bool, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> bool:

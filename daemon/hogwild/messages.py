@@ -17,6 +17,7 @@ MESSAGE_FIELDS = (
     "tool_call_id",
     "reasoning_content",
     "reasoning",  # what the server calls it now
+    "weight",
 )
 _OF_ANSWERS = ("refusal", "annotations", "audio", "function_call")
 """What servers send with an answer, empty mostly: then it says nothing."""
@@ -56,6 +57,8 @@ def parse_messages(value: Any) -> tuple[Message, ...]:
         before = role
     if before != "assistant":
         raise ExampleError(f"ends with {before}; the last turn must be the assistant's", "messages")
+    if all(message.get("weight") == 0 for message in messages if message["role"] == "assistant"):
+        raise ExampleError("every turn of the assistant has weight 0: nothing is trained", "messages")
     return tuple(messages)
 
 
@@ -93,6 +96,10 @@ def _check_content(message: Message, role: str, where: str) -> None:
         if name in message and role != "assistant":
             what = "calls tools" if name == "tool_calls" else "reasons"
             raise ExampleError(f"only the assistant {what}", f"{where}.{name}")
+    if "weight" in message and (
+        role != "assistant" or isinstance(message["weight"], bool) or message["weight"] not in (0, 1)
+    ):
+        raise ExampleError("must be 0 or 1, of the assistant's: is this turn trained?", f"{where}.weight")
     if "tool_call_id" in message and role != "tool":
         raise ExampleError("only a tool answers a call", f"{where}.tool_call_id")
     for name in ("name", "tool_call_id", "reasoning_content"):
