@@ -26,6 +26,7 @@ from hogwild.arena.control import MAGIC, ControlPage
 from hogwild.arena.control import NBYTES as CONTROL_NBYTES
 from hogwild.arena.hub import Hub
 from hogwild.arena.memory import Segment
+from hogwild.chat_settings import ChatSettings
 from hogwild.errors import ArenaError, HogwildError, ProtocolError, VerificationError
 from hogwild.layout import Layout, Region, Source
 from support import DEADLINE_S, wait_until
@@ -705,19 +706,21 @@ def test_what_a_server_says_about_itself_cannot_upset_the_daemon(start, sock):
     assert daemon.hear("took") == server.hear("arena")
 
 
-def test_a_server_says_how_long_texts_may_be(sock):
+def test_a_server_says_how_long_texts_may_be_and_how_it_makes_prompts(sock):
     """In an offer, before the trainers are built, and with every session: the memory may be that of an earlier one."""
     offered: list[Arena] = []
     sessions: list[dict[str, Any]] = []
     hub = Hub(sock, offered.append, lambda server, _begins: sessions.append(server))
     hub.start()
-    Offer(sock, make_arena(), {"url": "", "max_model_len": 4096}).start()
+    Offer(sock, make_arena(), {"url": "", "max_model_len": 4096, "chat": {"template": "{{ 1 }}"}}).start()
     wait_until(lambda: sessions, "it is taken")
     assert offered[0].max_model_len == sessions[0]["max_model_len"] == 4096
+    assert offered[0].chat == sessions[0]["chat"] == ChatSettings("{{ 1 }}")
     held = client.ask(sock, SOURCE, {"url": "", "max_model_len": 512})
     assert held is not None
     wait_until(lambda: len(sessions) > 1, "another server has mapped it")
     assert sessions[1]["max_model_len"] == 512
+    assert "chat" not in sessions[1]
     held[1].close()
     hub.stop()
 

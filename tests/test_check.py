@@ -13,7 +13,7 @@ from hogwild.check import Checker, freezes, tokenizer_in
 from hogwild.cli import app
 from hogwild.config import load
 from hogwild.errors import UsageError
-from tiny import SIZES, tokenizer
+from tiny import SIZES, chat_tokenizer, tokenizer
 
 LINES = (
     '{"messages": [{"role": "user", "content": "[b]Who?"}, {"role": "assistant", "content": "[/b] Ada."}]}\n'
@@ -155,6 +155,21 @@ def test_a_line_cannot_speak_to_the_terminal(tmp_path):
     assert "\x1b" not in text
     assert "ok  \\x1b[41mfacts.jsonl:1 \\x1b[2Ja\n" in text
     assert "\\x1b[31mred: unknown field" in text
+
+
+def test_the_template_is_that_of_the_server_which_is_configured(tmp_path):
+    """As the daemon would train it: `server.arguments` are those of the server."""
+    chat_tokenizer(tmp_path / "model")
+    (tmp_path / "a.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "w9"}, {"role": "assistant", "content": "w8"}]}\n'
+    )
+    template = "{% for message in messages %}{{ who }} {{ message['content'] }} {% endfor %}"
+    arguments = ["--chat-template", template, "--default-chat-template-kwargs", '{"who": "w5"}']
+    console = Console(record=True, width=200)
+    config = load(overrides={"server": {"arguments": arguments}})
+    (record,) = Checker.of(config, console, tmp_path / "model").files([tmp_path / "a.jsonl"])
+    assert record["ok"]
+    assert "w5 w9⟦w5 w8⟧" in console.export_text()
 
 
 def test_a_file_that_cannot_be_read_is_a_usage_error(tmp_path):

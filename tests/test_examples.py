@@ -194,6 +194,60 @@ def test_arguments_given_as_text_are_as_strict_as_the_line(arguments, says):
     assert says in error.reason
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {
+            "refusal": None,
+            "annotations": None,
+            "audio": None,
+            "function_call": None,
+            "tool_calls": None,
+            "reasoning": None,
+        },
+        {"refusal": None, "annotations": []},
+    ],
+    ids=["vllm", "openai"],
+)
+def test_an_answer_may_be_dropped_as_a_server_gave_it(more):
+    assert parse_line(line(messages=[CHAT[0], CHAT[1] | more])) == parse_line(line(messages=CHAT))
+    error = reason(line(messages=[CHAT[0], CHAT[1] | {"refusal": "No."}]))
+    assert error.field == "messages[1].refusal"
+
+
+@pytest.mark.parametrize("weight", [0.5, 2, -1, True, "1", []])
+def test_the_weight_of_a_message_is_0_or_1(weight):
+    error = reason(line(messages=[CHAT[0], CHAT[1] | {"weight": weight}]))
+    assert (error.field, "must be 0 or 1" in error.reason) == ("messages[1].weight", True)
+    assert reason(line(messages=[CHAT[0] | {"weight": 1}, CHAT[1]])).field == "messages[0].weight"
+    assert "nothing is trained" in reason(line(messages=[CHAT[0], CHAT[1] | {"weight": 0}])).reason
+
+
+def test_content_may_be_one_part_of_text():
+    said = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in CHAT]
+    assert parse_line(line(messages=said)) == parse_line(line(messages=CHAT))
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        (
+            [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}],
+            "no text (image_url): only text is trained",
+        ),
+        ([{"type": "text", "text": "a"}, {"type": "input_audio"}], "no text (input_audio)"),
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "write them as one string"),
+        ([], "write them as one string"),
+        ([{"type": "text", "text": 7}], "write them as one string"),
+        (["a"], "no text (a string)"),
+        ([{"type": "text", "text": " "}], "is empty"),
+    ],
+)
+def test_what_is_no_text_is_named(parts, says):
+    error = reason(line(messages=[{"role": "user", "content": parts}, CHAT[1]]))
+    assert (error.field, says in error.reason) == ("messages[0].content", True), error.reason
+
+
 def test_null_is_left_out():
     """As exporters write it that put every column into every row."""
     row = {

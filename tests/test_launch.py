@@ -109,8 +109,8 @@ def test_the_daemon_finds_a_server_by_what_its_own_configuration_file_says(tmp_p
         assert daemon.wait_for("server.attached")["url"] == f"https://127.0.0.1:{server.port}"
         daemon.wait_for("training.started")
         said = server.log.read_text()
-        assert "--chat-template is known to the server alone" in said
-        assert "--tokenizer is known" not in said, "it is the model's own"
+        assert "is known to the server alone" not in said, "the tokenizer is the model's own"
+        assert not daemon.events("prompts.differ"), "the daemon was told of the template"
         doctor = daemon.command("doctor", "--quick", "--json")
         assert f"https://127.0.0.1:{server.port} serves generation 0" in doctor.stdout
     finally:

@@ -72,7 +72,9 @@ def made(command: str, folder: Path) -> list[Example]:
 def test_the_commands_turn_other_formats_into_lines(tmp_path):
     sources(tmp_path)
     openai, sharegpt, alpaca, notes, table = (made(command, tmp_path) for command in COMMANDS)
-    assert [(line.messages, line.tools) for line in openai] == [((*CHAT, *CHAT), tuple(TOOLS)), (CHAT, None)]
+    weighted = (CHAT[0], CHAT[1] | {"weight": 0}, CHAT[0], CHAT[1] | {"weight": 1})
+    assert [(line.messages, line.tools) for line in openai] == [(weighted, tuple(TOOLS)), (CHAT, None)]
+    assert [line.train_on for line in openai] == ["all", "all"]
     system = {"role": "system", "content": "s"}
     assert [(line.id, line.messages) for line in sharegpt] == [("7", CHAT), (None, (system, *CHAT))]
     asked = [line.messages[0]["content"] for line in alpaca if line.messages]
@@ -81,6 +83,7 @@ def test_the_commands_turn_other_formats_into_lines(tmp_path):
     assert [(line.prompt, line.completion) for line in table] == [("Who, then?", " Ada")]
 
 
+ASKED, SAID = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
 
 
@@ -92,6 +95,23 @@ HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
         ("Alpaca", {"instruction": "i", "input": "n", "output": "a"}, "i\n\nn"),
         ("Alpaca", {"instruction": "i", "input": "", "output": "a", "text": None}, "i"),
         ("Alpaca", {"instruction": "i", "output": "a"}, "i"),
+        ("Alpaca", {"instruction": "i", "output": "a", "text": "Below is an instruction. i"}, "i"),
+        (
+            "ShareGPT",
+            {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+            "q",
+        ),
+        ("Dolly", {"instruction": "i", "context": "c", "response": "a", "category": "qa"}, "c\n\ni"),
+        ("Dolly", {"instruction": "i", "context": "", "response": "a"}, "i"),
+        ("preference", {"prompt": "q", "chosen": "a", "rejected": "b"}, "q"),
+        ("preference", {"prompt": [ASKED], "chosen": [SAID], "rejected": [SAID]}, "q"),
+        ("preference", {"chosen": [ASKED, SAID], "rejected": [ASKED, SAID]}, "q"),
+        (
+            "preference",
+            {"prompt": "q", "messages": [], "chosen": [ASKED, SAID], "rejected": [ASKED, SAID]},
+            "q",
+        ),
+        ("conversational prompt-completion", {"prompt": [ASKED], "completion": [SAID]}, "q"),
     ],
 )
 @pytest.mark.parametrize(
@@ -101,7 +121,8 @@ def test_a_line_of_another_format_is_named_and_the_command_converts_it(tmp_path,
     with pytest.raises(ExampleError) as caught:
         parse_line(json.dumps(line).encode())
     said = caught.value.reason
-    assert said.startswith(f"this is a line in the {form} format; convert the file: jq ")
+    assert said.startswith(f"this is a line in the {form} format")
+    assert "; convert the file: jq " in said
     (tmp_path / "FILE").write_text(written(line) + "\n")
     (converted,) = made(said.partition("convert the file: ")[2], tmp_path)
     assert converted.messages is not None

@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from chat_families import FAMILIES, Family, Message, tokenizer_of
+from hogwild.cautions import cautions
 from hogwild.chat import Chat
+from hogwild.chat_settings import ChatSettings
 from hogwild.encoding import Encoded
 from hogwild.errors import ExampleError
 from hogwild.examples import Example, encode
@@ -214,6 +216,58 @@ def test_a_thought_in_the_content_is_that_of_the_prompt(name):
     apart = [user("Who?"), assistant("Ada.", reasoning_content="The first\n\nprogrammer.")]
     together = [user("Who?"), assistant("<think>\nThe first\n\nprogrammer.\n</think>\n\nAda.")]
     assert said(name, together) == said(name, apart) == [family.says(apart[1]) + family.end]
+
+
+@pytest.mark.parametrize(
+    ("weights", "train_on", "trained"),
+    [
+        ((0, None, None), "all", [3, 5]),
+        ((1, None, None), "last", [1, 5]),
+        ((None, 1, 0), "last", [3]),
+        ((None, 0, 1), "last", [5]),
+    ],
+)
+@pytest.mark.parametrize("family", [FAMILIES[0], FAMILIES[2]], ids=lambda family: family.name)
+def test_a_message_may_say_whether_it_is_trained(family, weights, train_on, trained):
+    """In one sequence, or where the template changes earlier turns in several."""
+    turns = zip(MULTI[1::2], weights, strict=True)
+    said = [turn if weight is None else turn | {"weight": weight} for turn, weight in turns]
+    messages = tuple(turn for pair in zip(MULTI[::2], said, strict=True) for turn in pair)
+    parts = encode(Example(messages=messages, train_on=train_on), family.tokenizer, max_tokens=1000)
+    texts = [family.tokenizer.decode(part.ids[start:end]) for part in parts for start, end in runs(part)]
+    assert texts == [family.says(MULTI[i]) + family.end for i in trained]
+
+
+def test_a_last_turn_that_is_not_to_be_trained_is_refused_where_it_alone_would_be():
+    messages = (*MULTI[:-1], MULTI[-1] | {"weight": 0})
+    with pytest.raises(ExampleError, match=r"messages: the last turn has weight 0"):
+        encode(Example(messages=messages), tokenizer_of("chatml"), max_tokens=1000)
+
+
+THOUGHT = "<think>\nThe first.\n</think>\n\nAda."
+
+
+@pytest.mark.parametrize(
+    "answer", [assistant("Ada."), assistant("Ada.", reasoning_content="The first."), assistant(THOUGHT)]
+)
+def test_settings_of_the_server_that_end_the_thought_leave_it_out(answer):
+    """Qwen3 that is served with {"enable_thinking": false}."""
+    tokenizer = ChatSettings(None, {"enable_thinking": False}).on(tokenizer_of("qwen3"))
+    example = Example(messages=(user("Who?"), answer))
+    (part,) = encode(example, tokenizer, max_tokens=1000)
+    ((start, end),) = runs(part)
+    assert tokenizer.decode(part.ids[:start]).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert tokenizer.decode(part.ids[start:end]) == "Ada.<|im_end|>"
+    said = [caution.code for caution in cautions(example, tokenizer)]
+    assert said == ([] if answer == assistant("Ada.") else ["ignored"])
+
+
+def test_words_that_the_template_takes_for_a_thought_are_not_taught_after_one():
+    tokenizer = ChatSettings(None, {"enable_thinking": False}).on(tokenizer_of("qwen3"))
+    with pytest.raises(ExampleError, match=r"messages\[1\]: .* differently"):
+        encode(
+            Example(messages=(user("How?"), assistant("With </think>, then."))), tokenizer, max_tokens=1000
+        )
 
 
 # --- any conversation ---

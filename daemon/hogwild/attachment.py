@@ -11,7 +11,9 @@ from typing import Any
 
 from hogwild import log as logs
 from hogwild import prompts, pulse, recovery, rope, served
+from hogwild.arena import protocol
 from hogwild.arena.client import Arena
+from hogwild.chat_settings import MODELS_OWN
 from hogwild.checkpoint_schedule import CheckpointSchedule
 from hogwild.curriculum import Curriculum
 from hogwild.errors import VerificationError
@@ -122,9 +124,9 @@ class Attachment:
                 self.must_check = True
                 self._asked("")
         if begins:
-            log.info("server.attached", **server)
+            log.info("server.attached", **protocol.shown(server))
         else:
-            log.warning("server.lost", **server)
+            log.warning("server.lost", **protocol.shown(server))
 
     def check(self, after: str) -> None:
         """*Served equals trained*; training starts when it holds, and stops when it does not.
@@ -210,6 +212,8 @@ class Attachment:
             tolerance=round(agreement.tolerance, 4),
             tokens=agreement.tokens,
         )
+        if learner.encoder.follow(self.server.get("chat", MODELS_OWN)):
+            log.info("prompts.changed")
         self._compare_prompts(learner, self._api)
         if not learner.training and learner.judge.tripped is None:
             learner.start()

@@ -50,7 +50,7 @@ def cautions(example: Example, tokenizer: Tokenizer, train_on: TrainOn = "last")
 def _of_chat(example: Example, tokenizer: Tokenizer, only_last: bool) -> Iterator[Caution]:
     messages = example.messages or ()
     chat = Chat(messages, example.tools, tokenizer)
-    trained = chat.turns[-1:] if only_last else chat.turns
+    trained = chat.trained(only_last)
     rendered = [chat.turn(i) for i in trained]
 
     def same(tools: bool, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> bool:
@@ -72,6 +72,14 @@ def _of_chat(example: Example, tokenizer: Tokenizer, only_last: bool) -> Iterato
     thinking = [messages[i] for i in trained if messages[i].get("reasoning_content")]
     if thinking and same(True, without("reasoning_content")):
         yield Caution("ignored", "the chat template ignores reasoning_content: it is not trained")
+    for i, (prompt, _) in zip(trained, rendered, strict=True):
+        thought = thoughts.at_end(prompt)
+        if thought and not thought.is_open and thought.said_in(messages[i].get("content") or "")[0]:
+            yield Caution(
+                "ignored",
+                f"messages[{i}]: the prompt ends the thought, so that in the content is not trained",
+            )
+            break
     for role in ("system", "developer", "tool"):
         first = next((message for message in messages if message["role"] == role), None)
         if first is not None and same(True, _changed(first)):

@@ -126,6 +126,11 @@ class Chat:
         """Where the assistant's messages are."""
         return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
 
+    def trained(self, only_last: bool) -> list[int]:
+        """Those of them that are to be trained: the last or all, and what a message says for itself."""
+        turns = self.turns
+        return [i for i in turns if self.messages[i].get("weight", not only_last or i == turns[-1])]
+
     def prompt(self, upto: int) -> str:
         """What the server sends to the model after the first `upto` messages.
 
@@ -177,7 +182,7 @@ class Chat:
         """
         content = self.messages[i].get("content") or ""
         reasoning = self.messages[i].get("reasoning_content") or ""
-        if thought.is_open and not reasoning:
+        if not reasoning:
             reasoning, content = thought.said_in(content)
         for thinks in (reasoning, _THOUGHT) if thought.is_open and not reasoning else (reasoning,):
             answered = self._rendered(i, self._saying(i, content, thinks))

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from hogwild.cautions import Caution, cautions
+from hogwild.chat_settings import ChatSettings
 from hogwild.check_text import Shown, show
 from hogwild.encoding import Encoded, Tokenizer, context_length, stop_texts
 from hogwild.errors import ExampleError, UsageError
@@ -92,7 +93,7 @@ class Checker:
         """
         if model is None:
             return cls(config, console, **options)
-        tokenizer = tokenizer_in(model)
+        tokenizer = ChatSettings.of_arguments(config.server.arguments).on(tokenizer_in(model))
         return cls(
             config,
             console,

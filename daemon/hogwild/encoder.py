@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from hogwild import encoding, examples
 from hogwild import log as logs
 from hogwild.cautions import Warned, cautions
+from hogwild.chat_settings import MODELS_OWN, ChatSettings
 from hogwild.errors import ExampleError
 from hogwild.examples import Example
 from hogwild.groups import Group
@@ -24,16 +25,28 @@ class Encoder:
 
     Attributes:
         freezes: can the model's context be frozen at all?
-        tokenizer: to be used only while `lock` is held: a fast one is not safe to share while its settings change.
+        tokenizer: with the server's chat template; to be used only while `lock` is held: a fast one is not safe to
+            share while its settings change.
     """
 
-    def __init__(self, folder: Path, settings: TrainingConfig, ledger: Ledger) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    def __init__(
+        self, folder: Path, settings: TrainingConfig, ledger: Ledger, chat: ChatSettings = MODELS_OWN
+    ) -> None:
+        self._own = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self._chat, self.tokenizer = chat, chat.on(self._own)
         self.lock = threading.Lock()
         self._settings, self._ledger, self.freezes = settings, ledger, True
         self._context_length = encoding.context_length(folder)
         self._stops = encoding.stop_texts(folder, self.tokenizer)
         self._warned = Warned()
+
+    def follow(self, chat: ChatSettings) -> bool:
+        """Make the prompts of a server that was told this of chats, from now on; False: it was so before."""
+        with self.lock:
+            if chat == self._chat:
+                return False
+            self._chat, self.tokenizer = chat, chat.on(self._own)
+            return True
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of bare texts."""

@@ -94,7 +94,11 @@ def encode_chat(
     """
     chat = Chat(messages, tools, tokenizer)
     result: list[Encoded] = []
-    for part in _parts(chat, chat.turns[-1:] if only_last else chat.turns, tokenizer, stops):
+    if not (trained := chat.trained(only_last)):
+        raise ExampleError(
+            'the last turn has weight 0, and train_on is "last": nothing is trained', "messages"
+        )
+    for part in _parts(chat, trained, tokenizer, stops):
         result += _encode_part(part, messages, tokenizer)
     return result
 

@@ -23,6 +23,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "completion", "context", *COMMON),
     "text": ("text", *COMMON),
 }
+_FORM = 'needs "messages", or "prompt" and "completion", or "text"'
 MAX_PRIORITY = 2**31
 MAX_ID_CHARS = 256
 MAX_TAGS = 16
@@ -68,16 +69,16 @@ def parse_line(line: bytes) -> Example:
     data = {
         name: value for name, value in loads_object(line).items() if value is not None or name not in known
     }
+    if (other := recognised(data)) is not None:
+        raise other
     forms = [form for form in FORMS if form in data]
     if len(forms) > 1:
         raise ExampleError(f"{' and '.join(forms)} in one line; choose one", forms[1])
     if not forms:
-        if (other := recognised(data)) is not None:
-            raise other
         for name in data:
             if name not in known:
-                raise unknown(name, sorted(known))
-        raise ExampleError('needs "messages", or "prompt" and "completion", or "text"')
+                raise unknown(name, sorted(known), form=_FORM)
+        raise ExampleError(_FORM)
     for name in data:
         if name not in FORMS[forms[0]]:
             raise unknown(name, FORMS[forms[0]])

@@ -50,8 +50,9 @@ def kind(value: Any) -> str:
     )
 
 
-def unknown(name: str, allowed: Sequence[str], where: str = "") -> ExampleError:
+def unknown(name: str, allowed: Sequence[str], where: str = "", *, form: str = "") -> ExampleError:
     close = difflib.get_close_matches(name, allowed, n=1)
-    hint = f"did you mean `{close[0]}`?" if close else f"allowed here: {', '.join(allowed)}"
+    others = f"the line {form}" if form else f"allowed here: {', '.join(allowed)}"
+    hint = f"did you mean `{close[0]}`?" if close else others
     field = name if len(name) <= 80 else name[:80] + "..."
     return ExampleError(f"unknown field; {hint}", f"{where}.{field}" if where else field)

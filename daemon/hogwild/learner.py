@@ -75,7 +75,7 @@ class Learner:
         self.optimizer = Optimizer(config.optimizer, config.training.seed, device)
         self.progress = Progress(arena.control, config.training.epoch_updates, config.training.epoch_s)
         self.governor = Governor(config.governor, arena.control, partial(streams.settle, device))
-        self.encoder = Encoder(folder, config.training, ledger)
+        self.encoder = Encoder(folder, config.training, ledger, arena.chat)
         self.reader: PreTrainedModel = skeleton.build(folder, self.weights, apart=config.training.experts)
         self.trainable = skeleton.bound(self.reader)
         vocabulary = self.reader.config.get_text_config().vocab_size

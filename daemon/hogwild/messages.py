@@ -17,7 +17,10 @@ MESSAGE_FIELDS = (
     "tool_call_id",
     "reasoning_content",
     "reasoning",  # what the server calls it now
+    "weight",
 )
+_OF_ANSWERS = ("refusal", "annotations", "audio", "function_call")
+"""What servers send with an answer, empty mostly: then it says nothing."""
 # What may follow what. A conversation that ends on the assistant's turn has something to learn.
 FOLLOWS: dict[str | None, tuple[str, ...]] = {
     None: ("system", "developer", "user"),
@@ -34,6 +37,7 @@ def parse_messages(value: Any) -> tuple[Message, ...]:
     before: str | None = None
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
+        message = {name: said for name, said in message.items() if said or name not in _OF_ANSWERS}
         for name in message:
             if name not in MESSAGE_FIELDS:
                 raise unknown(name, MESSAGE_FIELDS, where)
@@ -53,6 +57,8 @@ def parse_messages(value: Any) -> tuple[Message, ...]:
         before = role
     if before != "assistant":
         raise ExampleError(f"ends with {before}; the last turn must be the assistant's", "messages")
+    if all(message.get("weight") == 0 for message in messages if message["role"] == "assistant"):
+        raise ExampleError("every turn of the assistant has weight 0: nothing is trained", "messages")
     return tuple(messages)
 
 
@@ -63,11 +69,24 @@ def _tidied(message: dict[str, Any], where: str) -> dict[str, Any]:
         for name, value in message.items()
         if not (value is None or (name == "tool_calls" and value == []))
     }
+    if isinstance(tidy.get("content"), list):
+        tidy["content"] = _text_of(tidy["content"], f"{where}.content")
     if "reasoning" in tidy:
         if "reasoning_content" in tidy:
             raise ExampleError("is the same as reasoning_content; give one", f"{where}.reasoning")
         tidy["reasoning_content"] = tidy.pop("reasoning")
     return tidy
+
+
+def _text_of(parts: list[Any], where: str) -> str:
+    """Of content in parts, which is text if it is one part of text: the server joins several as its template has it."""
+    for part in parts:
+        if not (isinstance(part, dict) and part.get("type") == "text"):
+            said = part.get("type") if isinstance(part, dict) else kind(part)
+            raise ExampleError(f"has a part that is no text ({said!s:.40}): only text is trained", where)
+    if len(parts) != 1 or not isinstance(parts[0].get("text"), str):
+        raise ExampleError("is in several parts: write them as one string", where)
+    return str(parts[0]["text"])
 
 
 def _check_content(message: Message, role: str, where: str) -> None:
@@ -77,6 +96,10 @@ def _check_content(message: Message, role: str, where: str) -> None:
         if name in message and role != "assistant":
             what = "calls tools" if name == "tool_calls" else "reasons"
             raise ExampleError(f"only the assistant {what}", f"{where}.{name}")
+    if "weight" in message and (
+        role != "assistant" or isinstance(message["weight"], bool) or message["weight"] not in (0, 1)
+    ):
+        raise ExampleError("must be 0 or 1, of the assistant's: is this turn trained?", f"{where}.weight")
     if "tool_call_id" in message and role != "tool":
         raise ExampleError("only a tool answers a call", f"{where}.tool_call_id")
     for name in ("name", "tool_call_id", "reasoning_content"):

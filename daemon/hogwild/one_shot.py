@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hogwild import __version__, generation, recovery, state_lock
+from hogwild.chat_settings import ChatSettings
 from hogwild.checkpoint import Checkpoints
 from hogwild.curriculum import Curriculum
 from hogwild.errors import AlreadyAccepted, ExampleError, HogwildError, LedgerError, UsageError
@@ -122,6 +123,7 @@ class OneShot:
                     step_tokens=config.training.step_tokens,
                 )
                 arena = load_arena(self.model, self.device)
+                arena.chat = ChatSettings.of_arguments(config.server.arguments)  # as it is going to be served
                 learner = recovery.take(arena, config, ledger, checkpoints, curriculum).learner
                 try:
                     if ledger.is_idle():  # an earlier run had saved it, and only the ledger did not know yet

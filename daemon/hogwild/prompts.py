@@ -1,7 +1,8 @@
 """Prompts as served and as trained: what the server makes of a chat, against what examples are trained behind.
 
-A server may be given a chat template of its own (`--chat-template`), settings for one, or another tokenizer. Its
-weights are then those that are trained, and chats are learned behind prompts that it never sees.
+A server says which chat template and settings it was given (`chat_settings.py`), but it may have another tokenizer, or
+a way to make prompts that is no template. Its weights are then those that are trained, and chats are learned behind
+prompts that it never sees.
 """
 
 from collections.abc import Mapping, Sequence

@@ -217,8 +217,8 @@ class Status:
             )
         if attached and troubles.prompts_differ:
             found.append(
-                "the server makes other prompts of chats than are trained: give a template to both, as "
-                f"chat_template.jinja in {learner.folder}, and the server no other tokenizer"
+                "the server makes other prompts of chats than are trained (prompts.differ in the log shows both): "
+                f"give it no other tokenizer, tokenizer mode or content format than {learner.folder} has"
             )
         return found + self._lasting(counts, incoming, troubles)
 

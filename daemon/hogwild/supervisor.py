@@ -15,6 +15,7 @@ from typing import Any
 from hogwild import __version__, leftovers, metrics, pulse, rollback, running, state_lock, status_line
 from hogwild import config as configuration
 from hogwild import log as logs
+from hogwild.arena import protocol
 from hogwild.arena.hub import Hub
 from hogwild.attachment import Attachment
 from hogwild.checkpoint_schedule import CheckpointSchedule
@@ -193,7 +194,7 @@ class Supervisor:
             self.schedule.begin(learner)
         self._status.write(
             learner,
-            self.attachment.server if self.attachment.connected else {},
+            protocol.shown(self.attachment.server) if self.attachment.connected else {},
             self.schedule.saved_step,
             self._troubles(),
         )

@@ -27,9 +27,10 @@ class Thought(NamedTuple):
     """The model is to think; otherwise it has thought nothing, and is to answer."""
 
     def said_in(self, content: str) -> tuple[str, str]:
-        """(what was thought, what was answered) of a content that may hold both, as R1 and its kin write them."""
+        """(what was thought, what was answered) of a content that may hold both, as R1 and its kin write them; without
+        its beginning only where that is in the prompt."""
         thought, end, answer = content.partition(self.end)
-        if not end:
+        if not end or not (self.is_open or thought.lstrip().startswith(self.begin)):
             return "", content
         return thought.lstrip().removeprefix(self.begin).strip("\n"), answer.lstrip("\n")
 
@@ -39,9 +40,11 @@ class Thought(NamedTuple):
         return not self.is_open or (goes_on and reasoning.strip() in answer)
 
     def followed_by(self, answer: str, reasoning: str) -> str:
-        """What the model would have to write after it, of an answer without its thought."""
+        """What the model would have to write after it, of an answer without its thought; "" of one that has one."""
         # Some templates write in front of every answer that nothing was thought (DeepSeek V3.2).
         answer = re.sub(_nothing(self.begin, self.end), "", answer)
+        if answer.lstrip().startswith(self.begin):
+            return ""
         if not self.is_open:
             return answer
         line = "\n" if self.written.endswith("\n") else ""

@@ -14,6 +14,7 @@ from hogwild.arena.control import NBYTES as CONTROL_NBYTES
 from hogwild.arena.control import ControlPage
 from hogwild.arena.memory import Held, Segment
 from hogwild.arena.owner import Owner
+from hogwild.chat_settings import MODELS_OWN, ChatSettings
 from hogwild.errors import ArenaError, ProtocolError
 from hogwild.layout import Layout, Source
 
@@ -31,12 +32,14 @@ class Arena:
     Attributes:
         max_model_len: tokens of the longest text that the server takes which this came from. Not of the layout: another
             server may map the same memory, and take others. None: no server has said.
+        chat: what this server was told of chats. Not of the layout either.
     """
 
     weights: Held
     control: ControlPage
     layout: Layout
     max_model_len: int | None = None
+    chat: ChatSettings = MODELS_OWN
 
     @property
     def fds(self) -> tuple[int, ...]:
@@ -85,7 +88,8 @@ class Arena:
             for segment in segments:
                 segment.close()
             raise
-        return cls(segments[1], control, layout, protocol.max_model_len(message.get("server")))
+        server = message.get("server")
+        return cls(segments[1], control, layout, protocol.max_model_len(server), protocol.chat(server))
 
     def to_json(self) -> dict[str, Any]:
         """What goes into a message beside `fds`."""

@@ -13,6 +13,7 @@ from typing import Any
 from hogwild import log as logs
 from hogwild.arena import protocol
 from hogwild.arena.client import Arena
+from hogwild.chat_settings import MODELS_OWN
 from hogwild.errors import ArenaError, HogwildError, ProtocolError
 from hogwild.layout import Source, source_from_json
 
@@ -33,7 +34,7 @@ class Hub:
             takes the arena, a HogwildError refuses it and is told to the server.
         on_session: called with (server, True) when a server's session begins and (server, False) when it ends;
             server is {"url": as announced, or empty, "pid": of the process at the other end, "max_model_len": tokens of
-            the longest text that it takes; not there if it has not said}.
+            the longest text that it takes, "chat": `ChatSettings`; either not there if it has not said}.
         on_command: called with the name and arguments of what a person asks for, in that session's thread; returns
             the answer. None: commands are refused.
 
@@ -106,6 +107,8 @@ class Hub:
             server = {"url": _text(message.get("server"), "url"), "pid": pid}
             if (longest := protocol.max_model_len(message.get("server"))) is not None:
                 server["max_model_len"] = longest
+            if (chat := protocol.chat(message.get("server"))) != MODELS_OWN:
+                server["chat"] = chat
             if certificate := _text(message.get("server"), "certificate"):
                 server["certificate"] = certificate
             reply, reply_fds = self._answer(sock, message, fds)
@@ -117,7 +120,7 @@ class Hub:
                 self._session(sock, server)
         except (ProtocolError, OSError) as error:
             if not self._stopping:
-                log.warning("arena.session_failed", error=str(error), **server)
+                log.warning("arena.session_failed", error=str(error), **protocol.shown(server))
         finally:
             self._sessions.discard(sock)
             sock.close()

@@ -11,7 +11,8 @@ descriptors travel with the length. Never pickle.
 "verifying": an arena has been offered, and it is not yet known whether it will be held; to be asked again.
 
 `server` is {"url": where it answers, "max_model_len": tokens of the longest text that it takes, "certificate": file of
-the one that it shows over https}; of a server that is older than the second of them, or nobody's, any may be missing.
+the one that it shows over https, "chat": {"template": text or null, "settings": {}} of its command line}; of a
+server that is older than these, or nobody's, any may be missing.
 
 The descriptors are those of the weights, one for each part that the layout names (on a CPU there is one), and the
 control page's as the last. Weights that only legacy CUDA IPC shares have none: their handle goes beside the layout, as
@@ -22,8 +23,10 @@ import json
 import os
 import socket
 import struct
+from collections.abc import Mapping
 from typing import Any
 
+from hogwild.chat_settings import ChatSettings
 from hogwild.errors import ProtocolError
 
 VERSION = 3
@@ -38,6 +41,16 @@ def max_model_len(server: Any) -> int | None:
     """What a server says of the longest text that it takes, in tokens; None: nothing that is a length."""
     length = server.get("max_model_len") if isinstance(server, dict) else None
     return length if type(length) is int and length > 0 else None
+
+
+def chat(server: Any) -> ChatSettings:
+    """What a server was told of chats; nothing, if it does not say."""
+    return ChatSettings.from_json(server.get("chat") if isinstance(server, dict) else None)
+
+
+def shown(server: Mapping[str, Any]) -> dict[str, Any]:
+    """What logs and status say of a server: no templates, which are pages long."""
+    return {name: value for name, value in server.items() if name != "chat"}
 
 
 def send(sock: socket.socket, message: Message, fds: tuple[int, ...] = ()) -> None:

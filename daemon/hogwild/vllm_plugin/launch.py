@@ -21,6 +21,7 @@ from hogwild.vllm_plugin.arguments import in_full, option
 from hogwild.vllm_plugin.names import (
     BASE_VARIABLE,
     CERTIFICATE_VARIABLE,
+    CHAT_VARIABLE,
     LOAD_FORMAT,
     PAGE_VARIABLE,
     SOCKET_VARIABLE,
@@ -186,7 +187,11 @@ def _parsed() -> None:
             sys.exit(error.exit_code)
         parsed.warn(args)
         url, certificate = parsed.url(args), parsed.full_path(args.ssl_certfile)
-        os.environ |= {URL_VARIABLE: url, CERTIFICATE_VARIABLE: certificate}
+        os.environ |= {
+            URL_VARIABLE: url,
+            CERTIFICATE_VARIABLE: certificate,
+            CHAT_VARIABLE: parsed.chats(args),
+        }
         ready.report(url, certificate)
 
     ServeSubcommand.validate = validated

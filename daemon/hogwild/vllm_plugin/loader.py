@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import logging
 import os
 import socket
@@ -30,6 +31,7 @@ from hogwild.vllm_plugin import page, place, refuse, unsalted
 from hogwild.vllm_plugin.names import (
     BASE_VARIABLE,
     CERTIFICATE_VARIABLE,
+    CHAT_VARIABLE,
     SOCKET_VARIABLE,
     STATE_VARIABLE,
     URL_VARIABLE,
@@ -323,12 +325,13 @@ def _only_live(
 
 
 def _server(model_config: ModelConfig) -> dict[str, Any]:
-    """What the daemon is told about this server (arena/protocol.py): where it answers requests, and how long texts may
-    be, from which vLLM takes rotary frequencies when it builds the model."""
+    """What the daemon is told about this server (arena/protocol.py): where it answers requests, how long texts may be,
+    from which vLLM takes rotary frequencies when it builds the model, and what makes prompts of chats."""
     return {
         "url": os.environ.get(URL_VARIABLE, ""),
         "certificate": os.environ.get(CERTIFICATE_VARIABLE, ""),
         "max_model_len": model_config.max_model_len,
+        "chat": json.loads(os.environ.get(CHAT_VARIABLE, "null")),
     }
 
 

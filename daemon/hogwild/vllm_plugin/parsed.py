@@ -1,19 +1,21 @@
 """What vLLM has understood of its command line, of which a part may be in the file of `--config`. Imports no vllm."""
 
 import argparse
+import json
 import logging
 import os
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
+from hogwild.chat_settings import ChatSettings
 from hogwild.errors import UsageError
 from hogwild.vllm_plugin.names import LOAD_FORMAT
 
 log = logging.getLogger("vllm.hogwild.parsed")
 
-_ALONE = ("chat_template", "default_chat_template_kwargs", "tokenizer")
-"""Of vLLM's options: what a trainer does not hear of, and takes from the model's folder."""
+_LONGEST = 100_000
+"""Characters of JSON that go into an environment variable; Linux takes 131072 bytes."""
 
 
 def refuse(args: argparse.Namespace) -> None:
@@ -60,13 +62,25 @@ def address(host: str | None, port: object, *, secure: bool) -> str:
     return f"{'https' if secure else 'http'}://{host}:{port}"
 
 
+def chats(args: argparse.Namespace) -> str:
+    """What the server has been told of chats, for the trainer."""
+    given = ChatSettings.given(args.chat_template, getattr(args, "default_chat_template_kwargs", None))
+    said = json.dumps(given.to_json())
+    if len(said) <= _LONGEST:
+        return said
+    _alone("chat_template")
+    return "null"
+
+
 def warn(args: argparse.Namespace) -> None:
     """Say in the log what the server has been told and the trainer has not."""
     model = getattr(args, "model_tag", None) or args.model
-    for name in _ALONE:
-        said = getattr(args, name, None)
-        if said and said != model:
-            log.warning(
-                "hogwild: --%s is known to the server alone: what is dropped is trained with what lies in the model's "
-                "folder; put it there, for both", name.replace("_", "-"),
-            )  # fmt: skip
+    if args.tokenizer and args.tokenizer != model:
+        _alone("tokenizer")
+
+
+def _alone(name: str) -> None:
+    log.warning(
+        "hogwild: --%s is known to the server alone: what is dropped is trained with what lies in the model's "
+        "folder; put it there, for both", name.replace("_", "-"),
+    )  # fmt: skip
