@@ -223,7 +223,8 @@ def _blame(model: PreTrainedModel, loaded: Path, prompt: Sequence[int], answer: 
         return f"the server seems to read older weights of {', '.join(found[:3])}: those in {loaded} explain its answer"
     return (
         "no single module's older weights explain its answer: the server computes something else than transformers "
-        "does (`make matrix` compares them family by family)"
+        "does, by its code for this family (`make matrix` compares them) or for an option: start it without "
+        "--kv-cache-dtype and the like, or accept the difference with `server.probe_tolerance`, in nats"
     )
 
 
