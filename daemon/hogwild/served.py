@@ -81,6 +81,11 @@ class Server:
         Raises:
             ServerError: it never will, asked like this.
         """
+        if not self.url:
+            raise ServerError(
+                "the server cannot be asked: it does not say where it answers; start it with `hogwild vllm`, or set "
+                "`server.url`"
+            )
         try:
             return self._client.get("/health", timeout=2.0).is_success
         except httpx.HTTPError as error:
