@@ -185,7 +185,10 @@ def test_a_server_that_does_not_say_where_it_answers_is_no_riddle(world):
     server, daemon = Child(offer_without_address, world.model, world.sock), world.daemon()
     try:
         unchecked = daemon.wait_for("server.unchecked")
-        assert "does not say where it answers; start it with `hogwild vllm`, or set `server.url`" in unchecked["error"]
+        assert (
+            "does not say where it answers; start it with `hogwild vllm`, or set `server.url`"
+            in unchecked["error"]
+        )
         assert unchecked["error"] in daemon.ask("status")["warnings"][0]
     finally:
         server.kill()
