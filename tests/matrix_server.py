@@ -95,7 +95,8 @@ def check(folder: str, settings: dict[str, Any]) -> dict[str, Any]:
 
     from hogwild.vllm_plugin import refuse
 
-    engine = EngineArgs(model=folder, load_format="hogwild", skip_tokenizer_init=True, **settings)
+    wanted = {"skip_tokenizer_init": True, "enable_prefix_caching": False, **settings}
+    engine = EngineArgs(model=folder, load_format="hogwild", **wanted)
     refuse.unsupported(engine.create_engine_config(), Path(folder))
     return {}
 

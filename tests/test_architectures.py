@@ -134,6 +134,10 @@ def test_compiled_serving_sees_what_is_written_in_place(server, tmp_path):
         ({"hf_overrides": {"rms_norm_eps": 0.5}}, "this server cannot be trained.*rms_norm_eps.*config.json"),
         ({"logprobs_mode": "raw_logits"}, "this server cannot be trained.*raw_logits"),
         ({"weight_transfer_config": {}}, "this server cannot be trained.*--weight-transfer-config"),
+        (
+            {"enable_prefix_caching": True},
+            "this server cannot be trained.*older weights.*with `hogwild vllm`",
+        ),
         ({"enable_sleep_mode": True}, "Sleep mode is not supported"),  # by vLLM itself, on a CPU
     ],
     ids=lambda one: next(iter(one)) if isinstance(one, dict) else "",

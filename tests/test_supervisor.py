@@ -15,6 +15,7 @@ from hogwild.arena import client
 from hogwild.layout import Source, weight_files
 from hogwild.weights import load_arena
 from support import Daemon, Process, environment, free_port, wait_until
+from tiny import Child
 from world import World, sums
 
 # --- a daemon to which nothing is attached: one story, told in order -------------------------------------------------
@@ -171,6 +172,26 @@ def test_another_model_than_the_state_folder_has_learned_is_refused(world):
 
     world.server()
     daemon.wait_for("arena.attached")  # the right model is still taken
+
+
+def offer_without_address(pipe, folder, sock):
+    """As vLLM's own `api_server` does, started with `--load-format hogwild` and $HOGWILD_SOCKET."""
+    client.Offer(sock, load_arena(folder), {"url": ""}).start()
+    pipe.recv()
+
+
+def test_a_server_that_does_not_say_where_it_answers_is_no_riddle(world):
+    """Only a status said that `GET /health` is not answered, of nobody knew whom."""
+    server, daemon = Child(offer_without_address, world.model, world.sock), world.daemon()
+    try:
+        unchecked = daemon.wait_for("server.unchecked")
+        assert (
+            "does not say where it answers; start it with `hogwild vllm`, or set `server.url`"
+            in unchecked["error"]
+        )
+        assert unchecked["error"] in daemon.ask("status")["warnings"][0]
+    finally:
+        server.kill()
 
 
 def test_a_server_of_another_model_in_place_of_the_first_is_no_riddle(world):

@@ -81,6 +81,11 @@ class Server:
         Raises:
             ServerError: it never will, asked like this.
         """
+        if not self.url:
+            raise ServerError(
+                "the server cannot be asked: it does not say where it answers; start it with `hogwild vllm`, or set "
+                "`server.url`"
+            )
         try:
             return self._client.get("/health", timeout=2.0).is_success
         except httpx.HTTPError as error:
@@ -223,7 +228,8 @@ def _blame(model: PreTrainedModel, loaded: Path, prompt: Sequence[int], answer: 
         return f"the server seems to read older weights of {', '.join(found[:3])}: those in {loaded} explain its answer"
     return (
         "no single module's older weights explain its answer: the server computes something else than transformers "
-        "does (`make matrix` compares them family by family)"
+        "does, by its code for this family (`make matrix` compares them) or for an option: start it without "
+        "--kv-cache-dtype and the like, or accept the difference with `server.probe_tolerance`, in nats"
     )
 
 

@@ -1,5 +1,6 @@
 """Servers whose weights cannot be trained, told so before a weight is read, and told what would work."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from vllm.platforms import current_platform
 
 from hogwild import rope
 from hogwild.errors import VerificationError
-from hogwild.vllm_plugin.names import SOCKET_VARIABLE
+from hogwild.vllm_plugin.names import PAGE_VARIABLE, SOCKET_VARIABLE
 
 _ROTARY = "-rotary_embedding"
 
@@ -29,6 +30,12 @@ def _reasons(vllm_config: VllmConfig, daemon: Path | None) -> Iterator[str]:
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     if daemon is None:
         yield f"{SOCKET_VARIABLE} is not set: start the server with `hogwild vllm`, or set it yourself"
+    if PAGE_VARIABLE not in os.environ and vllm_config.cache_config.enable_prefix_caching:
+        # Without it, the process that looks into the cache does not install unsalted.py, and no request is salted.
+        yield (
+            "answers would come from cached keys and values of older weights: start the server with `hogwild vllm`, "
+            "or with --no-enable-prefix-caching"
+        )
     if parallel.world_size > 1:
         yield f"tensor or pipeline parallelism over {parallel.world_size} processes: use one"
     # An engine of a dense model goes by a size of 1, each by itself, and keeps its number alone.
