@@ -125,6 +125,18 @@ def test_an_arena_of_ours_is_kept_as_it_is(desk, trained):
     assert desk.ledger.counts().passes == 3
 
 
+def test_a_models_folder_that_is_not_there_is_named(desk, trained):
+    """Its disk is not mounted yet, or it was moved: transformers took the path for a name on the hub."""
+    desk.reopen()
+    away = desk.model.rename(desk.root / "away")
+    with pytest.raises(
+        ArenaError, match=f"^{desk.model}, which the server's weights came from, is not there"
+    ):
+        desk.take(trained)
+    away.rename(desk.model)
+    assert desk.take(trained).restored is None
+
+
 def test_steps_that_were_under_way_are_counted_as_repeated(desk, trained):
     for _ in range(desk.config.training.threads):
         desk.train(trained, recorded=False)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hogwild import state_lock
-from hogwild.arena import client
+from hogwild.arena import client, protocol
 from hogwild.layout import Source, weight_files
 from hogwild.weights import load_arena
 from support import Daemon, Process, environment, free_port, wait_until
@@ -83,6 +84,24 @@ def test_commands_before_there_is_anything_to_command(idle):
         assert reason in ran.stderr
         assert "Traceback" not in ran.stderr
     assert idle.daemon.alive
+
+
+def test_a_command_that_nobody_waits_for_any_more_is_not_begun(idle):
+    """Ctrl-C on a rollback that gets no answer: it is not done minutes later, when the daemon has time for it."""
+    os.kill(idle.daemon.pid, signal.SIGSTOP)
+    try:
+        with socket.socket(socket.AF_UNIX) as asker:
+            asker.connect(str(idle.world.sock))
+            arguments = {"generation": 3, "retrain": False}
+            protocol.send(
+                asker,
+                {"op": "command", "version": protocol.VERSION, "name": "rollback", "arguments": arguments},
+            )
+    finally:
+        os.kill(idle.daemon.pid, signal.SIGCONT)
+    assert idle.daemon.wait_for("command.dropped")["command"] == "rollback"
+    said = [event["event"] for event in idle.daemon.events()]
+    assert said.count("rollback.failed") == 1, "of the test before"
 
 
 def test_the_status_before_there_is_a_server_says_what_waits_and_for_what(idle):

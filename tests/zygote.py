@@ -21,6 +21,8 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from support import shared_files
+
 DAEMON_MODULES = ("hogwild.cli", "hogwild.supervisor", "torch", "transformers.models.llama.modeling_llama")
 SERVER_MODULES = (
     "vllm.entrypoints.cli.main", "vllm.entrypoints.cli.serve", "vllm.entrypoints.openai.api_server",
@@ -149,9 +151,12 @@ class Forked:
             pass
 
     def kill(self) -> None:
-        """SIGKILL, and wait until it is gone."""
+        """SIGKILL, and wait until it is gone. What it shares in /dev/shm, nobody else would take away."""
+        shared = shared_files(self.pid) if self.alive else set()
         self.signal(signal.SIGKILL)
         assert self.wait(60), f"process {self.pid} does not go"
+        for path in shared:
+            path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
     asker   {op: "command", version, name, arguments}  ->  {status: "done", ...} | {status: "refused", error}
 
-The asker waits until the daemon has done it; the session's thread waits with it, nothing else does.
+The asker waits until the daemon has done it; the session's thread waits with it, nothing else does. An asker that hangs
+up before it was begun (Ctrl-C) does not want it any more.
 """
 
 import queue
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,16 @@ _CONNECT_TIMEOUT_S = 10.0
 
 
 class Command:
-    """One request, and its answer once there is one."""
+    """One request, and its answer once there is one.
 
-    def __init__(self, name: str, arguments: dict[str, Any]) -> None:
-        self.name, self.arguments = name, arguments
+    Attributes:
+        given_up: has whoever asked stopped waiting for the answer?
+    """
+
+    def __init__(
+        self, name: str, arguments: dict[str, Any], given_up: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.name, self.arguments, self.given_up = name, arguments, given_up
         self._received = time.monotonic()
         self._answer: dict[str, Any] = {}
         self._answered = threading.Event()
@@ -57,9 +65,9 @@ class Commands:
         self._waiting: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._closed = False
 
-    def ask(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, name: str, arguments: dict[str, Any], given_up: Callable[[], bool]) -> dict[str, Any]:
         """Called in the session's thread: hand it to the loop and wait for the answer."""
-        command = Command(name, arguments)
+        command = Command(name, arguments, given_up)
         self._waiting.put(command)
         if self._closed:
             self.close()

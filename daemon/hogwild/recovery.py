@@ -18,6 +18,7 @@ docs/crashes.md says what each message means.
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from hogwild.ledger import Ledger
 from hogwild.plural import counted
 from hogwild.resume import newest_checkpoint
 from hogwild.settings import Config
+from hogwild.spool_files import user
 from hogwild.weights import Weights, digest, verify_bits
 
 log = logs.get(__name__)
@@ -64,6 +66,11 @@ def take(
         HogwildError: it is refused; nothing has been written to it, or it is marked as half-written.
     """
     folder = Path(config.model or arena.layout.source.path)
+    if not os.access(folder / "config.json", os.R_OK):
+        raise ArenaError(
+            f"{folder}, which the server's weights came from, is not there, or user {user()} may not read it: "
+            "bring it back, or mend its permissions"
+        )
     current = newest_checkpoint(checkpoints.root)
     _compare_with_ledger(current, ledger, checkpoints.root)
     keep, write, repeated = False, True, 0

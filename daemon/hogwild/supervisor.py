@@ -169,6 +169,10 @@ class Supervisor:
             self._reload = False
             self._reread()
         while (command := self.commands.next()) is not None:
+            if command.given_up():
+                log.warning("command.dropped", command=command.name, waited_s=round(command.age_s, 1))
+                command.refuse("nobody waits for it")
+                continue
             with pulse.away():
                 self._obey(command)
             self._status.expire()

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import socket
 import stat
 import threading
@@ -35,8 +36,8 @@ class Hub:
         on_session: called with (server, True) when a server's session begins and (server, False) when it ends;
             server is {"url": as announced, or empty, "pid": of the process at the other end, "max_model_len": tokens of
             the longest text that it takes, "chat": `ChatSettings`; either not there if it has not said}.
-        on_command: called with the name and arguments of what a person asks for, in that session's thread; returns
-            the answer. None: commands are refused.
+        on_command: called with the name and arguments of what a person asks for, and with what says whether they have
+            hung up, in that session's thread; returns the answer. None: commands are refused.
 
     Attributes:
         refused: why the newest offer of weights was, in one line; empty: it was not, or a server has come since.
@@ -47,7 +48,7 @@ class Hub:
         path: Path,
         on_offer: Callable[[Arena], None],
         on_session: Callable[[dict[str, Any], bool], None],
-        on_command: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None,
+        on_command: Callable[[str, dict[str, Any], Callable[[], bool]], dict[str, Any]] | None = None,
     ) -> None:
         self._path, self._on_offer, self._on_session = path, on_offer, on_session
         self._on_command = on_command
@@ -151,7 +152,7 @@ class Hub:
         if op != "offer":
             for fd in fds:
                 os.close(fd)
-            return self._ask(message) if op == "ask" else (self._command(message), ())
+            return self._ask(message) if op == "ask" else (self._command(message, sock), ())
         try:
             offered = Arena.receive(message, fds, sock)
             try:
@@ -184,13 +185,13 @@ class Hub:
         self._said.setdefault(refusal, now)
         return not known
 
-    def _command(self, message: protocol.Message) -> protocol.Message:
+    def _command(self, message: protocol.Message, sock: socket.socket) -> protocol.Message:
         name, arguments = message.get("name"), message.get("arguments")
         if not isinstance(name, str) or not isinstance(arguments, dict):
             raise ProtocolError(f"a command without name or arguments: {message!r:.200}")
         if self._on_command is None:
             return {"status": "refused", "error": "this process takes no commands"}
-        return self._on_command(name, arguments)
+        return self._on_command(name, arguments, lambda: _has_hung_up(sock))
 
     def _ask(self, message: protocol.Message) -> tuple[protocol.Message, tuple[int, ...]]:
         try:
@@ -268,6 +269,16 @@ def _hang_up(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_RDWR)
     except OSError:
         pass  # it was gone already
+
+
+def _has_hung_up(sock: socket.socket) -> bool:
+    """Of a peer that waits for an answer, and has nothing more to say."""
+    looking = select.poll()  # not MSG_DONTWAIT: Python waits for a socket with a timeout all the same
+    try:
+        looking.register(sock, select.POLLIN | select.POLLRDHUP)
+    except (OSError, ValueError):
+        return True  # closed
+    return bool(looking.poll(0))
 
 
 def _text(server: Any, key: str) -> str:
