@@ -1,5 +1,6 @@
 """Fixtures that are expensive and therefore made once per session."""
 
+import gc
 import logging
 import shutil
 import subprocess
@@ -79,6 +80,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             kept = [item for item in kept if mark not in item.keywords]
     items[:] = sorted(kept, key=lambda item: not {"vllm", "systemd"} & set(item.keywords))
     config.stash[LEFT_OUT] = said
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What imports have made stays for good: a collection need not look at a million objects of torch each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries say at the end that they leak
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
