@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -13,13 +14,18 @@ from typing import Any
 
 import pytest
 import structlog
-import torch
 
-import faults
-import powercut
-import systemd_machine
-from hogwild import demo_model
-from world import World
+from hogwild import demo_model, openmp
+
+# Before torch is imported: the workers of a run, and what they start, share the processors.
+openmp.sleep_when_idle(os.environ)
+
+import torch  # noqa: E402
+
+import faults  # noqa: E402
+import powercut  # noqa: E402
+import systemd_machine  # noqa: E402
+from world import World  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
