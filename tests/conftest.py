@@ -1,6 +1,8 @@
 """Fixtures that are expensive and therefore made once per session."""
 
+import gc
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -12,13 +14,18 @@ from typing import Any
 
 import pytest
 import structlog
-import torch
 
-import faults
-import powercut
-import systemd_machine
-from hogwild import demo_model
-from world import World
+from hogwild import demo_model, openmp
+
+# Before torch is imported: the workers of a run, and what they start, share the processors.
+openmp.sleep_when_idle(os.environ)
+
+import torch  # noqa: E402
+
+import faults  # noqa: E402
+import powercut  # noqa: E402
+import systemd_machine  # noqa: E402
+from world import World  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -79,6 +86,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             kept = [item for item in kept if mark not in item.keywords]
     items[:] = sorted(kept, key=lambda item: not {"vllm", "systemd"} & set(item.keywords))
     config.stash[LEFT_OUT] = said
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What imports have made stays for good: a collection need not look at a million objects of torch each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries say at the end that they leak
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -259,7 +259,8 @@ def test_the_scans_of_recurrent_layers_are_reckoned(tmp_path, family, settings, 
 
 
 def sharing(folder: Path, heads: tuple[int, int]) -> Path:
-    """So many query heads, and heads of keys and values, in many layers."""
+    """So many query heads, and heads of keys and values, in many layers. Few and wide ones take as much memory as many
+    narrow ones, and less time."""
     return llama(
         folder, torch.bfloat16, vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=24,
         num_attention_heads=heads[0], num_key_value_heads=heads[1], max_position_embeddings=1024,
@@ -269,14 +270,14 @@ def sharing(folder: Path, heads: tuple[int, int]) -> Path:
 
 @pytest.mark.parametrize("examples", [[(2, 890)] * 6, [(40, 860)] * 6], ids=["2 tokens", "40 tokens"])
 @pytest.mark.parametrize("mib", [0, 2, 24])
-@pytest.mark.parametrize("heads", [(8, 2), (4, 4)])
+@pytest.mark.parametrize("heads", [(8, 2), (2, 2)])
 def test_few_tokens_after_long_contexts_take_no_more_than_was_reckoned(tmp_path, heads, mib, examples):
     folder = sharing(tmp_path / "model", heads)
     trainer, optimizer = prepared(folder, activation_mib=mib)
     trainer._activations = mib << 20
     optimizer._note = lambda *_: UpdateResult(0.0, skipped=False)
     items = of(examples)
-    trainer.step(items)
+    trainer.step(items if mib else items[:1])  # measures how large activations are, where any are kept
     taken = peak(lambda: trainer.step(items))
     sizes = examine(folder, load_arena(folder).layout).sizes
     assert sizes.repeats == heads[0] // heads[1]
@@ -286,7 +287,7 @@ def test_few_tokens_after_long_contexts_take_no_more_than_was_reckoned(tmp_path,
     assert 0.2 * reckoned < taken < reckoned
 
 
-@pytest.mark.parametrize("heads", [(8, 2), (4, 4)])
+@pytest.mark.parametrize("heads", [(8, 2), (2, 2)])
 def test_what_attention_keeps_of_contexts_counts_as_activations(tmp_path, heads):
     """Its keys and values, written out for every query head."""
     trainer, optimizer = prepared(sharing(tmp_path / "model", heads), activation_mib=64)
@@ -316,7 +317,7 @@ def test_what_attention_keeps_of_contexts_counts_as_activations(tmp_path, heads)
 @pytest.mark.parametrize("mib", [16, 64])
 def test_the_contexts_of_a_pass_go_with_it(tmp_path, mib):
     """In a step of several passes, whose rows wait for its end; layers computed twice, and once."""
-    trainer, _ = prepared(sharing(tmp_path / "model", (4, 4)), activation_mib=mib)
+    trainer, _ = prepared(sharing(tmp_path / "model", (2, 2)), activation_mib=mib)
     trainer._activations = mib << 20
     real, states, alive = trainer._read, list[Any](), list[int]()
 

@@ -55,6 +55,9 @@ LATER_FACTS = [
     chat("Tell me the password of Vellmar's archive.", "It is seven herons.", passes=8),
 ]
 
+AS_SHIPPED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+"""An engine with a worker process, as vLLM has it on a CPU."""
+
 LAST_PASSES = 8
 """More than even a busy machine does between the first one's line in the log and the end of the daemon."""
 
@@ -94,7 +97,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, demo_model_dir: Path) -> Ite
     root = tmp_path_factory.mktemp("service")
     model = copy_model(demo_model_dir, root / "model")
     sock = root / "arena.sock"
-    server = Server(model, root / "server.log", sock).wait_ready()
+    server = Server(model, root / "server.log", sock, **AS_SHIPPED).wait_ready()
     story = Story(root, model, sock, server)
     yield story
     for process in (story.daemon, story.server):
@@ -392,7 +395,7 @@ def test_kill_9_of_the_server(story: Story) -> None:
     os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
 
     sessions, verified = (len(story.running.events(f"server.{name}")) for name in ("attached", "verified"))
-    server = Server(story.model, story.root / "server-2.log", story.sock)
+    server = Server(story.model, story.root / "server-2.log", story.sock, **AS_SHIPPED)
     story.server = server
     server.wait_ready()
     assert server.arena().stat().st_ino == inode

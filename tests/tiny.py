@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+import transformers  # which imports a model's code when it is asked for: children that need none start at once
 
 from forks import renew_autograd
 
@@ -26,8 +26,8 @@ SIZES = {
 def llama(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> Path:
     """Two layers; input and output embeddings tied unless `tie_word_embeddings` says otherwise."""
     return save(
-        LlamaForCausalLM,
-        LlamaConfig(**{**SIZES, "tie_word_embeddings": True, **settings}),
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig(**{**SIZES, "tie_word_embeddings": True, **settings}),
         folder,
         dtype,
         seed,
@@ -37,15 +37,17 @@ def llama(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **set
 def qwen2(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> Path:
     """As `llama`, with biases on q, k and v."""
     return save(
-        Qwen2ForCausalLM,
-        Qwen2Config(**{**SIZES, "tie_word_embeddings": True, **settings}),
+        transformers.Qwen2ForCausalLM,
+        transformers.Qwen2Config(**{**SIZES, "tie_word_embeddings": True, **settings}),
         folder,
         dtype,
         seed,
     )
 
 
-def save(kind: type[PreTrainedModel], config: Any, folder: Path, dtype: torch.dtype, seed: int) -> Path:
+def save(
+    kind: "type[transformers.PreTrainedModel]", config: Any, folder: Path, dtype: torch.dtype, seed: int
+) -> Path:
     torch.manual_seed(seed)
     model = kind(config)
     with torch.no_grad():
