@@ -19,6 +19,9 @@ from hogwild import demo_model, openmp
 
 # Before torch is imported: the workers of a run, and what they start, share the processors.
 openmp.sleep_when_idle(os.environ)
+# An engine that does its own work, as on a GPU. On a CPU vLLM takes "uni" for "mp" unless this is said, and starts a
+# third process, which imports all of vLLM once more; that is what users have, so test_service.py has it too.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import torch  # noqa: E402
 

@@ -23,9 +23,6 @@ SERVER_ARGUMENTS = (
     "--served-model-name", "demo", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16",
     "--kv-cache-memory-bytes", str(256 << 20), "--distributed-executor-backend", "uni",
 )  # fmt: skip
-# An engine that does its own work, as on a GPU. On a CPU vLLM takes "uni" for "mp" unless this is said, and starts a
-# third process, which imports all of vLLM once more; that is what users have, so test_service.py has it too.
-SERVER_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
@@ -210,11 +207,11 @@ class Server(Process):
         arguments = [str(model), "--port", str(self.port), *SERVER_ARGUMENTS, *more]
         if sock is not None:
             command = [sys.executable, "-m", "hogwild", "vllm", *arguments]
-            env = environment(HOGWILD_SOCKET=str(sock))
+            env = environment(HOGWILD_SOCKET=str(sock), **settings)
         else:
             command = [sys.executable, "-m", "hogwild.vllm_plugin.launch", "serve", *arguments]
-            env = environment(VLLM_PLUGINS="", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")
-        super().__init__(command, {**env, **SERVER_ENVIRONMENT, **settings}, log)
+            env = environment(VLLM_PLUGINS="", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0", **settings)
+        super().__init__(command, env, log)
 
     def wait_ready(self, deadline_s: float = DEADLINE_S) -> "Server":
         def ready() -> bool:

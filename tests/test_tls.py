@@ -20,7 +20,7 @@ from hogwild import served
 from hogwild.vllm_plugin import launch, ready
 from hogwild.vllm_plugin.names import CERTIFICATE_VARIABLE, URL_VARIABLE
 from studio import Studio, model
-from support import SERVER_ARGUMENTS, SERVER_ENVIRONMENT, Daemon, Process, environment, free_port
+from support import SERVER_ARGUMENTS, Daemon, Process, environment, free_port
 from test_doctor import Service
 from tiny import chat_model
 
@@ -202,9 +202,7 @@ def test_a_server_with_tls_is_trained(tmp_path: Path) -> None:
         sys.executable, "-m", "hogwild", "vllm", str(folder), "--port", str(port), *SERVER_ARGUMENTS,
         "--ssl-keyfile", str(own.keyfile), "--ssl-certfile", str(own.certfile),
     ]  # fmt: skip
-    server = Process(
-        command, environment(HOGWILD_SOCKET=str(sock), **SERVER_ENVIRONMENT), tmp_path / "server.log"
-    )
+    server = Process(command, environment(HOGWILD_SOCKET=str(sock)), tmp_path / "server.log")
     daemon = Daemon(tmp_path / "daemon", sock)
     try:
         url = f"https://127.0.0.1:{port}"
