@@ -1,8 +1,10 @@
 """`hogwild doctor` finds what is wrong, and says what mends it; what it advises is done, and then it is content."""
 
+import contextlib
 import json
 import os
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -15,6 +17,8 @@ from typing import Any
 import pytest
 
 from hogwild import doctor, doctor_machine, doctor_model, state_lock
+from hogwild.ledger import Ledger
+from hogwild.ledger_schema import VERSION
 from support import Daemon, environment, free_port, wait_until
 from tiny import llama, tokenizer
 from world import World
@@ -79,6 +83,22 @@ def test_it_reads_well_on_a_terminal(service: Service) -> None:
     assert ran.returncode == 1
     assert "FAIL  model: /nowhere/model does not exist\n        set `model`" in ran.stdout
     assert ran.stdout.rstrip().endswith("1 to mend")
+
+
+def test_a_ledger_that_the_daemon_would_refuse(service: Service) -> None:
+    """After a downgrade, or a disk that lost it: the runbook has the doctor asked before the service is started."""
+    path = service.root / "state" / "ledger.sqlite"
+    path.parent.mkdir()
+    Ledger(path).close()
+    service.found("ledger", "ok")
+    assert sorted(path.parent.glob("ledger.sqlite-*")) == [], "looking changes nothing"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute(f"PRAGMA user_version = {VERSION + 1}")
+    said = service.found("ledger", "fail")
+    assert f"newer hogwild (schema {VERSION + 1}" in said["found"]
+    assert "install that one again" in said["fix"]
+    path.write_bytes(b"\0" * 4096)
+    assert "is damaged" in service.found("ledger", "fail")["found"]
 
 
 def test_a_wrong_configuration(service: Service) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from hogwild import heap, installation, spool_lock, state_lock
 from hogwild.doctor import UNIT, Finding, Subject, by_owner, fail, ok, warn
 from hogwild.errors import HogwildError
+from hogwild.ledger_schema import APPLICATION_ID, VERSION
 from hogwild.plural import counted
 
 _LOCAL = {"ext2/ext3", "xfs", "btrfs", "zfs", "f2fs", "overlayfs"}
@@ -48,7 +49,32 @@ def state_folder(subject: Subject) -> Iterator[Finding]:
             )  # fmt: skip
         else:
             yield ok("state folder", f"{folder}, written by {user}")
+        yield from _ledger(folder / "ledger.sqlite")
     yield from _disk(subject, there)
+
+
+def _ledger(path: Path) -> Iterator[Finding]:
+    """By the head of the file alone: to open it would make files beside it, of whoever asks."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(100)
+    except OSError:  # there is none yet; or whoever asks may not read it
+        return
+    if not head:
+        return
+    version, application = (int.from_bytes(head[at : at + 4]) for at in (60, 68))
+    backup = f"bring back {path} from a backup: docs/operations.md"
+    if not head.startswith(b"SQLite format 3\0") or application not in (0, APPLICATION_ID):
+        yield fail("ledger", f"{path} is no ledger of hogwild, or is damaged", backup)
+    elif version > VERSION:
+        yield fail(
+            "ledger", f"{path} was written by a newer hogwild (schema {version}; this one knows {VERSION})",
+            f"install that one again, or {backup}",
+        )  # fmt: skip
+    elif version < VERSION and not path.with_name(f"{path.name}-wal").exists():  # where a new one begins
+        yield ok("ledger", f"schema {version}; the next start of the daemon brings it to {VERSION}")
+    else:
+        yield ok("ledger", str(path))
 
 
 def _disk(subject: Subject, folder: Path) -> Iterator[Finding]:

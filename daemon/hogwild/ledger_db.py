@@ -120,7 +120,8 @@ class Database:
             raise LedgerError(f"{self.path}: is a database, but not a ledger of hogwild")
         if version > VERSION:
             raise LedgerError(
-                f"{self.path}: written by a newer hogwild (schema {version}; this one knows {VERSION})"
+                f"{self.path}: written by a newer hogwild (schema {version}; this one knows {VERSION}): "
+                "install that one again, or bring back a backup from before the upgrade"
             )
         if readonly:
             if version < VERSION:
