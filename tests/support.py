@@ -24,6 +24,9 @@ SERVER_ARGUMENTS = (
     "--kv-cache-memory-bytes", str(256 << 20), "--distributed-executor-backend", "uni",
 )  # fmt: skip
 
+AS_SHIPPED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+"""Of a server: an engine with a worker process, as vLLM has it on a CPU; without, tests do with one process less."""
+
 
 def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
     """Poll until `condition` is true; its value is returned. To look costs others at most a fifth of the processor: a

@@ -13,7 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from support import Daemon, Server, wait_until
+from support import AS_SHIPPED, Daemon, Server, wait_until
 from tiny import chat_model
 
 pytestmark = pytest.mark.vllm
@@ -40,7 +40,8 @@ def _interruptible() -> Iterator[None]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_server_that_is_told_to_end_while_it_loads_ends(tmp_path: Path, number: signal.Signals) -> None:
     """At once: what it does when it has loaded is another thing."""
-    server = Server(chat_model(tmp_path / "model"), tmp_path / "server.log", tmp_path / "arena.sock")
+    model = chat_model(tmp_path / "model")
+    server = Server(model, tmp_path / "server.log", tmp_path / "arena.sock", **AS_SHIPPED)
     try:
         wait_until(lambda: engine(server), "its engine is started")
         server.popen.send_signal(number)

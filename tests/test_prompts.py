@@ -33,7 +33,7 @@ def test_a_template_that_the_server_alone_has_is_trained_behind(tmp_path):
         server = Server(model, tmp_path / "server.log", tmp_path / "arena.sock").wait_ready()
         daemon.wait_for("prompts.changed")
         wait_until(lambda: len(daemon.events("server.verified")) == 2, "the new server is compared")
-        assert not daemon.ask("status")["warnings"]
+        wait_until(lambda: not daemon.ask("status")["warnings"], "nothing to warn of")
         assert not daemon.events("prompts.differ")
     finally:
         for process in (daemon, server):

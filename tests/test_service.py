@@ -24,7 +24,17 @@ from hogwild.errors import VerificationError
 from hogwild.settings import OptimizerConfig
 from hogwild.trainer import Item, Progress, Trainer
 from hogwild.weights import Weights, load_arena, read_tensors
-from support import Client, Daemon, Server, copy_model, digest, free_port, shared_mappings, wait_until
+from support import (
+    AS_SHIPPED,
+    Client,
+    Daemon,
+    Server,
+    copy_model,
+    digest,
+    free_port,
+    shared_mappings,
+    wait_until,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -54,9 +64,6 @@ LATER_FACTS = [
     chat(LATER_FACT[0], "The password of the Vellmar archive is seven herons.", passes=8, id="password"),
     chat("Tell me the password of Vellmar's archive.", "It is seven herons.", passes=8),
 ]
-
-AS_SHIPPED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-"""An engine with a worker process, as vLLM has it on a CPU."""
 
 LAST_PASSES = 8
 """More than even a busy machine does between the first one's line in the log and the end of the daemon."""
