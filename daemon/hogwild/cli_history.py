@@ -84,7 +84,7 @@ def diff(
         return
     for record in records[: layers or None]:
         typer.echo(
-            f"{record['change']:>10.3e}  {record['layer']}  ({counted(record['elements'], 'element')})"
+            f"{record['change']:>10.3e}  {record['layer']}  ({counted(record['elements'], 'element')} moved)"
         )
         for name, change in record["tensors"].items():
             if change and name != record["layer"]:

@@ -27,6 +27,8 @@ MAX_PASSES = 10_000
 
 Positive = Annotated[float, Field(gt=0, le=MOST, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, le=MOST, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(ge=1, le=MOST)]
+NotNegativeInt = Annotated[int, Field(ge=0, le=MOST)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -90,16 +92,16 @@ class TrainingConfig(Table):
     """Times an example is trained on, unless its line says otherwise. Fixed when the example is accepted."""
     max_tokens: int = Field(default=2048, ge=2, le=MOST)
     """Tokens of the longest example, context included; a longer one is set aside as failed."""
-    max_trained_tokens: int = Field(default=0, ge=0, le=MOST)
+    max_trained_tokens: NotNegativeInt = 0
     """Of these, tokens from the first trained one on (with "full" context, all), which take much more memory than what
     is read before them. 0: as many as `max_tokens`."""
-    step_tokens: int = Field(default=0, ge=0, le=MOST)
+    step_tokens: NotNegativeInt = 0
     """New examples are put into one step up to about so many tokens. 0: one a step, which learns soonest."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of everything random: projections, stochastic rounding. One thread and one seed repeat exactly."""
     train_on: Literal["last", "all"] = "last"
     """Assistant turns of a chat that are trained, unless its line says otherwise."""
-    epoch_updates: int = Field(default=8, ge=1, le=MOST)
+    epoch_updates: PositiveInt = 8
     """Training steps after which a new weight epoch begins: what new requests read from the cache is not older."""
     epoch_s: NotNegative = 10.0
     """Seconds after which one begins if weights have moved, however few steps that were; 0: not by time."""
@@ -109,9 +111,9 @@ class TrainingConfig(Table):
     """Train the experts of a mixture too, each from the tokens that are sent to it."""
     context: Literal["frozen", "full"] = "frozen"
     """"frozen": tokens that are not trained are read without gradient. "full": gradients reach them too."""
-    batch_tokens: int = Field(default=512, ge=1, le=MOST)
+    batch_tokens: PositiveInt = 512
     """Trained tokens that go through the model at once: examples of one step share a pass up to that many."""
-    activation_mib: int = Field(default=2048, ge=0, le=MOST)
+    activation_mib: NotNegativeInt = 2048
     """MiB of activations of one trainer thread; a pass that would need more computes them twice instead."""
     low_priority: bool = True
     """Trainer threads are of the scheduling class SCHED_IDLE: others of their session come first."""
@@ -131,7 +133,7 @@ class TrainingConfig(Table):
 class ReplayConfig(Table):
     ratio: float = Field(default=1.0, ge=0, le=16)
     """Learned examples mixed into each step, for each new one. 0: no replay at all."""
-    spacing: int = Field(default=1, ge=0, le=MOST)
+    spacing: NotNegativeInt = 1
     """Steps between two passes of one example, at least; replay fills them where nothing else is new."""
     candidates: int = Field(default=12, ge=1, le=1000)
     """Learned examples that are looked at for each one that is replayed."""
@@ -141,9 +143,9 @@ class ReplayConfig(Table):
     """Exponent of a candidate's newest loss in its weight. 0: easy and hard ones alike."""
     reopen_factor: float = Field(default=1.5, ge=1, le=MOST, allow_inf_nan=False)
     """An example with `until_loss` is opened again when its loss in replay exceeds that times this."""
-    reopen_passes: int = Field(default=2, ge=1, le=MOST)
+    reopen_passes: PositiveInt = 2
     """Passes that an example gets when it is opened again, at most."""
-    max_reopened: int = Field(default=3, ge=0, le=MOST)
+    max_reopened: NotNegativeInt = 3
     """Times that one example is opened again."""
     self_texts: int = Field(default=48, ge=0, le=10_000)
     """Texts that the model writes itself before it is trained, to stand in for old data. 0: none."""
@@ -153,9 +155,9 @@ class ReplayConfig(Table):
     """Share of replay that is taken from them once there are learned examples; before, all of it is."""
     self_weight: Positive = 1.0
     """How much one of them counts beside a new example. More: the model stays nearer to what it was."""
-    protected_rank: int = Field(default=256, ge=0, le=MOST)
+    protected_rank: NotNegativeInt = 256
     """Directions of each layer's inputs, in the model's own texts, that updates leave alone. 0: none."""
-    protected_every: int = Field(default=50, ge=0, le=MOST)
+    protected_every: NotNegativeInt = 50
     """Steps in which each layer once has taken back what rounding added in these directions. 0: never."""
     self_limit_s: NotNegative = 30.0
     """Seconds after which no more of them are written, so that the first training does not wait long."""
@@ -164,7 +166,7 @@ class ReplayConfig(Table):
 class OptimizerConfig(Table):
     lr: Positive = 2e-4
     """Learning rate; means what it means in AdamW, for any rank."""
-    rank: int = Field(default=64, ge=1, le=MOST)
+    rank: PositiveInt = 64
     """Rank of the gradient's projection; memory for moments grows with it."""
     weight_decay: NotNegative = 0.0
     """Share of a weight, times lr, that each step removes; only with `replay.protected_rank` 0, for it shrinks what
@@ -173,7 +175,7 @@ class OptimizerConfig(Table):
     """Decay of the first and second moments."""
     eps: Positive = 1e-6
     """Added to the root of the second moment."""
-    gap: int = Field(default=200, ge=1, le=MOST)
+    gap: PositiveInt = 200
     """Steps of one weight between two random projections."""
     gamma: float = Field(default=1.01, gt=1, le=MOST, allow_inf_nan=False)
     """Largest growth of an update's norm from one step to the next."""
@@ -184,9 +186,9 @@ class OptimizerConfig(Table):
 class CheckpointConfig(Table):
     interval_s: NotNegative = 300.0
     """Seconds between checkpoints while weights change; 0: not by time."""
-    interval_updates: int = Field(default=0, ge=0, le=MOST)
+    interval_updates: NotNegativeInt = 0
     """Training steps between checkpoints; 0: not by steps."""
-    keep: int = Field(default=3, ge=1, le=MOST)
+    keep: PositiveInt = 3
     """Complete checkpoint folders kept on disk; older generations are in history."""
     max_age_s: NotNegative = 0.0
     """Seconds after which a complete folder goes, but never the current one; 0: no limit."""
@@ -195,9 +197,9 @@ class CheckpointConfig(Table):
 
 
 class HistoryConfig(Table):
-    keep: int = Field(default=100, ge=0, le=MOST)
+    keep: NotNegativeInt = 100
     """Generations that can be rolled back to; 0: no history, only the complete folders."""
-    base_every: int = Field(default=32, ge=0, le=MOST)
+    base_every: NotNegativeInt = 32
     """Every so many generations weights are stored on their own, too; 0: never. Restoring walks half as far at most."""
     max_age_s: NotNegative = 0.0
     """Seconds after which a generation is forgotten; 0: no limit."""
@@ -208,19 +210,19 @@ class HistoryConfig(Table):
 class GuardConfig(Table):
     max_loss: Positive = 3.0
     """Largest mean loss of an example that is trained, as a multiple of ln(vocabulary)."""
-    strikes: int = Field(default=3, ge=1, le=MOST)
+    strikes: PositiveInt = 3
     """Times that an example is tried whose loss or update is not finite or explodes, or in whose step the daemon ends
     with an error, before it is set aside; by a signal, three times as often."""
     max_rise: Positive = 2.0
     """Nats a token by which an example's own loss may grow over its passes before it is set aside."""
-    file_trips: int = Field(default=2, ge=1, le=MOST)
+    file_trips: PositiveInt = 2
     """Falls of the probes with examples of one file in the window, after which the rest of the file is set aside."""
 
 
 class ProbesConfig(Table):
     file: AnyPath = Path()
     """Prompts with expected answers, or reference texts, as the spool takes them. Empty: none but the model's own."""
-    every_updates: int = Field(default=50, ge=0, le=MOST)
+    every_updates: NotNegativeInt = 50
     """Training steps between two scorings; 0: only before a checkpoint."""
     margin: Positive = 0.25
     """Nats a token by which the loss of the probes may exceed that of the last good generation."""
