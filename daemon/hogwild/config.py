@@ -26,7 +26,8 @@ NO_SETTINGS = frozenset(
     ENV_PREFIX + name
     for name in (
         "CONFIG",  # cli_history.py
-        "API_KEY", "BASE_WEIGHTS", "SERVER_URL", "SERVER_CERTIFICATE", "SERVER_CHAT", "SERVER_PID", "PAGE",  # vllm_plugin/names.py
+        "API_KEY", "BASE_WEIGHTS", "PAGE",  # vllm_plugin/names.py
+        "SERVER_URL", "SERVER_CERTIFICATE", "SERVER_CHAT", "SERVER_PID",
         "VLLM_ARGUMENTS",  # benchmarks/gpu_vllm.py
     )
 )  # fmt: skip
