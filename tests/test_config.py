@@ -76,7 +76,7 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize("keys", NUMBERS, ids=".".join)
-@pytest.mark.parametrize("too_much", [10**20, -(10**20), 1e300, float("nan"), float("inf")])
+@pytest.mark.parametrize("too_much", [10**40, -(10**40), 1e300, float("nan"), float("inf")])
 def test_a_number_that_neither_the_ledger_nor_a_wait_could_hold_is_refused(keys, too_much):
     with pytest.raises(ConfigError, match=re.escape(f"command line: {'.'.join(keys)}: ")):
         load(overrides={".".join(keys): too_much})

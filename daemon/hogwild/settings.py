@@ -164,7 +164,7 @@ class ReplayConfig(Table):
 
 
 class OptimizerConfig(Table):
-    lr: Positive = 2e-4
+    lr: float = Field(default=2e-4, gt=0, le=1e38, allow_inf_nan=False)  # fp32 holds it
     """Learning rate; means what it means in AdamW, for any rank."""
     rank: PositiveInt = 64
     """Rank of the gradient's projection; memory for moments grows with it."""
