@@ -14,7 +14,7 @@ unsalted.py requests that do not carry it read no cached block
 load.py     how many requests there are and how long tokens take, said on the control page
 orphan.py   an engine ends with its API server
 arguments.py what vLLM will understand of its command line, as far as that can be told without vLLM
-parsed.py   what it has understood: refusals, warnings, the server's address
+parsed.py   what it has understood: refusals, warnings, the server's address, what makes prompts of chats
 launch.py   `hogwild vllm`: `vllm serve` with everything set
 """
 
